@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from difflib import get_close_matches
 from typing import Literal
 
 import numpy as np
@@ -32,6 +31,8 @@ def check_languages(manifest: Manifest, is_text: bool, **codes: str | None) -> N
         if name == "src_lang" and languages.source is None:
             raise OptionError(f"{given}; this bundle's prompts have no language; omit it")
         if code not in languages.tokens:
+            from difflib import get_close_matches  # only for the message
+
             near = get_close_matches(code, languages.tokens, 5, 0.3) or sorted(languages.tokens)[:5]
             known = f"{len(languages.tokens)} languages, as {', '.join(near)}"
             raise OptionError(f"{given}; this bundle has {known}")

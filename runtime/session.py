@@ -21,7 +21,6 @@ from runtime.decoding.draft_memory import TextMemory
 from runtime.decoding.phrases import PhraseTable
 from runtime.engines.prefix_store import PrefixStore
 from runtime.errors import OptionError, shown
-from runtime.hub import find_bundle
 from runtime.machine.device import Device, check_runnable
 from runtime.machine.machine import costs_here, usable_cores
 from runtime.metrics import Metrics, Observer, RequestEvent
@@ -182,6 +181,8 @@ class Session:
             HubError: If the bundle cannot be downloaded, or a file is altered.
             FreeExportError: As for Session.
         """
+        from runtime.hub import find_bundle  # not needed for a local bundle
+
         options = merged(SessionOptions, options, keywords)
         path = find_bundle(
             bundle,

@@ -47,9 +47,10 @@ def test_modules_are_imported_without_what_only_posix_has() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_cores_and_memory_are_known_without_affinity_and_proc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cores_and_memory_are_known_without_affinity_and_proc(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(os, "sched_getaffinity")
     assert machine.usable_cores() == psutil.cpu_count(logical=False)
+    monkeypatch.setattr(machine, "_read", lambda path: "")
     monkeypatch.setattr(machine, "memory_left", lambda: None)
     assert 0 < machine.available_memory() <= psutil.virtual_memory().total
     monkeypatch.setattr(machine, "memory_left", lambda: 5)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Sequence
-from statistics import median
 from typing import Literal, NamedTuple
 
 from runtime.bundle.costs import NEUTRAL, Costs
@@ -199,4 +198,6 @@ class _Recent:
                 self._values.extend([expected] * PRIOR)
         self._values.append(seconds)
         self.last = now
-        self.seconds = median(self._values)
+        ordered = sorted(self._values)
+        middle = len(ordered) // 2
+        self.seconds = (ordered[middle] + ordered[~middle]) / 2  # the median

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 
 from runtime.bundle.costs import Costs, Host
 from runtime.bundle.manifest import Manifest
@@ -27,6 +26,8 @@ ROOT = Path("/")
 def usable_cores() -> int:
     """Return the physical cores that affinity and cgroup quota allow, at least 1."""
     if not hasattr(os, "sched_getaffinity"):  # Windows and macOS
+        import psutil  # not needed on Linux
+
         return psutil.cpu_count(logical=False) or os.cpu_count() or 1
     cpus = sorted(os.sched_getaffinity(0))
     cores = {
@@ -69,8 +70,18 @@ def _processor() -> str:
 def available_memory() -> int:
     """Return the bytes that can be allocated without swapping."""
     left = memory_left()
-    available = int(psutil.virtual_memory().available)
+    available = _available_here()
     return available if left is None else min(available, left)
+
+
+def _available_here() -> int:
+    """Return the available bytes of the whole machine."""
+    for line in _read(Path("/proc/meminfo")).splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    import psutil  # not needed on Linux
+
+    return int(psutil.virtual_memory().available)
 
 
 def _topology(cpu: int, name: str) -> str:

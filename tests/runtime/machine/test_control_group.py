@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from runtime.machine.machine import cpu_quota, memory_left, memory_limit
+from runtime.machine import machine
+from runtime.machine.machine import available_memory, cpu_quota, memory_left, memory_limit
 
 
 def write(root: Path, files: dict[str, str]) -> Path:
@@ -55,3 +56,11 @@ def test_memory_left_is_that_of_the_tightest_group(tmp_path: Path) -> None:
     }
     assert memory_left(write(tmp_path, files)) == 100
     assert memory_left(tmp_path / "elsewhere") is None
+
+
+def test_available_memory_is_that_of_the_machine_or_of_the_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "_read", lambda path: "MemFree: 1 kB\nMemAvailable:   3 kB\nSwapFree: 9 kB\n")
+    monkeypatch.setattr(machine, "memory_left", lambda: None)
+    assert available_memory() == 3 * 1024
+    monkeypatch.setattr(machine, "memory_left", lambda: 1000)
+    assert available_memory() == 1000
