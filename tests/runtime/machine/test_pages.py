@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -53,6 +55,28 @@ def test_a_file_that_was_written_back_is_read_in_pages_of_2_mib(tmp_path: Path) 
     if after == 0:
         pytest.skip("this file system, or this kernel, has no large pages")
     assert before < after == SIZE >> 10
+
+
+@pytest.mark.parametrize(
+    ("writable", "failed", "reads"),
+    [(True, False, 0), (False, False, 1), (True, True, 1)],
+    ids=["in memory", "the kernel does not tell", "no mincore"],
+)
+def test_a_file_in_memory_is_not_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writable: bool, failed: bool, reads: int
+) -> None:
+    path = tmp_path / "weights.data"
+    path.write_bytes(os.urandom(SIZE))
+    libc = ctypes.CDLL(None)
+    sizes: list[int] = []
+    fake = SimpleNamespace(
+        mincore=(lambda *_: -1) if failed else libc.mincore,
+        madvise=lambda start, size, advice: sizes.append(size.value),
+    )
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: fake)
+    monkeypatch.setattr(os, "access", lambda path, mode: writable)
+    read_in_large_pages(path)
+    assert sizes == [SIZE] * reads
 
 
 def test_what_cannot_be_read_is_left_to_who_needs_it(tmp_path: Path) -> None:
