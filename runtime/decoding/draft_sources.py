@@ -65,36 +65,51 @@ class Repetition:
         self._vocab_size = vocab_size
         self._most = most
         self.place = self.agrees = 0
-        self._forget()
+        self._forget(0)
 
-    def _forget(self) -> None:
-        self._first = len(self.tokens)
-        self._known = 0
+    def _forget(self, first: int) -> None:
+        self._first = first  # place of the first indexed token
+        # The newest n-gram of each size, encoded as one number, as far as its tokens are known.
         self._keys = [0] * (LONGEST + 1)
+        self._known = 0
         self._places: list[dict[int, int]] = [{} for _ in range(LONGEST + 1)]
 
-    def push(self, token: int) -> None:
-        """Append a token to the text. GAP separates texts that do not follow each other."""
-        place = len(self.tokens)
-        if place - self._first >= self._most:
-            recent = self.tokens[-(self._most // 2) :]
-            del self.tokens[-len(recent) :]
-            self._forget()
-            for earlier in recent:
-                self.push(earlier)
-        self.tokens.append(token)
-        if token == GAP:
-            self._known = 0
-            return
-        # Index the newest n-gram of each size, encoded as one number, by the place after it.
-        keys = self._keys
+    def push(self, tokens: Sequence[int]) -> None:
+        """Append tokens to the text. GAP separates texts that do not follow each other."""
+        text = self.tokens
+        start = len(text)
+        text += tokens
+        if len(text) - self._first > self._most:
+            start = len(text) - self._most // 2
+            self._forget(start)
+        places = self._places
         vocab_size = self._vocab_size
-        for size in range(SHORTEST, self._known + 1):
-            self._places[size][keys[size]] = place
-        for size in range(LONGEST, 1, -1):
-            keys[size] = keys[size - 1] * vocab_size + token
-        keys[1] = token
-        self._known = min(LONGEST, self._known + 1)
+        known = self._known
+        # In variables of their own: a loop over sizes takes twice the time.
+        _, one, two, three, four, five = self._keys
+        _, _, after_two, after_three, after_four, after_five = places
+        for place in range(start, len(text)):
+            token = text[place]
+            if token == GAP:
+                known = 0
+                continue
+            if known == LONGEST:
+                after_two[two] = place
+                after_three[three] = place
+                after_four[four] = place
+                after_five[five] = place
+            else:
+                newest = [0, one, two, three, four]
+                for size in range(SHORTEST, known + 1):
+                    places[size][newest[size]] = place
+                known += 1
+            five = four * vocab_size + token
+            four = three * vocab_size + token
+            three = two * vocab_size + token
+            two = one * vocab_size + token
+            one = token
+        self._keys = [0, one, two, three, four, five]
+        self._known = known
 
     def repeated(self, longer_than: int = 0) -> tuple[int, int]:
         """Return the place after the latest earlier occurrence of the n-gram at the end, and its n.
@@ -108,15 +123,21 @@ class Repetition:
                 return place, size
         return 0, 0
 
-    def read(self, token: int) -> None:
-        """Append a token of the output, and update the occurrence that it follows."""
-        followed = self.agrees and self.tokens[self.place] == token
-        self.push(token)
-        self.place += 1
-        self.agrees = self.agrees + 1 if followed and self.tokens[self.place] != GAP else 0
+    def read(self, tokens: Sequence[int]) -> None:
+        """Append tokens of the output, and update the occurrence that they follow."""
+        self.push(tokens)
+        text = self.tokens
+        for token in tokens:
+            self.agrees = self.agrees + 1 if self.agrees and text[self.place] == token else 0
+            self.place += 1
+        if self.agrees and text[self.place] == GAP:
+            self.agrees = 0
         if self.agrees < LONGEST:
             place, size = self.repeated(longer_than=self.agrees)
             if size:
+                # An occurrence that began before the last token may be longer.
+                while text[place - size - 1] == text[-size - 1] != GAP and place > size:
+                    size += 1
                 self.place = place
                 self.agrees = size
 
@@ -288,10 +309,8 @@ class DraftSources:
         self._salt = salt
         self._phrases = phrases
         for part in filter(len, (predicted or (), text)):
-            for token in (*part, GAP):
-                repetition.push(token)
-        for token in prompt:
-            repetition.read(token)
+            repetition.push([*part, GAP])
+        repetition.read(prompt)
         self.context = list(prompt)
         self._begun = len(prompt)
         self.tokens_to_look = 0
@@ -310,9 +329,9 @@ class DraftSources:
         final = [token.id for token in tokens[len(self.context) - self._begun :]]
         self.unexpected += len(final)
         self.context += final
-        for token in final:
-            self._repetition.read(token)
-            if self._expected is not None:
+        self._repetition.read(final)
+        if self._expected is not None:
+            for token in final:
                 self._expected.read(token)
         return final
 

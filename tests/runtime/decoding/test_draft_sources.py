@@ -89,7 +89,7 @@ def searched(text: list[int], longest: int = LONGEST) -> tuple[int, int]:
 def test_the_index_finds_what_a_search_of_all_the_text_finds(text: list[int]) -> None:
     index = Repetition(VOCAB)
     for count, token in enumerate(text, 1):
-        index.push(token)
+        index.push([token])
         assert index.repeated() == searched(text[:count])
         for size in range(LONGEST + 1):
             longer = searched(text[:count])
@@ -100,12 +100,31 @@ def test_the_index_finds_what_a_search_of_all_the_text_finds(text: list[int]) ->
 def test_a_bounded_index_knows_the_newest_half_and_holds_no_more_than_it_may(text: list[int]) -> None:
     index = Repetition(VOCAB, most=20)
     for count, token in enumerate(text, 1):
-        index.push(token)
+        index.push([token])
         assert sum(map(len, index._places)) <= 20 * (LONGEST - SHORTEST + 1)
         place, size = index.repeated()
         assert size == 0 or text[place - size : place] == text[count - size : count]
         assert size >= searched(text[:count][-10:])[1]
     assert index.tokens == text
+
+
+@given(st.lists(tokens, max_size=120), st.lists(st.integers(1, 20)), st.integers(10, 100))
+def test_tokens_read_at_once_are_found_like_those_read_one_by_one(
+    text: list[int], counts: list[int], most: int
+) -> None:
+    index = Repetition(VOCAB, most)
+    known = Repetition(VOCAB, most)
+    rest = iter(text)
+    for count in counts:
+        new = list(islice(rest, count))
+        index.read(new)
+        for token in new:
+            known.read([token])
+        assert index.tokens == known.tokens
+        if len(text) < most:
+            assert min(index.agrees, LONGEST) == min(known.agrees, LONGEST)
+        agreeing = index.tokens[index.place - index.agrees : index.place]
+        assert agreeing == index.tokens[len(index.tokens) - index.agrees :]
 
 
 @given(texts)
@@ -115,10 +134,10 @@ def test_repetition_follows_the_longest_match(text: list[int]) -> None:
     read: list[int] = []
     for token in text:
         if token == GAP:
-            source.push(token)
+            source.push([token])
             source.agrees = 0
         else:
-            source.read(token)
+            source.read([token])
         read.append(token)
         assert min(source.agrees, LONGEST) == searched(read)[1]
         candidates = sources._chain((), 6, Acceptance().rate).tokens
@@ -246,8 +265,7 @@ def test_a_text_goes_on_after_the_exit() -> None:
 @given(texts, st.lists(tokens, min_size=1, max_size=7))
 def test_what_follows_drafted_tokens_is_what_a_search_finds(text: list[int], drafted: list[int]) -> None:
     sources = DraftSources(VOCAB)
-    for token in text:
-        sources._repetition.push(token)
+    sources._repetition.push(text)
     _, size, found, _ = sources._chain(drafted, 6, Acceptance().rate)
     whole = [*text, *drafted]
     for longest in range(LONGEST, max(size, SHORTEST - 1), -1):
@@ -288,7 +306,7 @@ def test_where_nothing_repeats_few_tokens_have_candidates_and_none_is_missed_for
             yield response, token
 
     sources, read, looked = DraftSources(10_000), list[int](), list[bool]()
-    sources._repetition.read = read.append  # type: ignore[method-assign,assignment]
+    sources._repetition.read = read.extend  # type: ignore[method-assign,assignment]
     drafts = Drafts(measured(), Acceptance(), sources, exits=False)
     for response, _ in tokens(range(100)):
         before = len(read)
