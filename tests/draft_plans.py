@@ -11,6 +11,7 @@ import pytest
 from runtime.adaptation.call_costs import CallCosts
 from runtime.decoding import drafts
 from runtime.decoding.draft_acceptance import Acceptance
+from runtime.decoding.draft_sources import NO_CANDIDATES
 from runtime.decoding.drafts import NO_DRAFT, DraftPlan, Drafts
 
 
@@ -28,6 +29,7 @@ def draft_exits(patch: pytest.MonkeyPatch, most: int = 1000, plain_every: int = 
         return NO_DRAFT if nothing else DraftPlan(exits=min(most, room))
 
     patch.setattr(Drafts, "plan", plan)
+    patch.setattr(Drafts, "continuation", lambda self, *args: NO_CANDIDATES)
     patch.setattr(Drafts, "_gain", 0.0)  # a draft's tokens cost nothing
     patch.setattr(Drafts, "_budget", lambda self, kind: math.inf)
 
@@ -55,4 +57,4 @@ class PlannedExits(Drafts):
 def draft_candidates(patch: pytest.MonkeyPatch) -> None:
     """Draft everything that a source finds, even if it does not pay."""
     patch.setattr(Drafts, "_length", lambda self, found, count: count)
-    patch.setattr(drafts, "RULE", replace(drafts.RULE, grant=math.inf))
+    patch.setattr(drafts, "RULE", replace(drafts.RULE, grant=math.inf, longest_rest=0))

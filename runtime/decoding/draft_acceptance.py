@@ -90,6 +90,10 @@ class Acceptance:
         self.passes: Speed | None = None
         # Seconds outside the engines of a token without a draft.
         self.outside = Average(0.0)
+        # Seconds of a search for drafts from text, and the time that its draft saved, in tokens of
+        # mode "full".
+        self.search_seconds = Average(0.0)
+        self.search_saved = Average()
         self._exit_drafts: dict[int, Speed] = {}
         self._by_evidence: dict[Evidence, Average] = {}
 

@@ -63,6 +63,15 @@ class DraftRule:
     Assumed until it was measured. Measured on chat prompts: other texts follow a short phrase.
     """
 
+    search_share: float = 0.005
+    """Share of the time spent on searching the text while its drafts do not pay."""
+
+    longest_rest: int = 32
+    """Maximum number of tokens without a search.
+
+    Bounds the delay until a text that begins to repeat is found.
+    """
+
     # Limits on the time that drafts lose
 
     grant: float = 0.5

@@ -27,10 +27,6 @@ SHORTEST, LONGEST = 2, 5
 MOST_PLACES = 16_384
 # A predicted text is searched within this many tokens of the place where the output left it.
 NEAR = 64
-# After PATIENCE tokens without a correct candidate, look for candidates only at every REST-th
-# token. Each search takes time outside the engines, which matters for small models.
-PATIENCE = 32
-REST = 4
 # Number of ids from the caller's draft source that are checked, even if fewer fit into a sync
 # pass. Bounds the time for a long list.
 MOST_CHECKED = 256
@@ -287,8 +283,6 @@ class DraftSources:
 
     Attributes:
         context: Tokens of the decoder so far.
-        tokens_to_look: Tokens until the next search.
-        unexpected: Tokens since the last correct candidate.
     """
 
     def __init__(
@@ -313,21 +307,10 @@ class DraftSources:
         repetition.read(prompt)
         self.context = list(prompt)
         self._begun = len(prompt)
-        self.tokens_to_look = 0
-        self.unexpected = 0
-
-    def due(self) -> bool:
-        """Count a token, and return True if candidates should be searched for."""
-        self.tokens_to_look -= 1
-        if self.tokens_to_look > 0:
-            return False
-        self.tokens_to_look = REST if self.unexpected >= PATIENCE else 0
-        return True
 
     def follow(self, tokens: Sequence[Token]) -> list[int]:
         """Read the new ones among the final `tokens`, and return their ids."""
         final = [token.id for token in tokens[len(self.context) - self._begun :]]
-        self.unexpected += len(final)
         self.context += final
         self._repetition.read(final)
         if self._expected is not None:
@@ -370,7 +353,9 @@ class DraftSources:
             agrees = repetition.agrees
         begins = agrees
         if self._memory is None and not self._phrases:
-            found = repetition.tokens[place : place + most] if agrees else []
+            if not agrees:
+                return NO_CANDIDATES
+            found = repetition.tokens[place : place + most]
             return agreeing("lookup", agrees, found[: found.index(GAP)] if GAP in found else found)
         newest = [*self.context[-MEMORY_LONGEST:], *drafted][-MEMORY_LONGEST:]
         tokens: list[int] = []

@@ -147,6 +147,10 @@ class Drafts:
         exits: Also draft from the exit.
         without_exit: Measured costs of requests that skip the exit's own layers. None if there are
             no such requests.
+
+    Attributes:
+        exits: The request may draft from the exit.
+        rest: Number of tokens before the text is searched again. Without `exits` they need no plan.
     """
 
     clock = staticmethod(perf_counter)
@@ -163,7 +167,7 @@ class Drafts:
         self._without_exit = without_exit if exits else None
         self._acceptance = acceptance
         self._sources = sources
-        self._exits = exits
+        self.exits = exits
         self._open: list[Candidates] = []  # candidates for the next tokens
         self._looked = False  # the sources have read all final tokens
         self._continuation: Candidates | None = None  # continues a draft of the exit
@@ -178,8 +182,9 @@ class Drafts:
         # Speed of the best draft from text that was not made, relative to mode "full".
         self._alternative = 1.0
         self._call_seconds = 0.0  # duration of the last call of draft_source
+        self.rest = 0
         self._to_probe = 1
-        self._to_time = 2
+        self._timed_at = 2  # number of tokens from which the next one without a draft is timed
         # The last draft was the exit's, so its layers have no rows to catch up.
         self._after_exit = False
         self._counted = 0  # tokens counted by the saving of the exit
@@ -194,32 +199,56 @@ class Drafts:
         self._continuation = None
         # Without a measurement of mode "full", a losing draft would seem to pay.
         if most == 0 or (sequences == 1 and not self._costs.measured("pass", 1)):
+            self._timed_at = 0
             return NO_DRAFT
-        if self._sources is not None and self._sources.due():
-            self._observe_open(self._sources, response)
-            self._looked = True
-            for found in self._candidates(self._sources, most):
-                self._open.append(found)
-                tokens = response.within(found.tokens)
-                count = self._length(found, len(tokens))
-                if count:
-                    self._sources.tokens_to_look = 0
-                    return DraftPlan(found.source, tuple(tokens[:count]))
-        return self._plan_exit(most) if self._exits else NO_DRAFT
+        if self.rest:
+            self.rest -= 1
+        elif self._sources is not None:
+            plan = self._search(self._sources, response, most)
+            began = self._began
+            self._began = self.clock()
+            self._acceptance.search_seconds.observe(self._began - began)
+            if plan is not NO_DRAFT:
+                return plan
+            self._acceptance.search_saved.observe(0.0)
+            if self._sources.own is None:  # the caller's source is always asked
+                self.rest = self._tokens_to_rest
+        return self._plan_exit(most) if self.exits else NO_DRAFT
+
+    def _search(self, sources: DraftSources, response: Response, most: int) -> DraftPlan:
+        """Return a draft from text that is worth its time, or NO_DRAFT."""
+        self._observe_open(sources, response)
+        self._looked = True
+        for found in self._candidates(sources, most):
+            if not found.tokens:
+                continue
+            self._open.append(found)
+            tokens = response.within(found.tokens)
+            count = self._length(found, len(tokens))
+            if count:
+                return DraftPlan(found.source, tuple(tokens[:count]))
+        return NO_DRAFT
+
+    @property
+    def _tokens_to_rest(self) -> int:
+        """Number of tokens before the next search, after one that found nothing."""
+        cost = self._acceptance.search_seconds.value / self._token_seconds
+        if self._acceptance.search_saved.value > cost:
+            return 0
+        return min(RULE.longest_rest, int(cost / RULE.search_share))
 
     def observe_plain(self, shallow: float, deep: float, shared: bool) -> None:
         """Record the seconds of a token without a draft: those of its step and of its deep pass.
 
         Calls that are `shared` with other sequences are not measured.
         """
-        self._acceptance.observe_pass(1, self._token_seconds)
-        self._after_exit = False
-        self._to_time -= 1
-        if not shared:
+        if self.exits:
+            self._acceptance.observe_pass(1, self._token_seconds)
+            self._after_exit = False
+        if not shared and self._tokens >= self._timed_at:
+            self._timed_at = self._tokens + RULE.timed
             outside = self.clock() - self._began - shallow - deep
             self._acceptance.outside.observe(max(0.0, min(outside, shallow + deep)))
-        if not shared and (self._to_time <= 0 or not self._costs.measured("pass", 1)):
-            self._to_time = RULE.timed
             self._costs.observe("step", 1, shallow)
             self._costs.observe("pass", 1, deep)
             self._observe_saving(1, self._own_share - 1)
@@ -260,11 +289,14 @@ class Drafts:
             seconds = min(taken, RULE.stray * expected)
         made = outcome.made
         token_seconds = self._token_seconds
-        acceptance.observe_pass(made, seconds)
+        if self.exits:
+            acceptance.observe_pass(made, seconds)
         # Losses are counted at average costs: one slow call says nothing about the next draft.
         if plan.tokens:
             self._count_loss("text", expected, made)
             saved = (self._own_share - 1) * seconds / token_seconds
+            replaced = self._exit_gain or 1.0
+            acceptance.search_saved.observe(made - replaced * seconds / token_seconds)
         else:
             # Without the exit, the text would have been drafted, too, at the next token.
             own_rows = min(rows, outcome.proposed + 1)
@@ -312,8 +344,10 @@ class Drafts:
         draft: ExitDraft,
     ) -> Candidates:
         """Return at most `most` tokens of a text that continue the tokens `drafted` by the exit."""
-        if self._sources is None or not self._looked or most <= 0:
+        if self._sources is None or most <= 0:
             return NO_CANDIDATES
+        if not self._looked:
+            self._observe_open(self._sources, response)
         found = self._sources.after(drafted, most, self._acceptance.rate)
         tokens = response.within([*drafted, *found.tokens])[len(drafted) :]
         count = draft.extension(map(self._acceptance.rate, found.evidence[: len(tokens)]))
@@ -380,14 +414,13 @@ class Drafts:
         return seconds + min(rows, heads + 1) * prices.step + heads * prices.head
 
     def _candidates(self, sources: DraftSources, most: int) -> Iterator[Candidates]:
-        token_seconds = self._token_seconds
-        affordable = self._call_seconds / token_seconds <= self._budget("text")
-        if sources.own is not None and affordable:
+        own = sources.own
+        if own is not None and self._call_seconds / self._token_seconds <= self._budget("text"):
             began = self.clock()
-            tokens = sources.own.candidates(sources.context, most)
+            tokens = own.candidates(sources.context, most)
             self._call_seconds = self.clock() - began
-            self._lost["text"] += self._call_seconds / token_seconds
-            yield agreeing(sources.own.name, 0, tokens)
+            self._lost["text"] += self._call_seconds / self._token_seconds
+            yield agreeing(own.name, 0, tokens)
         yield from sources.found(most, self._acceptance.rate)
 
     def _observe_open(self, sources: DraftSources, response: Response) -> None:
@@ -399,7 +432,6 @@ class Drafts:
                 self._acceptance.of_text(evidence).observe(candidate == token)
                 if candidate != token:
                     break
-                sources.unexpected = 0
         self._open = []
 
     def _length(self, found: Candidates, count: int) -> int:
@@ -407,11 +439,11 @@ class Drafts:
         if not count:
             return 0
         source, agreement, _, evidence = found
-        rates = [self._acceptance.rate(each) for each in evidence[:count]]
+        rate_of = self._acceptance.rate
         if source in COUNTED:
             longest = count  # a share of occurrences is known before the first
             in_full = False
-            is_sure = rates[0] >= RULE.confirmed
+            is_sure = rate_of(evidence[0]) >= RULE.confirmed
         else:
             longest, in_full = self._next.get(source, (RULE.first_length, False))
             is_sure = agreement >= RULE.sure_agreement
@@ -430,7 +462,7 @@ class Drafts:
                 break
             while drafted < length:
                 repeats = in_full and evidence[drafted][0] == source
-                rate = rates[drafted]
+                rate = rate_of(evidence[drafted])
                 probability *= max(rate, RULE.confirmed) if repeats else rate
                 expected += probability
                 drafted += 1
@@ -473,7 +505,7 @@ class Drafts:
     @property
     def _exit_gain(self) -> float:
         """Speed of the exit's drafts relative to mode "full". 0 if they do not pay."""
-        if not self._exits or not self._may_lose("exit"):
+        if not self.exits or not self._may_lose("exit"):
             return 0.0
         gain = self._acceptance.exit_drafts(self._sequences).value
         return gain if gain > RULE.margin else 0.0

@@ -164,6 +164,11 @@ def lossless(
     """
     stats = decoder.stats
     while not response.finished:
+        if drafts.rest and not drafts.exits and decoder.alone and response.greedy:
+            drafts.rest -= 1
+            yield AT_ONCE
+            yield response.add(decoder.full_step(response.newest), False, None)
+            continue
         unread = (
             (yield from _forced(decoder, response, max_pending))
             if response.joins_forced

@@ -58,12 +58,9 @@ class Text:
     def __init__(self, found: float, right: float, seed: int = 0, agrees: int = 3) -> None:
         self.chance, self.found_share, self.right, self.begins = random.Random(seed), found, right, agrees
         self.run: int | None = None  # right tokens that a match still has
-        self.agrees = self.unexpected = self.tokens_to_look = 0
+        self.agrees = 0
         self.context: list[int] = []
         self.own = None
-
-    def due(self) -> bool:
-        return True
 
     def follow(self, tokens: list[int]) -> list[int]:
         final = tokens[len(self.context) :]
@@ -400,9 +397,11 @@ def test_an_exit_that_fails_in_one_request_loses_little_of_what_text_saves(
 ) -> None:
     """However good it was before: its grant, and the draft that exceeds it. What the text saves is not its to lose."""
     tokens = 200
-    for seed in range(3):
-        with_exit, without = spent_with_and_without_exit(kept, 0.9, found, right, tokens, 0.4, seed)
-        assert with_exit - without < RULE.grant + RULE.grant_share * tokens + 4
+    grant = RULE.grant + RULE.grant_share * tokens
+    pairs = [spent_with_and_without_exit(kept, 0.9, found, right, tokens, 0.4, seed) for seed in range(6)]
+    losses = [with_exit - without for with_exit, without in pairs]
+    assert sum(losses) / len(losses) < grant + 2
+    assert max(losses) < grant + 7
 
 
 def test_a_stale_price_of_a_token_does_not_shorten_drafts_of_the_exit() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any
 
@@ -22,8 +22,6 @@ from runtime.decoding.draft_rule import RULE
 from runtime.decoding.draft_sources import (
     GAP,
     LONGEST,
-    PATIENCE,
-    REST,
     SHORTEST,
     Candidates,
     DraftSources,
@@ -298,23 +296,73 @@ def test_candidates_are_drafted_in_few_numbers() -> None:
     }
 
 
-def test_where_nothing_repeats_few_tokens_have_candidates_and_none_is_missed_for_long() -> None:
-    def tokens(ids: range | list[int]) -> Iterator[tuple[Response, int]]:
-        response = Response(np.array([1]), 500)
-        for token in ids:
-            response.add(token, False, None)
-            yield response, token
+def searches(drafts: Drafts, ids: Iterable[int], seconds: float) -> Iterator[tuple[bool, DraftPlan]]:
+    """Plan at each token, and yield whether the text was searched, which takes `seconds`, and the plan."""
+    response = Response(np.array([1]), 5000)
+    now = itertools.count(0.0, seconds)
+    drafts.clock = lambda: next(now)  # type: ignore[method-assign]
+    for token in ids:
+        response.add(token, False, None)
+        drafts._looked = False
+        plan = drafts.plan(response, 15)
+        yield drafts._looked, plan
 
-    sources, read, looked = DraftSources(10_000), list[int](), list[bool]()
-    sources._repetition.read = read.extend  # type: ignore[method-assign,assignment]
-    drafts = Drafts(measured(), Acceptance(), sources, exits=False)
-    for response, _ in tokens(range(100)):
-        before = len(read)
-        drafts.plan(response, 15)
-        looked.append(len(read) > before)
-    assert all(looked[:PATIENCE])
-    assert sum(looked[PATIENCE + REST :]) <= (100 - PATIENCE) // REST
-    assert read == list(range(len(read)))
-    repeating = Drafts(measured(), Acceptance(), DraftSources(10_000), exits=False)
-    found = sum(bool(repeating.plan(response, 15).tokens) for response, _ in tokens([*range(60), *range(20, 60)]))
-    assert found >= 40 - 2 * REST
+
+@given(cost=st.floats(1e-4, 0.08))
+@tries(20)
+def test_where_nothing_repeats_searching_costs_the_time_of_two_tokens_and_half_a_percent(cost: float) -> None:
+    """Requests share what they learned, so only the first ones cost the two tokens."""
+    acceptance = Acceptance()
+    costs = measured()
+    count = 0
+    for _ in range(4):
+        drafts = Drafts(costs, acceptance, DraftSources(10_000), exits=False)
+        count += sum(looked for looked, _ in searches(drafts, range(500), cost * drafts._token_seconds))
+    assert count * cost <= 2 + 2000 * RULE.search_share
+
+
+def test_a_text_that_begins_to_repeat_is_soon_searched_at_every_token() -> None:
+    costs = measured()
+    drafts = Drafts(costs, Acceptance(), DraftSources(10_000), exits=False)
+    found = searches(drafts, [*range(300), *range(100, 200)], 0.1 * drafts._token_seconds)
+    before = [looked for looked, _ in islice(found, 300)]
+    assert sum(before[-100:]) < 10
+    after = [bool(plan.tokens) for _, plan in found]
+    assert after.index(True) <= RULE.longest_rest
+    assert all(after[RULE.longest_rest :])
+
+
+@given(rest=st.integers(0, 30), at_once=st.booleans(), exits=st.booleans())
+@tries(20)
+def test_tokens_without_a_search_are_those_of_full(rest: int, at_once: bool, exits: bool) -> None:
+    """A request that may draft from the exit plans them, too."""
+    decoder, _, _ = decoder_of([0.0] * LENGTH)
+    whole, _, _ = decoder_of([0.0] * LENGTH)
+    decoder.alone = at_once
+    drafts = Drafts(measured(), Acceptance(), DraftSources(10_000), exits)
+    drafts.rest = rest
+    planned = list[bool]()
+    plan = drafts.plan
+
+    def counted(*args: Any) -> DraftPlan:
+        planned.append(True)
+        return plan(*args)
+
+    drafts.plan = counted  # type: ignore[method-assign]
+    steps = list(islice(alone(decoded(decode.lossless, decoder, prompt_of(3), 20, 0.5, 16, drafts)), 20))
+    assert [step.id for step in steps] == [step.id for step in islice(full(whole, prompt_of(3)), 20)]
+    if at_once and not exits:
+        assert len(planned) <= max(0, 19 - rest)
+    else:
+        assert planned
+
+
+def test_searches_that_pay_do_not_rest() -> None:
+    acceptance = Acceptance()
+    drafts = Drafts(measured(), acceptance, DraftSources(10_000), exits=False)
+    seconds = 0.1 * drafts._token_seconds
+    for _ in range(RULE.recent):  # one draft of five in ten searches
+        for _ in range(9):
+            acceptance.search_saved.observe(0.0)
+        acceptance.search_saved.observe(4.0)
+    assert all(looked for looked, _ in islice(searches(drafts, range(30), seconds), 30))
