@@ -188,11 +188,10 @@ def compare_setting(
 @click.option("--setting", "settings", multiple=True, type=click.Choice(SETTINGS))
 @click.option(
     "--phrases",
-    "outputs",
+    "table",
     type=click.Path(path_type=Path, exists=True),
-    help="JSONL file with 'target_ids', whose phrases every setting also drafts.",
+    help="phrases.npy of a bundle, which every setting also drafts.",
 )
-@click.option("--most", default=200_000, help="Number of phrases.")
 @click.option("--shuffles", default=3, type=click.IntRange(1), help="Orders of the requests.")
 @click.option("--after", default=0, help="Requests of each order that are not counted.")
 @click.option("--save", type=click.Path(path_type=Path), help="JSON file to write.")
@@ -200,18 +199,14 @@ def main(
     traces: Path,
     costs: Path,
     settings: Any,
-    outputs: Path | None,
-    most: int,
+    table: Path | None,
     shuffles: int,
     after: int,
     save: Path | None,
 ) -> None:
     lines = map(json.loads, traces.read_text(encoding="utf-8").splitlines())
     recorded = [Trace(line["prompt"], line["output"], line.get("chains", [])) for line in lines]
-    phrases = []
-    if outputs is not None:
-        texts = [json.loads(line)["target_ids"] for line in outputs.open(encoding="utf-8")]
-        phrases.append(PhraseTable.build(texts, most))
+    phrases = [] if table is None else [PhraseTable(np.load(table))]
     rows = []
     for priced in json.loads(costs.read_text(encoding="utf-8"))["rows"]:
         for setting in settings or SETTINGS:
@@ -220,8 +215,8 @@ def main(
     if save is not None:
         chosen = "".join(f" --setting {setting}" for setting in settings)
         files = f"{traces.name} --costs {costs.name} --shuffles {shuffles} --after {after}"
-        if outputs is not None:
-            files += f" --phrases {outputs.name} --most {most}"
+        if table is not None:
+            files += f" --phrases {table.parent.name}/{table.name}"
         command = f"python -m tools.draft_replay {files}{chosen}"
         content = {"command": command, "commit": environment()["commit"], "rows": rows}
         write_whole(save, json.dumps(content, indent=1) + "\n")

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from checkpoints import BY_NAME, PROMPTS, Bundles
 from click.testing import CliRunner
 
+from runtime.decoding.phrases import PhraseTable
 from tools import draft_cost, draft_replay, draft_traces
 
 COSTS = {
@@ -59,9 +61,9 @@ def test_a_replay_accepts_what_the_trace_confirms(tmp_path: Path) -> None:
     assert memory["speed"] > 1.5 > text["speed"]
     assert exits["exits_per_token"] > 0.25
     assert exits["speed"] > 1.1 * text["speed"]
-    outputs = tmp_path / "outputs.jsonl"
-    outputs.write_text(json.dumps({"target_ids": output}))
-    found = run(draft_replay, traces, "--costs", costs, "--shuffles", 1, "--setting", "text", "--phrases", outputs)
+    table = tmp_path / "phrases.npy"
+    np.save(table, PhraseTable.build([output]).entries)
+    found = run(draft_replay, traces, "--costs", costs, "--shuffles", 1, "--setting", "text", "--phrases", table)
     phrases = json.loads(found)
     assert phrases["phrases"] > 100
     assert phrases["speed"] > memory["speed"]
