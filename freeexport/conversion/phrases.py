@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import lzma
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from freeexport.checkpoints.examples import read_examples
+from freeexport.system.progress import progress
 from runtime.decoding.phrases import PhraseTable
 from runtime.errors import OptionError, PromptError
 from runtime.text.tokenizer import Tokenizer
@@ -38,7 +39,7 @@ def counted_phrases(path: Path, bundle: Path, ends: Sequence[int]) -> np.ndarray
     tokenizer = Tokenizer.load(bundle)
     if tokenizer is None:
         raise OptionError(f"--phrases {path}: the checkpoint has no tokenizer; leave it out")
-    return _table(((str(line.target), True) for line in lines), tokenizer, ends)
+    return _table([(str(line.target), True) for line in lines], tokenizer, ends)
 
 
 def ready_made_phrases(bundle: Path, ends: Sequence[int]) -> np.ndarray | None:
@@ -55,20 +56,22 @@ def ready_made_phrases(bundle: Path, ends: Sequence[int]) -> np.ndarray | None:
     if tokenizer is None or tokenizer.vocab_size < LEAST_VOCABULARY:
         return None
     with lzma.open(READY_MADE, "rt", encoding="utf-8") as file:
-        answers = [json.loads(line) for line in file]
-    texts = ((answer["target"], answer["complete"]) for answer in answers)
+        answers = map(json.loads, file)
+        texts = [(answer["target"], answer["complete"]) for answer in answers]
     return _table(texts, tokenizer, ends)
 
 
 def _table(
-    texts: Iterable[tuple[str, bool]], tokenizer: Tokenizer, ends: Sequence[int]
+    texts: Sequence[tuple[str, bool]], tokenizer: Tokenizer, ends: Sequence[int]
 ) -> np.ndarray:
     """Count the phrases of texts, each with whether it is complete."""
     end = _end_of_answer(tokenizer, ends)
-    encoded = (
-        tokenizer.encode(text, special=False, parse_special=False) + (end if complete else [])
-        for text, complete in texts
-    )
+    encoded = []
+    with progress("counting phrases", len(texts)) as advance:
+        for text, complete in texts:
+            ids = tokenizer.encode(text, special=False, parse_special=False)
+            encoded.append([*ids, *end] if complete else ids)
+            advance(1)
     return PhraseTable.build(encoded, MOST_PHRASES).entries
 
 
