@@ -219,7 +219,7 @@ def _readme_cells(row: ResultRow, report: Evaluation) -> tuple[str, str, str]:
 def _slowest(found: Mapping[str, Evaluation]) -> list[str]:
     """Name the settings that are slower than full, or else the slowest setting."""
     listed = [
-        (one["request_speed"], f"{NAMES.get(one['method'], one['method'])} on {name}")
+        (round(one["request_speed"], 2), f"{NAMES.get(one['method'], one['method'])} on {name}")
         for name, report in found.items()
         for one in report["rows"]
         if one["method"] in SHOWN
