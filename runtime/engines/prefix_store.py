@@ -34,9 +34,9 @@ def hashes(tokens: np.ndarray, block: int, salt: str | None, own: bool = False) 
 
 
 def generated_limit(manifest: Manifest) -> int:
-    """Return the number of first positions at which generated tokens are stored, too.
+    """Return the number of leading positions at which generated tokens are stored, too.
 
-    There a decoding step must write the same bits to the caches as reading the token in a prompt.
+    A decoding step must write the same bits to the caches there as reading the token in a prompt.
     Our own operators do so up to `prompt_differs_from`, except those of earlier bundles, whose
     caches are float32. Later tokens of an answer are computed again in the next turn of a chat.
     """

@@ -193,20 +193,20 @@ def read_in_large_pages(path: Path) -> None:
         mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped,
     ):
         mapped.madvise(mmap.MADV_HUGEPAGE)
-        _read_mapped(np.frombuffer(mapped, np.uint8), told=os.access(path, os.W_OK))
+        _read_mapped(np.frombuffer(mapped, np.uint8), writable=os.access(path, os.W_OK))
 
 
-def _read_mapped(content: np.ndarray, told: bool) -> None:
+def _read_mapped(content: np.ndarray, writable: bool) -> None:
     """Read the part of a mapped file that is not in memory.
 
     Args:
         content: The mapped file, uint8 [n].
-        told: The kernel tells which pages are in memory. It does for files that may be written.
+        writable: The process may write the file. Otherwise mincore reports every page as resident.
     """
     libc = ctypes.CDLL(None)  # the methods of mmap would keep the GIL while the disk is read
     start = ctypes.c_void_p(content.ctypes.data)
     size = ctypes.c_size_t(content.size)
-    if told:
+    if writable:
         pages = np.zeros(-(-content.size // mmap.PAGESIZE), np.uint8)
         failed = libc.mincore(start, size, ctypes.c_void_p(pages.ctypes.data))
         # The rest takes as long as loading the engines, even if all is in memory.

@@ -49,7 +49,7 @@ def test_costs_and_traces_of_a_bundle_are_replayed(bundle: Bundles, tmp_path: Pa
 
 
 def test_a_replay_accepts_what_the_trace_confirms(tmp_path: Path) -> None:
-    """The same output four times: the memory knows it from the second time on. The exit is right half of the time."""
+    """Four equal outputs, which the memory has from the second on. Half of the exit's predictions are right."""
     output = [(7 * place * place) % 997 for place in range(60)]
     chains = [[(token if place % 2 else 5, 0.9) for token in output[place + 1 : place + 3]] for place in range(59)]
     traces, costs = tmp_path / "traces.jsonl", tmp_path / "costs.json"

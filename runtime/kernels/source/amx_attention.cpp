@@ -10,12 +10,11 @@ struct Products {
 
   template <int P, bool kAdds>
   static void multiply(const uint16_t* a, int64_t apart, const uint16_t* b, int64_t count, float* sums) {
-    constexpr int64_t kSums = kTileRows * kPanel;
     if constexpr (kAdds) {
       load_tile<0>(sums, 64);
-      if constexpr (P > 1) load_tile<1>(sums + kSums, 64);
-      if constexpr (P > 2) load_tile<2>(sums + 2 * kSums, 64);
-      if constexpr (P > 3) load_tile<3>(sums + 3 * kSums, 64);
+      if constexpr (P > 1) load_tile<1>(sums + kTileSums, 64);
+      if constexpr (P > 2) load_tile<2>(sums + 2 * kTileSums, 64);
+      if constexpr (P > 3) load_tile<3>(sums + 3 * kTileSums, 64);
     } else {
       clear_tile<0>();
       if constexpr (P > 1) clear_tile<1>();
@@ -31,9 +30,9 @@ struct Products {
       if constexpr (P > 3) load_tile<6>(a + 3 * apart, 64), add_tile_product<3, 6, 4>();
     }
     store_tile<0>(sums, 64);
-    if constexpr (P > 1) store_tile<1>(sums + kSums, 64);
-    if constexpr (P > 2) store_tile<2>(sums + 2 * kSums, 64);
-    if constexpr (P > 3) store_tile<3>(sums + 3 * kSums, 64);
+    if constexpr (P > 1) store_tile<1>(sums + kTileSums, 64);
+    if constexpr (P > 2) store_tile<2>(sums + 2 * kTileSums, 64);
+    if constexpr (P > 3) store_tile<3>(sums + 3 * kTileSums, 64);
   }
 };
 

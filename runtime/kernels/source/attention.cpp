@@ -31,23 +31,25 @@ struct Call {
   const Kernels& kernels;
   const Attention& attention;
   const Place* places;
-  int64_t count;          // number of places
-  int64_t stored_places;  // places that one task stores
-  int64_t pieces;         // of the block with the most pieces
-  int64_t task_places;    // places per task
-  int64_t blocks;         // of task_places places each
-  int64_t seen;           // positions, summed over all places
-  int64_t slots, room;    // per row and group of heads: pieces, and floats for them
-  float* rooms;           // [kv_heads, places] rooms, or null if one task does all pieces
-  bool failed;            // out of memory
+  int64_t count;  // number of places
+  int64_t pieces = 0;       // of the block with the most pieces
+  int64_t task_places = 0;  // places per task
+  int64_t blocks = 0;       // of task_places places each
+  int64_t seen = 0;         // positions, summed over all places
+  int64_t slots = 0, room = 0;  // per row and group of heads: pieces, and floats for them
+  float* rooms = nullptr;   // [kv_heads, places] rooms, or null if one task does all pieces
+  bool failed = false;      // out of memory
   // Attends to all pieces with a block of a prompt's rows. Or null.
-  bool (*attend_prompt)(const Attention&, const Place*, int64_t, int64_t);
+  bool (*attend_prompt)(const Attention&, const Place*, int64_t, int64_t) = nullptr;
 };
+
+// Returns the number of places that one task stores.
+int64_t stored_places(const Attention& a) { return kStoredValues / (a.kv_heads * a.size * 2) + 1; }
 
 void store_task(void* data, size_t index) {
   const Call& call = *static_cast<Call*>(data);
-  const int64_t first = static_cast<int64_t>(index) * call.stored_places;
-  for (int64_t i = first; i < least(first + call.stored_places, call.count); i++) {
+  const int64_t step = stored_places(call.attention), first = static_cast<int64_t>(index) * step;
+  for (int64_t i = first; i < least(first + step, call.count); i++) {
     Place place = call.places[i];
     if (call.attention.encoder) place.position = place.row % call.attention.capacity;
     call.kernels.store_row(call.attention, place);
@@ -258,8 +260,10 @@ bool attend_places(const Kernels& kernels, const Attention& a, const Place* plac
                               : count < kTasksOfMany * kFewPlaces
                                   ? kFewPlaces
                                   : least(count / kTasksOfMany / 8 * 8, kManyPlaces);
-  const int64_t blocks = (count + task_places - 1) / task_places;
-  Call call = {kernels, a, places, count, 0, 0, task_places, blocks, 0, 0, 0, nullptr, false, attend_prompt};
+  Call call = {kernels, a, places, count};
+  call.task_places = task_places;
+  call.blocks = (count + task_places - 1) / task_places;
+  call.attend_prompt = attend_prompt;
   for (int64_t block = 0; block < call.blocks; block++) {
     const Block all = block_of(a, places, count, task_places, block);
     call.pieces = most(call.pieces, all.end - all.piece);
@@ -283,9 +287,9 @@ bool attend_places(const Kernels& kernels, const Attention& a, const Place* plac
 // Stores the keys and values of a call's rows in the cache.
 void store(const Kernels& kernels, const Attention& a, const Place* places, int64_t count, Parallel parallel,
            void* context) {
-  const int64_t stored_places = kStoredValues / (a.kv_heads * a.size * 2) + 1;
-  Call call = {kernels, a, places, count, stored_places, 0, 0, 0, 0, 0, 0, nullptr, false, nullptr};
-  run(parallel, context, store_task, (count + stored_places - 1) / stored_places, call);
+  Call call = {kernels, a, places, count};
+  const int64_t step = stored_places(a);
+  run(parallel, context, store_task, (count + step - 1) / step, call);
 }
 
 }  // namespace
@@ -297,9 +301,8 @@ const char* attention(const Kernels& kernels, const Attention& a, Parallel paral
   const int64_t count = find_places(a, places);
   if (!a.cross_lengths) copy_past(a);
   if (!a.cross_lengths || a.encoder) store(kernels, a, places, count, parallel, context);
-  const int64_t first = first_in_tiles(kernels, a);
   Place* late = places + count;
-  const int64_t early = first == INT64_MAX ? count : split_places(places, count, first, late);
+  const int64_t early = split_places(places, count, first_in_tiles(kernels, a), late);
   bool done = early == 0 || attend_places(kernels, a, places, early, false, parallel, context);
   if (done && early < count) done = attend_places(kernels, a, late, count - early, true, parallel, context);
   std::free(places);

@@ -14,13 +14,14 @@
 // the queries beside it.
 #pragma once
 
+#include "fused.h"
+
 #include "attention_tiles.h"
 
 namespace freeexport {
 namespace {
 
 constexpr int64_t kKeyTiles = kPieceRows / kTileRows, kKeySteps = kPieceRows / kGroup;
-constexpr int64_t kSums = kTileRows * kPanel;  // values of a tile in fp32
 constexpr float kNothingYet = -1e30f;          // initial value of the largest score
 
 // Transposes 16 rows of 16 32-bit values.
@@ -190,16 +191,16 @@ void attend_tile(const Attention& a, int64_t begin, int64_t at, int64_t count, i
   Products::multiply<kKeyTiles, false>(room.keys, room.steps * kTileValues, room.queries + tile * room.steps * kTileValues,
                                        room.steps, room.scores);
   const __m512 shrink = weigh(a, sight, room, lanes);
-  float* outputs = room.outputs + tile * room.parts * kSums;
+  float* outputs = room.outputs + tile * room.parts * kTileSums;
   if (_mm512_cmpneq_ps_mask(shrink, _mm512_set1_ps(1.0f)))
     for (int64_t i = 0; i < room.parts * 16; i++)
       _mm512_store_ps(outputs + i * 16, _mm512_mul_ps(_mm512_load_ps(outputs + i * 16), shrink));
   constexpr int64_t kApart = kKeySteps * kTileValues;
   int64_t part = 0;
   for (; part + 4 <= room.parts; part += 4)
-    Products::multiply<4, true>(room.values + part * kApart, kApart, room.weights, kKeySteps, outputs + part * kSums);
+    Products::multiply<4, true>(room.values + part * kApart, kApart, room.weights, kKeySteps, outputs + part * kTileSums);
   for (; part < room.parts; part++)
-    Products::multiply<1, true>(room.values + part * kApart, kApart, room.weights, kKeySteps, outputs + part * kSums);
+    Products::multiply<1, true>(room.values + part * kApart, kApart, room.weights, kKeySteps, outputs + part * kTileSums);
   if (room.odd) see_odd(a, at, count, sight, outputs);
 }
 
@@ -216,8 +217,8 @@ inline bool attend_in_bfloat16(const Attention& a, const Place* places, int64_t 
   if (memory == nullptr) return false;
   room.lanes = reinterpret_cast<Lanes*>(memory);
   room.outputs = reinterpret_cast<float*>(memory + bytes(room.tiles, 0, 0));
-  room.scores = room.outputs + room.tiles * room.parts * kSums;
-  room.queries = reinterpret_cast<uint16_t*>(room.scores + kKeyTiles * kSums);
+  room.scores = room.outputs + room.tiles * room.parts * kTileSums;
+  room.queries = reinterpret_cast<uint16_t*>(room.scores + kKeyTiles * kTileSums);
   room.keys = room.queries + room.tiles * room.steps * kTileValues;
   room.values = room.keys + kKeyTiles * room.steps * kTileValues;
   room.weights = room.values + room.parts * kKeySteps * kTileValues;
@@ -243,7 +244,7 @@ inline bool attend_in_bfloat16(const Attention& a, const Place* places, int64_t 
       for (int i = 0; i < 16; i++) _mm512_store_si512(to + i * kGroup, rows[i]);
     }
   }
-  std::memset(room.outputs, 0, static_cast<size_t>(room.tiles * room.parts * kSums) * sizeof(float));
+  std::memset(room.outputs, 0, static_cast<size_t>(room.tiles * room.parts * kTileSums) * sizeof(float));
   {
     const Products products;
     const int64_t end = places[count - 1].position + 1;
@@ -258,7 +259,7 @@ inline bool attend_in_bfloat16(const Attention& a, const Place* places, int64_t 
     const __m512 by = _mm512_div_ps(_mm512_set1_ps(1.0f), _mm512_load_ps(room.lanes[tile].sums));
     for (int64_t part = 0; part < room.parts; part++) {
       __m512i rows[16];
-      const float* from = room.outputs + (tile * room.parts + part) * kSums;
+      const float* from = room.outputs + (tile * room.parts + part) * kTileSums;
       for (int i = 0; i < 16; i++) rows[i] = (__m512i)_mm512_mul_ps(_mm512_load_ps(from + i * 16), by);
       turn(rows);
       const __mmask16 inside = size - part * 16 >= 16 ? 0xffff : 0xff;

@@ -11,7 +11,7 @@ using Vec = Vec512;
 struct Products {
   template <int P, bool kAdds>
   static void multiply(const uint16_t* a, int64_t apart, const uint16_t* b, int64_t count, float* sums) {
-    for (int p = 0; p < P; p++, a += apart, sums += kTileRows * kPanel) multiply_tile<kAdds>(a, b, count, sums);
+    for (int p = 0; p < P; p++, a += apart, sums += kTileSums) multiply_tile<kAdds>(a, b, count, sums);
   }
 
  private:
@@ -20,16 +20,16 @@ struct Products {
     __m512 all[kTileRows];
 #pragma GCC unroll 16
     for (int row = 0; row < kTileRows; row++) all[row] = kAdds ? _mm512_load_ps(sums + row * kPanel) : _mm512_setzero_ps();
-    for (int64_t i = 0; i < count * kGroup / 2; i++) {
-      const auto queries = (__m512bh)_mm512_load_si512(b + i * 2 * kPanel);
-      const uint16_t* pair = a + i / (kGroup / 2) * kTileRows * kGroup + i % (kGroup / 2) * 2;
+    for (int64_t tile = 0; tile < count; tile++, a += kTileValues, b += kTileValues)
+      for (int64_t pair = 0; pair < kGroup / 2; pair++) {
+        const auto queries = (__m512bh)_mm512_load_si512(b + pair * 2 * kPanel);
 #pragma GCC unroll 16
-      for (int row = 0; row < kTileRows; row++) {
-        int32_t both;
-        std::memcpy(&both, pair + row * kGroup, sizeof(both));
-        all[row] = _mm512_dpbf16_ps(all[row], queries, (__m512bh)_mm512_set1_epi32(both));
+        for (int row = 0; row < kTileRows; row++) {
+          int32_t both;
+          std::memcpy(&both, a + row * kGroup + 2 * pair, sizeof(both));
+          all[row] = _mm512_dpbf16_ps(all[row], queries, (__m512bh)_mm512_set1_epi32(both));
+        }
       }
-    }
 #pragma GCC unroll 16
     for (int row = 0; row < kTileRows; row++) _mm512_store_ps(sums + row * kPanel, all[row]);
   }
@@ -37,8 +37,6 @@ struct Products {
 
 }  // namespace
 }  // namespace freeexport
-
-#include "fused.h"
 
 #include "attention_bfloat16.h"
 

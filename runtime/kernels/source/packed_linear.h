@@ -24,7 +24,8 @@ constexpr int kGroup = 32;  // inputs that share a scale of the activations
 constexpr int kPanel = 16;  // outputs that are stored together
 constexpr int64_t kTaskRows = 64;  // maximum per task, quantized
 constexpr int64_t kTileRows = 16;  // in a tile of bfloat16
-constexpr int64_t kTileValues = kTileRows * kGroup;
+constexpr int64_t kTileValues = kTileRows * kGroup;  // 16-bit values of such a tile
+constexpr int64_t kTileSums = kTileRows * kPanel;    // and fp32 values of a product
 constexpr int64_t kPromptRows = 512;  // maximum per task, for a prompt's rows in tiles
 // Adding an integer d to the bits of the float -1.5 * 2^23 gives exactly the float -(1.5 * 2^23 +
 // d), if d has at most 22 bits. Sums of products therefore need no conversion. These bits are

@@ -142,6 +142,18 @@ layers = st.tuples(
 sequences = st.lists(st.tuples(pasts, st.integers(1, 60)), min_size=1, max_size=2)
 
 
+def assert_same_in_pieces(name, layer, call, packed, y, piece):
+    """Each piece of the rows of a finished call gives the same bits as the whole call gave, `y`."""
+    for b, (past, length) in enumerate(zip(call.past, call.lengths, strict=True)):
+        for row in range(0, length, piece):
+            count = min(piece, length - row)
+            key, value = (cache[b : b + 1].copy() for cache in (call.key, call.value))
+            key[:, :, past + row :] = value[:, :, past + row :] = np.nan  # unspecified, and never read
+            alone = Call(call.rows[b : b + 1, row : row + count], key, value, call.past[b : b + 1] + np.int32(row),
+                         np.array([count], np.int32))  # fmt: skip
+            np.testing.assert_array_equal(attend(name, layer, alone, packed, prompt=True)[0], y[b, row : row + count])
+
+
 @tiled
 @given(layers, sequences, st.integers(1, 40), st.booleans())
 @tries(60)
@@ -159,14 +171,7 @@ def test_attention_is_near_that_of_float64_and_a_row_has_the_same_bits_in_any_pi
     # A score of values about 1 is off by about 2^-9 sqrt(2 size) * 0.2, and so, relatively, are weights; these and
     # values by 2^-9 more, at random.
     assert np.sqrt(np.square(y - wanted).mean()) <= 0.01 * np.sqrt(np.square(wanted).mean())
-    for b, length in enumerate(lengths):
-        for row in range(0, length, piece):
-            count = min(piece, length - row)
-            key, value = (cache[b : b + 1].copy() for cache in (ours.key, ours.value))
-            key[:, :, past[b] + row :] = value[:, :, past[b] + row :] = np.nan  # unspecified, and never read
-            alone = Call(call.rows[b : b + 1, row : row + count], key, value, call.past[b : b + 1] + np.int32(row),
-                         np.array([count], np.int32))  # fmt: skip
-            np.testing.assert_array_equal(attend(name, layer, alone, packed, prompt=True)[0], y[b, row : row + count])
+    assert_same_in_pieces(name, layer, ours, packed, y, piece)
 
 
 @tiled
@@ -273,13 +278,7 @@ def test_rows_of_long_prompts_are_in_bfloat16_from_a_position_on(kinds, piece):
         late, expected = y[b, early:length], wanted[b, early:length]
         assert early == length or (late != plain[b, early:length]).mean() > 0.9
         assert np.sqrt(np.square(late - expected).sum()) <= 0.01 * np.sqrt(np.square(expected).sum())
-        for row in range(0, length, piece):
-            count = min(piece, length - row)
-            key, value = (cache[b : b + 1].copy() for cache in (ours.key, ours.value))
-            alone = Call(call.rows[b : b + 1, row : row + count], key, value, call.past[b : b + 1] + np.int32(row),
-                         np.array([count], np.int32))  # fmt: skip
-            again = attend("avx512-bf16", layer, alone, True, prompt=True)
-            np.testing.assert_array_equal(again[0], y[b, row : row + count])
+    assert_same_in_pieces("avx512-bf16", layer, ours, True, y, piece)
 
 
 @long_prompts
