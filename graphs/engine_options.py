@@ -20,6 +20,7 @@ from graphs.quantization.plan import ROUNDING, FormatPlan, rounding_for, shared_
 from runtime.bundle.costs import MAX_PENDING
 from runtime.bundle.manifest import (
     ACTIVATION_KERNELS,
+    FLOAT_KERNELS,
     Activations,
     CacheType,
     ChosenCache,
@@ -101,7 +102,7 @@ class EngineOptions:
             )
         if not 1 <= self.max_pending <= 256:
             raise GraphError(f"max_pending {self.max_pending} is out of range; choose 1 to 256")
-        if self.head is not None and self.plan is None:
+        if self.head is not None and self.precision in FLOAT_TYPES:
             quantized = " or ".join(ROUNDING[self.target].plans)
             raise GraphError(
                 f"precision {self.precision} does not quantize weights, so --head {self.head} has "
@@ -117,20 +118,29 @@ class EngineOptions:
             raise GraphError(f"{needs}, but {reason}; choose {instead}--precision fp32")
         if self.kernels == "freeexport" and (self.plan is None or self.target != "cpu"):
             raise GraphError(
-                "--kernels freeexport is for weights that are quantized for a CPU, "
+                "--kernels freeexport is for fp32 and for weights that are quantized for a CPU, "
                 f"not for precision {self.precision} of target {self.target}; leave it out"
             )
         self._check_target(description)
         fits = self.own_attention(description) or fits_head_size(description.attention)
         if self.dialect == "ort" and not fits:
             raise GraphError(f"{misfit(description.attention)}; choose --dialect standard")
+        if self.kernels == "freeexport" and self.precision == "fp32":
+            self._check_floats(description)
         if self.activations != "int8":
             self._check_kernels(f"--activations {self.activations}")
         if self.kv_cache is not None:
             self._check_cache(description)
 
+    def _check_floats(self, description: Description) -> None:
+        if not self.own_attention(description):
+            raise GraphError(
+                f"--kernels freeexport does not support the attention of {description.family} with "
+                "precision fp32; leave it out"
+            )
+
     def _check_kernels(self, option: str) -> None:
-        if self.kernels != "freeexport":
+        if self.kernels != "freeexport" or self.precision == "fp32":
             raise GraphError(
                 f"{option} needs freeexport's own kernels (--precision int8, int4 or mixed on a "
                 f"CPU), not precision {self.precision} of target {self.target} with kernels of "
@@ -190,7 +200,12 @@ class EngineOptions:
 
     def own_attention(self, description: Description) -> bool:
         """Return True if decoders use this project's attention kernels."""
-        if any(layer.joined for layer in description.decoder.layers):
+        layers = description.decoder.layers
+        if any(layer.joined for layer in layers):
+            return False
+        # No operator caps scores and reads a prompt's keys in fp32.
+        capped = any(layer.cross is not None and layer.cross.softcap for layer in layers)
+        if capped and self.precision == "fp32":
             return False
         return self.kernels == "freeexport" and has_attention_kernel(description.attention)
 
@@ -204,15 +219,17 @@ class EngineOptions:
         )
 
     def cache_type(self, description: Description) -> CacheType:
-        """Return the type of keys and values. Our attention kernels read fp16 or int8."""
-        own = self.own_attention(description)
-        return self.kv_cache or ("fp16" if own else self.float_type)
+        """Return the type of keys and values. Our kernels read fp16 or int8, and fp32 in fp32."""
+        halves = self.own_attention(description) and self.precision != "fp32"
+        return self.kv_cache or ("fp16" if halves else self.float_type)
 
     @property
     def kernels_version(self) -> int | None:
         """Version of our operators that the graphs need. None: only ONNX Runtime's."""
         if self.kernels != "freeexport":
             return None
+        if self.precision == "fp32":
+            return FLOAT_KERNELS
         return ACTIVATION_KERNELS[self.activations]
 
     @property
@@ -222,7 +239,7 @@ class EngineOptions:
 
     @property
     def plan(self) -> FormatPlan | None:
-        """Formats of quantized weights. None if weights are not quantized."""
+        """Formats of weights that are quantized or in panels. None if weights are neither."""
         return rounding_for(self.target, self.kernels).plan(self.precision, self.head)
 
     def wanted(

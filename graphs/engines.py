@@ -117,7 +117,7 @@ class EngineBuilder:
     @property
     def quantization(self) -> Quantization | None:
         """Quantization of the engines built so far. None if weights are not quantized."""
-        if self.options.plan is None:
+        if self.options.precision in FLOAT_TYPES:
             return None
         return Quantization(tuple(self._quantizer.engines), tuple(self._quantizer.higher))
 
@@ -320,9 +320,11 @@ class EngineBuilder:
         read = tables.get("shallow" if engine == "exit" and not self.options.exit_layer else engine)
         if self._rounding.embedding and isinstance(read, Embedding):
             table = read.table
+            tied = products.own and table == decoder.head.weight
             # A 4-bit head would be too coarse a table.
-            tied = products.own and table == decoder.head.weight and plan.head == "int8-block"
-            passes.append(QuantizeEmbedding(self._quantizer, table, tied))
+            in_panels = plan.head == "fp32" or (tied and plan.head == "int8-block")
+            panels = plan.head if in_panels else None
+            passes.append(QuantizeEmbedding(self._quantizer, table, panels))
         return passes
 
     def _graph(self, name: str) -> Graph:

@@ -13,8 +13,9 @@ import onnx
 import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
-from graphs.quantization.panels import in_panels
+from graphs.quantization.panels import BITS, FLOAT_DTYPES, floats_in_panels, in_panels
 from graphs.quantization.rounding import Rounded, round_4_bits, round_8_bits
+from runtime.bundle.quantization import TensorFormat
 from runtime.kernels import DOMAIN, LIBRARY
 from tools.kernel_rows import PackedProduct, PackedWeight, load
 
@@ -25,11 +26,12 @@ INSTRUCTIONS = ("avx2", "avx2-vnni", "avx512", "avx512-vnni", "avx512-bf16", "am
 
 @dataclass(frozen=True)
 class Case:
-    """A quantized weight [outputs, inputs].
+    """A weight [outputs, inputs], quantized or of floats.
 
     Attributes:
         packed: The weight in the layout of the kernels.
         values: The dequantized weight, float64 [outputs, inputs].
+        bfloat16: Its floats are bfloat16.
     """
 
     outputs: int
@@ -39,6 +41,7 @@ class Case:
     packed: Rounded
     values: np.ndarray
     bias: np.ndarray | None = None
+    bfloat16: bool = False
 
     @property
     def tensors(self) -> dict[str, np.ndarray | None]:
@@ -64,6 +67,14 @@ def random_case(
         offsets = rng.standard_normal(rounded.scales.shape).astype(np.float16)
         rounded = replace(rounded, zero_points=None, offsets=offsets)
     return case_of(rounded, inputs, bits, block, rng.standard_normal(outputs) if bias else None)
+
+
+def float_case(rng: np.random.Generator, outputs: int, inputs: int, format_: TensorFormat, bias: bool = False) -> Case:
+    """Return a random weight of floats."""
+    weight = rng.standard_normal((outputs, inputs)).astype(FLOAT_DTYPES[format_]).astype(np.float32)
+    packed = Rounded(floats_in_panels(weight, format_), None, None, 0)
+    given = rng.standard_normal(outputs).astype(np.float32) if bias else None
+    return Case(outputs, inputs, BITS[format_], 32, packed, weight.astype(np.float64), given, format_ == "bf16")
 
 
 def case_in_file(rng: np.random.Generator, outputs: int, inputs: int, bits: int, block: int) -> Case:
@@ -176,7 +187,8 @@ def multiply(
 
 
 def _weight(case: Case) -> PackedWeight:
-    return PackedWeight(case.outputs, case.inputs, case.bits, case.block, *map(_address, case.tensors.values()))
+    tensors = map(_address, case.tensors.values())
+    return PackedWeight(case.outputs, case.inputs, case.bits, case.block, *tensors, bfloat16=case.bfloat16)
 
 
 def _address(array: np.ndarray | None) -> int | None:
@@ -205,6 +217,7 @@ def session(case: Case, threads: int = 1, **changes: object) -> ort.InferenceSes
         changes: Attributes, or tensors by the names of inputs. `skip` adds a second input to the graph.
     """
     attributes = {"N": case.outputs, "K": case.inputs, "bits": case.bits, "block_size": case.block}
+    attributes["bfloat16"] = int(case.bfloat16)
     tensors = dict.fromkeys(INPUTS) | case.tensors
     for name, value in changes.items():
         (tensors if name in tensors else attributes)[name] = value
@@ -218,6 +231,7 @@ def session(case: Case, threads: int = 1, **changes: object) -> ort.InferenceSes
 def packed_rows(case: Case, constant: bool = True, **changes: Any) -> ort.InferenceSession:
     """Return a session of one PackedRows node: indices -> rows."""
     attributes = {"N": case.outputs, "K": case.inputs, "block_size": case.block, "bits": case.bits} | changes
+    attributes.setdefault("bfloat16", int(case.bfloat16))
     given = {"indices": TensorProto.INT64} | ({} if constant else {"data": TensorProto.UINT8})
     tensors = {name: getattr(case.packed, name) for name in ("data", "scales", "offsets", "multiples")}
     constants = {name: array for name, array in tensors.items() if name not in given and array is not None}

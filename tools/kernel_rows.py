@@ -5,7 +5,7 @@
 Times the layers' products and the head of SmolLM2-135M with 1 to 8 rows, or up to 64 (--rows). The
 weights are random and do not fit the processor's caches. --against names a library of another
 build: the two take turns, and their results must have the same bits. --wide also times activations
-in 16 bits. With --threads, each thread
+in 16 bits, and --floats weights in bfloat16 and fp32. With --threads, each thread
 has its share of the outputs of every product, and no thread waits for another. Times are the
 processor time of the slowest thread, 10 % quantiles, because other processes only make calls
 slower. "stream" is the time in which as many threads read as many bytes with numpy. Run from the
@@ -34,7 +34,7 @@ from tools.data.splits import run_tool
 from tools.timings import save_timings
 
 QUANTILE = 0.1
-MEMORY = 256 << 20
+MEMORY = 1 << 30
 LAYERS = 30
 PANEL = 16  # outputs that are stored together
 COUNTS = (*range(1, 9), 12, 16, 24, 32, 40, 48, 64)  # rows that are timed
@@ -54,7 +54,7 @@ class PackedWeight(ctypes.Structure):
             (name, ctypes.c_void_p)
             for name in ("data", "scales", "zeros", "offsets", "bias", "multiples")
         ),
-        ("pairs", ctypes.c_int),
+        *((name, ctypes.c_int) for name in ("pairs", "bfloat16")),
     )
 
 
@@ -112,11 +112,20 @@ class Pages:
 def part(
     pages: Pages, name: str, bits: int, shapes: Iterable[tuple[int, int, int, bool]]
 ) -> ModelPart:
-    """Return a part with random weights: 4 bits in blocks of 32 with offsets, 8 bits of 64."""
+    """Return a part with random weights: 4 bits in blocks of 32 with offsets, 8 bits of 64, floats.
+
+    16 bits are bfloat16.
+    """
     rng = np.random.default_rng(bits)
     began = pages.used
 
     def weight(outputs: int, inputs: int) -> PackedWeight:
+        if bits >= 16:
+            values = rng.standard_normal(outputs * inputs, np.float32).view(np.uint32)
+            floats = (values >> 16).astype(np.uint16) if bits == 16 else values
+            made = PackedWeight(outputs, inputs, bits, 32, bfloat16=int(bits == 16))
+            made.data = pages.add(floats.view(np.uint8))
+            return made
         block = 32 if bits == 4 else 64
         scales = rng.random((2, outputs * inputs // block), np.float32).astype(np.float16)
         made = PackedWeight(outputs, inputs, bits, block)
@@ -154,6 +163,7 @@ def share(product: PackedProduct, thread: int, threads: int) -> PackedProduct:
         scales = first * PANEL * 2 * (weight.inputs // max(1, weight.block))
         if weight.data:
             weight.data += first * PANEL * weight.inputs * weight.bits // 8
+        if weight.scales:
             weight.scales += scales
         if weight.offsets:
             weight.offsets += scales
@@ -192,11 +202,17 @@ def multiply(
 
 
 def measure(
-    libraries: dict[str, Path], rounds: int, most: int, threads: int = 1, wide: bool = False
+    libraries: dict[str, Path],
+    rounds: int,
+    most: int,
+    threads: int = 1,
+    wide: bool = False,
+    floats: bool = False,
 ) -> list[dict[str, Any]]:
     """Return a row for each part and library, with milliseconds by number of rows up to `most`.
 
-    With `wide`, also for each part with activations in 16 bits.
+    With `wide`, also for each part with activations in 16 bits. With `floats`, for layers in
+    bfloat16 and in fp32 instead.
 
     Raises:
         EngineError: If libraries return different results.
@@ -208,6 +224,9 @@ def measure(
         part(pages, "int8 head", 8, HEAD),
     ]
     parts += [widened(item) for item in parts] if wide else []
+    if floats:
+        parts = [part(pages, "bf16 layers", 16, LAYER * LAYERS)]
+        parts.append(part(pages, "fp32 layers", 32, LAYER * LAYERS))
     calls = {name: load(path) for name, path in libraries.items()}
     shapes = (*LAYER, *HEAD)
     inputs = max(shape[1] for shape in shapes)
@@ -273,13 +292,20 @@ def measure(
 @click.option("--rows", default=8, type=click.IntRange(1), help="Maximum number of rows.")
 @click.option("--threads", default=1, type=click.IntRange(1), help="Threads.")
 @click.option("--wide", is_flag=True, help="Also time activations in 16 bits.")
+@click.option("--floats", is_flag=True, help="Time weights in bfloat16 and fp32 instead.")
 @click.option("--save", type=click.Path(path_type=Path), help="JSON file to write.")
 def main(
-    against: Path | None, rounds: int, rows: int, threads: int, wide: bool, save: Path | None
+    against: Path | None,
+    rounds: int,
+    rows: int,
+    threads: int,
+    wide: bool,
+    floats: bool,
+    save: Path | None,
 ) -> None:
     libraries = {"this": LIBRARY} | ({"other": against} if against else {})
     with other_load() as other:
-        found = measure(libraries, rounds, rows, threads, wide)
+        found = measure(libraries, rounds, rows, threads=threads, wide=wide, floats=floats)
     for row in found:
         one = row["milliseconds"][1]
         each = [f"{taken:.2f} ({taken / one:.2f})" for taken in row["milliseconds"].values()]
@@ -293,6 +319,7 @@ def main(
         command = "python -m tools.kernel_rows" + (" --against OTHER" if against else "")
         command += f" --rounds {rounds} --rows {rows} --threads {threads}"
         command += " --wide" if wide else ""
+        command += " --floats" if floats else ""
         save_timings(save, command, other.cores, found)
 
 

@@ -37,10 +37,14 @@ PRODUCTS = (
     *("MatMul", "FusedMatMul", "Gemm"),
 )
 ATTENTION = (
+    "CachedAttention",
+    "CappedAttention",
     "HalfAttention",
     "Int8Attention",
+    "CrossAttention",
     "HalfCrossAttention",
     "CappedCrossAttention",
+    "EncoderAttention",
     "GroupQueryAttention",
     "MultiHeadAttention",
     "Attention",

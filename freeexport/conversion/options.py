@@ -24,7 +24,7 @@ from runtime.bundle.manifest import (
     Target,
 )
 from runtime.errors import OptionError
-from runtime.kernels import missing
+from runtime.kernels import instructions, missing
 
 # Long enough for most uses, while keeping a slot of the KV cache small.
 DEFAULT_CAPACITY = 2048
@@ -102,6 +102,19 @@ class ConvertOptions:
         return given or min(DEFAULT_ENCODER_CAPACITY, most or DEFAULT_ENCODER_CAPACITY)
 
 
+def _fits_own_floats(description: Description, options: ConvertOptions) -> bool:
+    """Return True if our kernels are available, fast, and support the model in fp32 on a CPU."""
+    in_fp32 = EngineOptions(exit_layer=1, capacity=1, kernels="freeexport")
+    return (
+        options.target == "cpu"
+        and options.precision in (None, "fp32")
+        and options.dialect != "standard"
+        and missing() is None
+        and not instructions().startswith("scalar")
+        and in_fp32.own_attention(description)
+    )
+
+
 def engine_options(
     description: Description, options: ConvertOptions, exit_layer: int
 ) -> EngineOptions:
@@ -116,7 +129,7 @@ def engine_options(
     attention = description.attention
     dialect, precisions = TARGETS[options.target]
     precision = options.precision or precisions[0]
-    # Use our kernels for weights quantized for a CPU, if their library is available here.
+    # Use our kernels on a CPU, if their library is available here.
     quantized = options.target == "cpu" and precision in ROUNDING["cpu"].plans
     problem = missing() if quantized and options.kernels is None else None
     if problem is not None and options.kv_cache is not None:
@@ -124,6 +137,8 @@ def engine_options(
     if problem is not None and options.activations != "int8":
         raise OptionError(f"--activations {options.activations}: {problem}; or leave it out")
     kernels = options.kernels or ("freeexport" if quantized and problem is None else "onnxruntime")
+    if options.kernels is None and not quantized and _fits_own_floats(description, options):
+        kernels = "freeexport"
     # Use fused operators if they or our kernels support the model's heads.
     fits = fits_head_size(attention) or (
         kernels == "freeexport" and has_attention_kernel(attention)

@@ -343,8 +343,10 @@ def _compare(
     shares = [len(range(number, total, len(settings))) for number in range(len(settings))]
     count = -(-shares[0] // answer)
     answer = min(answer, shares[0])
-    differs_from = None if bundle.manifest.kernels is None else prompt_differs_from()
-    alike = differs_from is None or differs_from >= bundle.manifest.capacity
+    manifest = bundle.manifest
+    in_fp32 = manifest.kernels is None or manifest.precision == "fp32"
+    differs_from = None if in_fp32 else prompt_differs_from()
+    alike = differs_from is None or differs_from >= manifest.capacity
     outcome = Equality(total, answer, reads_alike=alike)
     name = instructions() if missing() is None else "none"
     with progress("comparing", total + count * answer) as advance:

@@ -264,8 +264,9 @@ class KernelDialect(OrtDialect):
     """Implements `graphs.dialects.base.Dialect` with this project's attention kernels.
 
     A row gets the same bits in every call, whatever other rows are in it. Keys and values of
-    decoders are float16, or 8 bits with a scale for each head and position. Attention reads flat
-    rows, padded or, with `packing`, packed.
+    decoders are float16, or 8 bits with a scale for each head and position, or float32. With
+    float32, prompts are not read in bfloat16. Attention reads flat rows, padded or, with `packing`,
+    packed.
     """
 
     def self_attention(self, x: ir.Value, attention: Attention, layer: int | str) -> ir.Value:
@@ -281,8 +282,10 @@ class KernelDialect(OrtDialect):
             for norm in norms
         ]
         table = None if bias is None else distance_table(graph, bias)
+        operators = {ir.DataType.INT8: "Int8Attention", ir.DataType.FLOAT16: "HalfAttention"}
+        in_fp32 = "CappedAttention" if attention.softcap else "CachedAttention"
         out, *present = graph.ops(
-            "Int8Attention" if graph.cache == ir.DataType.INT8 else "HalfAttention",
+            operators.get(graph.cache, in_fp32),
             [rows, *past, call.past_lengths, call.query_lengths, cos, sin, table, *weights],
             3,
             DOMAIN,
@@ -294,6 +297,7 @@ class KernelDialect(OrtDialect):
             packed=int(self._packing is not None),
             epsilon=next((norm.epsilon for norm in norms if norm), 0.0),
             softcap=attention.softcap or 0.0,
+            **self._exact,
         )
         key_value_outputs(graph, "present", layer, attention, "cache", present)
         return self._typed(out, attention)
@@ -304,8 +308,9 @@ class KernelDialect(OrtDialect):
         rows = cross_query(graph, x, attention, layer)
         prompt = key_value_inputs(graph, "cross", layer, attention, "E", "P")
         capped: dict[str, Any] = {} if attention.softcap is None else {"softcap": attention.softcap}
+        in_halves = "CappedCrossAttention" if capped else "HalfCrossAttention"
         out = graph.op(
-            "CappedCrossAttention" if capped else "HalfCrossAttention",
+            "CrossAttention" if self._exact else in_halves,
             [rows, *prompt, call.cross_lengths, call.query_lengths],
             DOMAIN,
             num_heads=attention.heads,
@@ -314,6 +319,7 @@ class KernelDialect(OrtDialect):
             scale=attention.scale,
             packed=int(self._packing is not None),
             **capped,
+            **self._exact,
         )
         return self._typed(out, attention)
 
@@ -335,8 +341,14 @@ class KernelDialect(OrtDialect):
             kv_num_heads=attention.kv_heads,
             head_size=attention.head_dim,
             scale=attention.scale,
+            **self._exact,
         )
         return self._typed(out, attention)
+
+    @property
+    def _exact(self) -> dict[str, int]:
+        """Attributes of attention operators if prompts are read in fp32, too."""
+        return {"exact": 1} if self.graph.cache == ir.DataType.FLOAT else {}
 
     @cached_property
     def _prompt_lengths(self) -> ir.Value:

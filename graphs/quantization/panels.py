@@ -1,18 +1,24 @@
-"""Quantized weights in the layout of this project's kernels, including weights kept as in their
-file.
-"""
+"""Weights in the layout of this project's kernels: quantized, as in their file, or as floats."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import ml_dtypes
 import numpy as np
 
 from graphs.quantization.rounding import Rounded, row_chunks, unpacked
 from runtime.bundle.quantization import TensorFormat
 
+# Formats of floats, the first preferred.
+FLOAT_DTYPES: dict[TensorFormat, np.dtype] = {
+    "bf16": np.dtype(ml_dtypes.bfloat16),
+    "fp16": np.dtype(np.float16),
+    "fp32": np.dtype(np.float32),
+}
 BITS: dict[TensorFormat, int] = {"int4": 4, "int5": 5, "int6": 6, "int8-block": 8}
+BITS |= {format_: 8 * dtype.itemsize for format_, dtype in FLOAT_DTYPES.items()}
 PANEL = 16  # outputs stored together
 GROUP = 32  # inputs that share a scale of the activations
 
@@ -76,6 +82,36 @@ def in_panels(rounded: Rounded, inputs: int, bits: int) -> Rounded:
         multiples = _by_panel(multiples.reshape(outputs, -1), panels)
     scales = _by_panel(rounded.scales, panels)
     return Rounded(packed, scales, zeros, rounded.error, offsets, multiples)
+
+
+def narrowest(weight: np.ndarray) -> TensorFormat:
+    """Return the narrowest format of floats that has all values of a float32 weight."""
+
+    def has_all(dtype: np.dtype) -> bool:
+        pieces = (weight[rows] for rows in row_chunks(weight))
+        return all(
+            np.array_equal(piece.astype(dtype).astype(np.float32), piece) for piece in pieces
+        )
+
+    with np.errstate(over="ignore"):
+        return next(format_ for format_, dtype in FLOAT_DTYPES.items() if has_all(dtype))
+
+
+def floats_in_panels(weight: np.ndarray, format_: TensorFormat) -> np.ndarray:
+    """Lay out a float32 weight [outputs, inputs] in panels of 16 outputs, padded with zeros.
+
+    Returns:
+        uint8 [panels, groups, bytes]: values [32 inputs][16 outputs] of `format_`, which has all
+        values of the weight.
+    """
+    outputs, inputs = weight.shape
+    panels = -(-outputs // PANEL)
+    groups = -(-inputs // GROUP)
+    packed = np.zeros((panels, groups * GROUP, PANEL), FLOAT_DTYPES[format_])
+    for panel in range(panels):
+        rows = weight[panel * PANEL : (panel + 1) * PANEL]
+        packed[panel, :inputs, : len(rows)] = rows.T
+    return packed.view(np.uint8).reshape(panels, groups, -1)
 
 
 def _planes(above: np.ndarray, bits: int) -> Iterator[np.ndarray]:

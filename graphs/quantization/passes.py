@@ -67,8 +67,10 @@ class Part:
 
     @property
     def attributes(self) -> dict[str, Any]:
-        bits = BITS[self.stored.format]
-        return {"N": self.outputs, "K": self.inputs, "bits": bits, "block_size": self.stored.block}
+        stored = self.stored
+        sizes = {"N": self.outputs, "K": self.inputs, "bits": BITS[stored.format]}
+        kind = {"bfloat16": 1} if stored.format == "bf16" else {}
+        return {**sizes, "block_size": stored.block, **kind}
 
 
 class Products:
@@ -167,7 +169,8 @@ class QuantizeLinears(ir.passes.InPlacePass):
     """Quantizes the weights of products.
 
     Before: products with weights are Gemm(x, W, bias) with W [outputs, inputs], not yet written.
-    After: those whose weights were quantized are `products`, and no weight is unused.
+    After: those whose weights were quantized, or laid out for this project's kernels, are
+    `products`, and no weight is unused.
 
     Args:
         quantizer: Stores the weights and records the results.
@@ -210,12 +213,12 @@ class QuantizeLinears(ir.passes.InPlacePass):
             assert tensor is not None
             parts = self._parts(tensor)
             stored = [self._store(part) for part in parts]
-            if not all(part.rounded for part in stored):  # one product must read all parts
+            if not all(part.replaces for part in stored):  # one product must read all parts
                 parts = [tensor]
                 stored = [self._store(tensor)]
             for part, result in zip(parts, stored, strict=True):
                 self._stored[str(part.name)] = result
-            if stored[0].rounded:
+            if stored[0].replaces:
                 self._replace(model.graph, node, parts, stored)
         if self._products.domain:
             model.graph.opset_imports[self._products.domain] = 1
@@ -226,7 +229,7 @@ class QuantizeLinears(ir.passes.InPlacePass):
     def ensures(self, model: ir.Model) -> None:
         for node in _gemms(model.graph):
             tensor = unread(node.inputs[1])
-            if tensor is not None and self._stored[str(tensor.name)].rounded:
+            if tensor is not None and self._stored[str(tensor.name)].replaces:
                 raise ir.passes.PostconditionError(
                     f"{node.name} still reads the original of a quantized weight"
                 )
@@ -317,17 +320,19 @@ def _rows_of(tensor: ir.LazyTensor, start: int, end: int) -> ir.TensorProtocol:
 
 
 class QuantizeEmbedding(ir.passes.InPlacePass):
-    """Quantizes the embedding.
+    """Quantizes the embedding, or lays it out for this project's kernels.
 
     Before: Gather reads rows of the unwritten float32 tensor `table` [rows, d]. After:
-    GatherBlockQuantized reads 8-bit rows in blocks, or PackedRows reads a packed weight: one that
-    keeps its bits from the checkpoint, or an 8-bit head that the table is `tied` to.
+    GatherBlockQuantized reads 8-bit rows in blocks, or PackedRows reads a weight in panels: one
+    that keeps its bits from the checkpoint, or one in the format `panels`.
     """
 
-    def __init__(self, quantizer: Quantizer, table: str, tied: bool = False) -> None:
+    def __init__(
+        self, quantizer: Quantizer, table: str, panels: TensorFormat | None = None
+    ) -> None:
         self._quantizer = quantizer
         self._table = table
-        self._tied = tied
+        self._panels = panels
 
     def requires(self, model: ir.Model) -> None:
         if len(self._lookups(model.graph)) != 1:
@@ -340,21 +345,19 @@ class QuantizeEmbedding(ir.passes.InPlacePass):
         tensor = unread(node.inputs[0])
         index = node.inputs[1]
         assert tensor is not None
-        packed = self._tied or self._quantizer.kind(str(tensor.name))
-        weight = self._quantizer.store(tensor, "int8-block") if packed else None
-        if weight is not None and weight.rounded:
+        packed = self._panels or self._quantizer.kind(str(tensor.name))
+        weight = self._quantizer.store(tensor, self._panels or "int8-block") if packed else None
+        if weight is not None and weight.replaces:
             stored = weight
         else:
             stored = self._quantizer.store_table(tensor)
         operands = {name: external(graph, part) for name, part in stored.operands.items()}
         data = operands["data"]
-        scales = operands["scales"]
         if stored is weight:
             outputs, inputs = tensor.shape.numpy()
-            attributes = {"N": outputs, "K": inputs, "block_size": stored.block}
-            if stored.format != "int8-block":
-                attributes["bits"] = BITS[stored.format]
-            given = [index, data, scales, operands.get("offsets"), operands.get("multiples")]
+            attributes = Part(stored, operands, outputs, inputs).attributes
+            more = [operands.get(name) for name in ("scales", "offsets", "multiples")]
+            given: list[ir.Value | None] = [index, data, *more]
             while given[-1] is None:
                 given.pop()
             rows = tape.op("PackedRows", given, attributes, domain=DOMAIN)
@@ -368,7 +371,10 @@ class QuantizeEmbedding(ir.passes.InPlacePass):
                 "quantize_axis": 1,
             }
             rows = tape.op(
-                "GatherBlockQuantized", [data, index, scales], attributes, domain=MICROSOFT
+                "GatherBlockQuantized",
+                [data, index, operands["scales"]],
+                attributes,
+                domain=MICROSOFT,
             )
         ir.convenience.replace_nodes_and_values(
             graph, node, [node], tape.nodes, node.outputs, [rows]
@@ -440,10 +446,12 @@ def _with_gate(graph: ir.Graph, node: ir.Node) -> None:
         return
     if len(up.inputs) > BIAS and up.inputs[BIAS] is not None:
         return
+    if (up.inputs[SCALES] is None) != (node.inputs[SCALES] is None):  # one has floats
+        return
     node.resize_inputs(INPUTS)
     for place, part in zip(UP, WEIGHT, strict=True):
         node.replace_input_with(place, up.inputs[part])
-    for name in ("bits", "block_size"):
+    for name in ("bits", "block_size", "bfloat16"):
         node.attributes[f"up_{name}"] = ir.AttrInt64(f"up_{name}", up.attributes.get_int(name, 0))
     _take_over(graph, node.outputs[0], times.outputs[0], [up, times])
 

@@ -38,7 +38,7 @@ class Rounding:
     """How weights are rounded for a target.
 
     Attributes:
-        plans: Formats by precision.
+        plans: Formats by precision. fp32 with operators that read weights in panels.
         scheme: Rounds weights to a format.
         products: Operators that multiply with rounded weights.
         embedding: Also round the table that tokens are looked up in.
@@ -69,7 +69,13 @@ _CPU = Rounding(
     OrtProducts(),
     True,
 )
-_CPU_OWN = replace(_CPU, scheme=IntegerScheme(offsets=True), products=PackedProducts())
+_FLOATS: dict[Precision, FormatPlan] = {"fp32": FormatPlan("fp32", "fp32", "fp32", "fp32")}
+_CPU_OWN = replace(
+    _CPU,
+    plans={**_CPU.plans, **_FLOATS},
+    scheme=IntegerScheme(offsets=True),
+    products=PackedProducts(),
+)
 _CPU_WIDE = replace(_CPU_OWN, products=PackedProducts("int16"))
 # MatMulNBits is the only CUDA kernel that reads quantized weights directly.
 _CUDA = Rounding(_BLOCKS, IntegerScheme(blocks=()), OrtProducts(rounds_activations=False))

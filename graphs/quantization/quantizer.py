@@ -11,7 +11,15 @@ import numpy as np
 import onnx_ir as ir
 
 from graphs.graph import STACK
-from graphs.quantization.panels import BITS, InFile, in_panels
+from graphs.quantization.panels import (
+    BITS,
+    FLOAT_DTYPES,
+    GROUP,
+    InFile,
+    floats_in_panels,
+    in_panels,
+    narrowest,
+)
 from graphs.quantization.rounding import BLOCK, Rounded, Scheme, round_4_bits, side_by_side
 from graphs.weights import WeightFile
 from runtime.bundle.quantization import EnginePrecision, HigherTensor, TensorFormat
@@ -33,7 +41,8 @@ class Stored:
 
     Attributes:
         format: Format that the weight has.
-        operands: Its tensors, a subset of `OPERANDS`. Empty if the weight is not quantized.
+        operands: Its tensors, a subset of `OPERANDS`. Empty if the weight is not quantized, nor
+            laid out for this project's kernels.
         block: Inputs that share a scale.
         bytes: Size of all tensors.
         lost: Relative error in the requested format.
@@ -50,7 +59,8 @@ class Stored:
     kind: str = ""
 
     @property
-    def rounded(self) -> bool:
+    def replaces(self) -> bool:
+        """True if operators read these tensors instead of the weight."""
         return bool(self.operands)
 
     @property
@@ -147,6 +157,8 @@ class Quantizer:
         lost = None
         # Graphs read float32, whatever type the tensor is written in.
         array = tensor.numpy()
+        if self._own and wanted in FLOAT_DTYPES:
+            return self._as_floats(name, array)
         fitted = any(part in self._given for part in name.split(STACK))
         while format_ is not None and format_ in scheme.limits:
             rounded, block = scheme.round(array, format_, self._scales(tensor))
@@ -166,6 +178,12 @@ class Quantizer:
                 return self._write(name, format_, rounded, block, lost)
             format_ = scheme.higher.get(format_)
         return Stored(FLOATS[tensor.dtype], {}, 0, tensor.nbytes, lost or 0.0, 0.0)
+
+    def _as_floats(self, name: str, array: np.ndarray) -> Stored:
+        format_ = narrowest(array)
+        panels = partial(floats_in_panels, array, format_)
+        data = self._weights.add(f"{name}.{format_}.data", ir.DataType.UINT8, panels)
+        return Stored(format_, {"data": data}, GROUP, data.nbytes, 0.0, 0.0)
 
     def _as_in_file(self, name: str, names: list[str], inputs: int) -> Stored:
         tensors = [part for each in names if (part := self._in_file(each)) is not None]

@@ -48,7 +48,9 @@ ChosenCache = Literal["int8"]
 Activations = Literal["int8", "int16"]
 # Version of this project's operators that a new bundle needs.
 ACTIVATION_KERNELS: dict[Activations, int] = {"int8": 9, "int16": 10}
-# Operators that multiply with quantized weights on a CPU.
+# The same for a bundle in fp32 with these operators.
+FLOAT_KERNELS = 11
+# Operators that multiply with weights on a CPU.
 Kernels = Literal["onnxruntime", "freeexport"]
 # Format of a quantized model's head. "int8" is in blocks.
 HeadPrecision = Literal["int8", "int4"]

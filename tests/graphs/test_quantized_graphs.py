@@ -213,10 +213,11 @@ def test_value_projections_that_heads_share_keep_8_bits(bundle: Bundles) -> None
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"precision": "fp16"}, {"precision": "int8", "target": "cuda", "dialect": "standard"}]
+    "options",
+    [{"precision": "fp16"}, {"precision": "int8", "target": "cuda", "dialect": "standard"}],
 )
 def test_what_is_not_rounded_for_a_cpu_has_no_kernels(options: dict[str, Any], bundle: Bundles) -> None:
-    with pytest.raises(GraphError, match="--kernels freeexport is for weights that are quantized for a CPU"):
+    with pytest.raises(GraphError, match="--kernels freeexport is for fp32 and for weights that are quantized"):
         bundle(BY_NAME["llama-tied"], 1, **OWN, **options)
 
 

@@ -112,5 +112,5 @@ def test_dialects_of_heads_of_40(kernels: Any, bundle: Bundles) -> None:
     """ONNX Runtime's fused attention with rotary positions has no kernel for them, its own without has one."""
     with Session(bundle(T5, precision="int8", kernels=kernels), threads=1) as session:
         assert session.manifest.dialect == "ort"
-    with Session(bundle(LLAMA, precision="fp32"), threads=1) as session:
-        assert session.manifest.dialect == "standard"
+    with Session(bundle(LLAMA, precision="fp32", kernels=kernels), threads=1) as session:
+        assert session.manifest.dialect == ("ort" if kernels == "freeexport" else "standard")

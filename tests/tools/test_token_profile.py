@@ -18,7 +18,7 @@ def test_a_bundle_is_profiled_kernel_by_kernel(bundle: Bundles) -> None:
     assert found.token > sum(found.engines.values()) > 0
     assert found.opened > 0
     shown = format_profile(found, 0)
-    assert "GroupQueryAttention" in shown
+    assert "CachedAttention" in shown
     assert "between them" in shown
 
 

@@ -22,6 +22,7 @@ struct Kernel {
   const Kernels* kernels;
   Attention attention;
   bool given[kInputs];
+  bool exact;  // prompts have the bits of other rows
 };
 
 ort::Status* read_sizes(const ort::KernelInfo* info, Kernel* kernel) {
@@ -60,7 +61,7 @@ ort::Status* read_attributes(const ort::KernelInfo* info, Kernel* kernel) {
 
 ort::Status* begin_kernel(const ort::Api* api, const ort::KernelInfo* info, size_t inputs, Kernel* kernel) {
   const char* problem = nullptr;
-  *kernel = {api, choose_kernels(&problem), {}, {}};
+  *kernel = {api, choose_kernels(&problem), {}, {}, integer_of(api, info, "exact") != 0};
   if (kernel->kernels == nullptr) return fail(api, ort::kEngineError, "%s", problem);
   RETURN_IF_ERROR(find_inputs(api, info, inputs, kernel->given));
   return read_sizes(info, kernel);
@@ -209,7 +210,7 @@ ort::Status* begin_call(const Kernel& kernel, ort::KernelContext* context, size_
                                           &a->sine,  &a->bias, &a->query_norm, &a->key_norm};
   for (size_t input = kRows; input < kInputs; input++)
     if (tensors[input] != nullptr) *tensors[input] = static_cast<const float*>(inputs[input]);
-  a->prompt = reading_prompt;
+  a->prompt = reading_prompt && !kernel.exact;
   a->query_lengths = static_cast<const int32_t*>(inputs[kQueryLengths]);
   return make_outputs(kernel, context, outputs, a);
 }
@@ -256,7 +257,7 @@ ort::Status* compute_encoder(void* op, ort::KernelContext* context) {
     return fail(kernel.api, ort::kInvalidArgument, "bias has an even number of distances");
   a.capacity = a.batch ? a.rows / a.batch : 0;
   a.reach = bias[0] / 2;
-  a.prompt = reading_prompt;
+  a.prompt = reading_prompt && !kernel.exact;
   const void* inputs[kEncoderInputs] = {};
   for (size_t input = kRows; input < kEncoderInputs; input++)
     RETURN_IF_ERROR(input_of(kernel.api, context, input, kernel.given[input], &inputs[input]));

@@ -105,7 +105,7 @@ struct Vec : Vec256 {
 
 namespace freeexport {
 
-const Kernels kAvx2 = {"avx2", [] { return kProcessor.avx2; }, prepare, panels,
+const Kernels kAvx2 = {"avx2", [] { return kProcessor.avx2; }, prepare, panels, prepare_floats, float_panels,
                        store_row, attend, attend_rows, attend_encoder, join, piece};
 
 }  // namespace freeexport

@@ -69,7 +69,7 @@ bool supported() {
 
 namespace freeexport {
 
-const Kernels kAvx512 = {"avx512", supported, prepare, panels,
+const Kernels kAvx512 = {"avx512", supported, prepare, panels, prepare_floats, float_panels,
                        store_row, attend, attend_rows, attend_encoder, join, piece};
 
 }  // namespace freeexport

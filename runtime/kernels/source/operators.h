@@ -69,6 +69,14 @@ inline ort::Status* input_of(const ort::Api* api, const ort::KernelContext* cont
   return api->GetTensorMutableData(const_cast<ort::Value*>(value), const_cast<void**>(data));
 }
 
+// Returns an optional attribute, or `otherwise`.
+inline int64_t integer_of(const ort::Api* api, const ort::KernelInfo* info, const char* name, int64_t otherwise = 0) {
+  int64_t value = 0;
+  ort::Status* status = api->KernelInfoGetAttribute_int64(info, name, &value);
+  if (status != nullptr) api->ReleaseStatus(status);
+  return status == nullptr ? value : otherwise;
+}
+
 constexpr size_t kMostRank = 8;
 
 inline ort::Status* shape_of(const ort::Api* api, const ort::Value* value, const char* name, int64_t* shape,

@@ -30,7 +30,8 @@ const Kernels* const kAll[] = {  // best first
 struct Call {
   const Kernels& kernels;
   const Product& product;
-  Group* quantized;
+  Group* quantized;  // rows for quantized weights, or null
+  float* floats;     // rows for weights of floats, or null
   uint16_t* prompt;  // a prompt's rows in tiles, or null
   float* normed;  // memory for a row [inputs] per task, if there is a norm
   int64_t task_panels, task_rows, row_blocks;
@@ -49,6 +50,8 @@ void prepare_rows(const Call& call, int64_t first, int64_t last) {
   for (int64_t row = first; row < last; row++) {
     if (call.prompt)
       call.kernels.prepare_prompt(call.product, row, normed, call.prompt);
+    else if (call.floats)
+      call.kernels.prepare_floats(call.product, row, normed, call.floats);
     else
       call.kernels.prepare(call.product, row, normed, call.quantized);
   }
@@ -68,6 +71,8 @@ void panel_task(void* data, size_t index) {
   const int64_t end = least(panel + call.task_panels, call.product.panels());
   if (call.prompt)
     call.kernels.prompt_panels(call.product, call.prompt, first, last, panel, end);
+  else if (call.floats)
+    call.kernels.float_panels(call.product, call.floats, first, last, panel, end);
   else
     call.kernels.panels(call.product, call.quantized, first, last, panel, end);
 }
@@ -85,19 +90,27 @@ bool packed_linear(const Kernels& kernels, const Product& product, Parallel para
   const Weight& weight = product.weight;
   const int64_t rows = product.rows;
   if (rows == 0) return true;
-  const bool tiles = product.prompt && kernels.prompt_panels && !is_head(product);
+  const bool floats = weight.floats();
+  const bool tiles = product.prompt && kernels.prompt_panels && !is_head(product) && !floats;
   const int64_t quantized = product.quantized_rows(), all = tiles ? parts(rows, kTileRows) * kTileRows : quantized;
   const auto groups = static_cast<size_t>(all * weight.groups());
   const auto inputs = static_cast<size_t>(parts(rows, kPreparedRows) * weight.inputs);
   const size_t wide = has_wide_rows(product) ? kGroup * sizeof(int16_t) : 0;
-  const size_t prepared = groups * (tiles ? kGroup * sizeof(uint16_t) : sizeof(Group) + wide);
+  const size_t of_group = tiles ? kGroup * sizeof(uint16_t) : floats ? kGroup * sizeof(float) : sizeof(Group) + wide;
+  const size_t prepared = groups * of_group;
   const size_t normed = product.norm && !product.keeps_norm ? inputs * sizeof(float) : 0;
   const bool few = prepared + normed <= kFewBytes;
   alignas(64) char own[kFewBytes];
   char* memory = few ? own : static_cast<char*>(allocate(prepared + normed));
   if (memory == nullptr) return false;
-  Call call = {kernels, product, reinterpret_cast<Group*>(memory), tiles ? reinterpret_cast<uint16_t*>(memory) : nullptr,
-               normed ? reinterpret_cast<float*>(memory + prepared) : nullptr, 0, tiles ? kPromptRows : kTaskRows >> weight.pairs, 0};
+  Call call = {kernels, product, nullptr, nullptr, nullptr, nullptr, 0, tiles ? kPromptRows : kTaskRows >> weight.pairs, 0};
+  if (floats)
+    call.floats = reinterpret_cast<float*>(memory);
+  else if (tiles)
+    call.prompt = reinterpret_cast<uint16_t*>(memory);
+  else
+    call.quantized = reinterpret_cast<Group*>(memory);
+  if (normed) call.normed = reinterpret_cast<float*>(memory + prepared);
   int64_t panel_bytes = weight.groups() * weight.group_bytes();
   if (product.up.data != nullptr && !product.beside) panel_bytes += weight.groups() * product.up.group_bytes();
   call.row_blocks = parts(rows, call.task_rows);
@@ -149,13 +162,16 @@ const Kernels* choose_kernels(const char** problem) {
 const char* check_sizes(int64_t outputs, int64_t inputs, int64_t bits, int64_t block) {
   constexpr int64_t kMost = int64_t{1} << 28;
   if (outputs < 1 || outputs > kMost || inputs < 1 || inputs > kMost) return "N or K is out of range";
-  if (bits != 4 && bits != 5 && bits != 6 && bits != 8) return "bits is not 4, 5, 6 or 8";
+  if (bits == 16 || bits == 32) return block == kGroup ? nullptr : "block_size of 16 and 32 bits is not 32";
+  if (bits != 4 && bits != 5 && bits != 6 && bits != 8) return "bits is not 4, 5, 6, 8, 16 or 32";
   if (bits == 6) return block == kGroup / 2 ? nullptr : "block_size of 6 bits is not 16";
   if (block < kGroup || block > kMost || block % kGroup != 0) return "block_size is no multiple of 32";
   return nullptr;
 }
 
 const char* check_form(const Weight& weight, bool zeros, bool offsets, bool multiples) {
+  if (weight.floats())
+    return zeros || offsets || multiples ? "16 and 32 bits go with no zero points, offsets or multiples" : nullptr;
   if (offsets && (weight.bits > 5 || zeros)) return "offsets go with 4 and 5 bits, and with no zero points";
   if (zeros && weight.bits != 4 && weight.bits != 8) return "zero points go with 4 and 8 bits";
   if (multiples != (weight.bits == 6) && !(multiples && offsets && weight.block == kGroup))

@@ -1,12 +1,12 @@
-// y = x W^T + bias for rows x in fp32 and a weight W in 4, 5, 6 or 8 bits, packed in panels of 16
-// outputs. Fused with operations before and after such a product in a transformer: the norm of a
+// y = x W^T + bias for rows x in fp32 and a weight W in 4, 5, 6 or 8 bits, or in floating point,
+// packed in panels of 16 outputs. Fused with operations before and after such a product in a transformer: the norm of a
 // sum, an activation, and a gate.
 //
-// Rows are quantized to 8 bits, with a scale per group of 32 inputs. For activations in 16 bits, the
+// With a quantized weight, rows are quantized to 8 bits, with a scale per group of 32 inputs. For activations in 16 bits, the
 // remainders are quantized in the same way to a second row, and the products of both rows are
 // added. The products of a group are summed exactly, in integers. Groups are added in order, in
 // fp32, with the same operations on every instruction set. The bits of a row therefore depend only
-// on the row and the weight.
+// on the row and the weight. The same holds for weights in floating point (float_tiles.h).
 #pragma once
 
 #include <cstddef>
@@ -37,16 +37,18 @@ constexpr int kSuper = 256;  // inputs of a super-block
 
 // A weight [outputs, inputs]. A stored value v means (v - zero point) * scale, or v * scale +
 // offset. With `multiples`, the scale and offset of a block are those of its super-block times
-// small integers, as in the K-quants of GGUF files.
+// small integers, as in the K-quants of GGUF files. With 16 or 32 bits, `data` has floats, and there
+// are no other tensors but the bias.
 struct Weight {
   int64_t outputs, inputs;
-  int bits;     // 4, 5, 6 or 8
-  int block;    // inputs per scale and zero point: a multiple of kGroup, or 16 for 6 bits
+  int bits;     // 4, 5, 6, 8, 16 or 32
+  int block;    // inputs per scale and zero point: a multiple of kGroup, or 16 for 6 bits. kGroup for floats
   // 8 bits: [panels][groups][8 quads of inputs][16 outputs][4 inputs].
   // 4 bits: 4 quads of bytes. The low halves of quad j of bytes are quad 2j, the high ones 2j + 1.
   // 5 bits: as 4 bits, then [16][4] bytes whose bit j is the fifth bit of quad j.
   // 6 bits: as 4 bits, then [2][16][4] bytes. Bits 2j and 2j + 1 are the upper bits of quad j in
   // the first part, and of quad 4 + j in the second.
+  // 16 and 32 bits: [panels][groups][32 inputs][16 outputs].
   // Padding of outputs and inputs has no effect on results.
   const uint8_t* data;
   const uint16_t* scales;  // [panels][blocks or super-blocks][16], float16
@@ -55,9 +57,11 @@ struct Weight {
   const float* bias;     // [outputs], or null
   const int8_t* multiples;  // [panels][blocks][16], for 4 and 5 bits [2][16]. Or null
   int pairs;  // 1: a row of activations is quantized to a pair of rows, for 16 bits. Otherwise 0
+  int bfloat16;  // 1: 16 bits are a bfloat16. Otherwise 0, and they are a float16
 
   // Always inlined: a copy compiled for one instruction set must not be linked into code for
   // another.
+  FREEEXPORT_INLINE bool floats() const { return bits >= 16; }
   FREEEXPORT_INLINE int64_t panels() const { return (outputs + kPanel - 1) / kPanel; }
   FREEEXPORT_INLINE int64_t groups() const { return (inputs + kGroup - 1) / kGroup; }
   FREEEXPORT_INLINE int64_t blocks() const { return (inputs + block - 1) / block; }
@@ -81,7 +85,7 @@ struct Product {
   float epsilon;
   int activation;
   Weight weight;
-  Weight up;           // same inputs, and without `beside` same outputs. data may be null
+  Weight up;           // same inputs, and without `beside` same outputs. data may be null. Has floats if `weight` does
   float* total;        // [rows, inputs]: x + skip, or n with `keeps_norm`. Null without skip
   float* y;            // [rows, outputs]
   int beside;          // only without activation
@@ -138,6 +142,10 @@ struct Kernels {
   void (*prepare)(const Product& product, int64_t row, float* normed, Group* rows);
   // Computes the outputs of panels `panel`..`end` for rows first..last, at most kTaskRows quantized ones.
   void (*panels)(const Product& product, const Group* rows, int64_t first, int64_t last, int64_t panel, int64_t end);
+  // The same for weights of floats. `rows` is [tiles of rows][padded inputs][rows of the tile].
+  void (*prepare_floats)(const Product& product, int64_t row, float* normed, float* rows);
+  void (*float_panels)(const Product& product, const float* rows, int64_t first, int64_t last, int64_t panel,
+                       int64_t end);
   // Attention: `store_row` stores a row's keys and values in the cache, `attend` attends to one
   // piece with one group of heads, `join` joins all pieces.
   void (*store_row)(const Attention& attention, const Place& place);

@@ -53,22 +53,16 @@ ort::Status* read_weight(const Kernel& kernel, const ort::KernelInfo* info, size
   const int64_t scales = has_multiples ? w.panels() * (w.inputs / kSuper) * kPanel : blocks;
   const int64_t bytes = w.panels() * w.groups() * w.group_bytes();
   RETURN_IF_ERROR(read_constant(kernel, info, data, ort::kUint8, bytes, &w.data));
+  if (kernel.given[data + 1] == w.floats())
+    return fail(kernel.api, ort::kInvalidGraph, "scales go with weights of at most 8 bits, and these with scales");
   RETURN_IF_ERROR(read_constant(kernel, info, data + 1, ort::kFloat16, scales, &w.scales));
   RETURN_IF_ERROR(read_constant(kernel, info, data + 2, ort::kUint8, blocks, &w.zeros));
   RETURN_IF_ERROR(read_constant(kernel, info, multiples, ort::kInt8, has_offsets ? 2 * blocks : blocks, &w.multiples));
   return read_constant(kernel, info, offsets, ort::kFloat16, scales, &w.offsets);
 }
 
-// Returns an optional attribute, or 0.
-int64_t integer_of(const ort::Api* api, const ort::KernelInfo* info, const char* name) {
-  int64_t value = 0;
-  ort::Status* status = api->KernelInfoGetAttribute_int64(info, name, &value);
-  if (status != nullptr) api->ReleaseStatus(status);
-  return status == nullptr ? value : 0;
-}
-
 ort::Status* read_sizes(const ort::Api* api, const ort::KernelInfo* info, const char* outputs_name,
-                        const char* bits_name, const char* block_name, Weight* weight) {
+                        const char* bits_name, const char* block_name, const char* bfloat16_name, Weight* weight) {
   int64_t bits = 0, block = 0;
   RETURN_IF_ERROR(api->KernelInfoGetAttribute_int64(info, outputs_name, &weight->outputs));
   RETURN_IF_ERROR(api->KernelInfoGetAttribute_int64(info, "K", &weight->inputs));
@@ -81,7 +75,10 @@ ort::Status* read_sizes(const ort::Api* api, const ort::KernelInfo* info, const 
     return fail(api, ort::kInvalidGraph, "activation_bits is not 8 or 16");
   weight->bits = static_cast<int>(bits);
   weight->block = static_cast<int>(block);
+  weight->bfloat16 = integer_of(api, info, bfloat16_name) != 0;
   weight->pairs = activation_bits == 16;
+  if (weight->pairs && weight->floats())
+    return fail(api, ort::kInvalidGraph, "activation_bits go with weights of at most 8 bits");
   return nullptr;
 }
 
@@ -100,13 +97,12 @@ ort::Status* read_product(const ort::KernelInfo* info, Kernel* kernel) {
   const ort::Api* api = kernel->api;
   Product& product = kernel->product;
   const bool* given = kernel->given;
-  RETURN_IF_ERROR(read_sizes(api, info, "N", "bits", "block_size", &product.weight));
+  RETURN_IF_ERROR(read_sizes(api, info, "N", "bits", "block_size", "bfloat16", &product.weight));
   RETURN_IF_ERROR(read_weight(*kernel, info, kData, kOffsets, kMultiples, &product.weight));
   RETURN_IF_ERROR(read_constant(*kernel, info, kNorm, ort::kFloat, product.weight.inputs, &product.norm));
   RETURN_IF_ERROR(read_activation(api, info, &product.activation));
   if (given[kNorm]) RETURN_IF_ERROR(api->KernelInfoGetAttribute_float(info, "epsilon", &product.epsilon));
   if (given[kSkip] && !given[kNorm]) return fail(api, ort::kInvalidGraph, "skip goes with a norm");
-  if (given[kUpData] != given[kUpScales]) return fail(api, ort::kInvalidGraph, "up's data go with its scales");
   product.layer = integer_of(api, info, "layer") != 0;
   product.keeps_norm = integer_of(api, info, "keeps_norm") != 0;
   if (given[kShift] && !product.layer) return fail(api, ort::kInvalidGraph, "shifts go with a layer norm");
@@ -118,7 +114,9 @@ ort::Status* read_product(const ort::KernelInfo* info, Kernel* kernel) {
     return fail(api, ort::kInvalidGraph, "up_N goes with up's data, and with no activation");
   if (given[kUpData]) {
     const char* outputs = product.beside ? "up_N" : "N";
-    RETURN_IF_ERROR(read_sizes(api, info, outputs, "up_bits", "up_block_size", &product.up));
+    RETURN_IF_ERROR(read_sizes(api, info, outputs, "up_bits", "up_block_size", "up_bfloat16", &product.up));
+    if (product.up.floats() != product.weight.floats())
+      return fail(api, ort::kInvalidGraph, "up has floats, or the other weight has, but not both");
     RETURN_IF_ERROR(read_weight(*kernel, info, kUpData, kUpOffsets, kUpMultiples, &product.up));
   }
   const float*& bias = product.weight.bias;
@@ -204,7 +202,7 @@ constexpr ort::CustomOp packed_linear_op() {
     return bytes ? ort::kUint8 : ort::kFloat;
   };
   op.GetInputCharacteristic = [](const ort::CustomOp*, size_t input) {
-    return input <= kScales ? ort::kRequired : ort::kOptional;
+    return input <= kData ? ort::kRequired : ort::kOptional;
   };
   op.GetOutputTypeCount = [](const ort::CustomOp*) -> size_t { return kOutputs; };
   op.GetOutputCharacteristic = [](const ort::CustomOp*, size_t output) {

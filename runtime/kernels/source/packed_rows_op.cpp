@@ -23,7 +23,23 @@ float widened(uint16_t half) {
   return value * 0x1p112f;
 }
 
+float widened_bfloat(uint16_t bfloat) {
+  const uint32_t bits = static_cast<uint32_t>(bfloat) << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
+void read_floats(const Weight& weight, int64_t row, float* y) {
+  const int64_t first = row / kPanel * weight.groups() * kGroup * kPanel + row % kPanel;
+  const auto* floats = reinterpret_cast<const float*>(weight.data) + first;
+  const auto* halves = reinterpret_cast<const uint16_t*>(weight.data) + first;
+  for (int64_t i = 0; i < weight.inputs; i++, floats += kPanel, halves += kPanel)
+    y[i] = weight.bits == 32 ? *floats : weight.bfloat16 ? widened_bfloat(*halves) : widened(*halves);
+}
+
 void read_row(const Weight& weight, int64_t row, float* y) {
+  if (weight.floats()) return read_floats(weight, row, y);
   const int64_t panel = row / kPanel, lane = row % kPanel;
   const uint8_t* data = weight.data + panel * weight.groups() * weight.group_bytes() + lane * 4;
   const int64_t first_scale = panel * weight.scales_of_panel() * kPanel + lane;
@@ -67,15 +83,15 @@ ort::Status* create_kernel(const ort::CustomOp*, const ort::Api* api, const ort:
   RETURN_IF_ERROR(api->KernelInfoGetAttribute_int64(info, "N", &weight.outputs));
   RETURN_IF_ERROR(api->KernelInfoGetAttribute_int64(info, "K", &weight.inputs));
   RETURN_IF_ERROR(api->KernelInfoGetAttribute_int64(info, "block_size", &block));
-  int64_t bits = 8;
-  if (ort::Status* status = api->KernelInfoGetAttribute_int64(info, "bits", &bits))
-    api->ReleaseStatus(status), bits = 8;  // older bundles lack the attribute
+  const int64_t bits = integer_of(api, info, "bits", 8);
   RETURN_IF_ERROR(find_inputs(api, info, kInputs, kernel.given));
   const bool offsets = kernel.given[kOffsets], multiples = kernel.given[kMultiples];
   const char* problem = check_sizes(weight.outputs, weight.inputs, bits, block);
   weight.bits = static_cast<int>(bits);
   weight.block = static_cast<int>(block);
+  weight.bfloat16 = integer_of(api, info, "bfloat16") != 0;
   if (problem == nullptr) problem = check_form(weight, false, offsets, multiples);
+  if (problem == nullptr && kernel.given[kScales] == weight.floats()) problem = "scales go with at most 8 bits";
   if (problem != nullptr) return fail(api, ort::kInvalidGraph, "%s", problem);
   const int64_t blocks = weight.panels() * weight.blocks() * kPanel;
   const int64_t scales = multiples ? weight.panels() * (weight.inputs / kSuper) * kPanel : blocks;
@@ -128,7 +144,7 @@ constexpr ort::CustomOp packed_rows_op() {
     return kTypes[input];
   };
   op.GetInputCharacteristic = [](const ort::CustomOp*, size_t input) {
-    return input <= kScales ? ort::kRequired : ort::kOptional;
+    return input <= kData ? ort::kRequired : ort::kOptional;
   };
   op.GetOutputTypeCount = [](const ort::CustomOp*) -> size_t { return 1; };
   op.GetOutputCharacteristic = [](const ort::CustomOp*, size_t) { return ort::kRequired; };

@@ -41,6 +41,12 @@ struct Vec : PlainInputs {
   static Float zero() { return 0.0f; }
   static Int all(int32_t value) { return value; }
   static Float floats(const float* from) { return *from; }
+  static Float bfloats(const uint16_t* from) {
+    const uint32_t bits = static_cast<uint32_t>(*from) << 16;
+    float value;
+    std::memcpy(&value, &bits, sizeof(value));
+    return value;
+  }
   static Float halves(const uint16_t* from) {
     const int exponent = *from >> 10 & 31, fraction = *from & 1023;
     const float size = exponent == 31 ? (fraction ? NAN : INFINITY)
@@ -115,9 +121,9 @@ struct Vec : PlainInputs {
 
 namespace freeexport {
 
-const Kernels kScalar = {"scalar", [] { return true; }, prepare, panels,
+const Kernels kScalar = {"scalar", [] { return true; }, prepare, panels, prepare_floats, float_panels,
                        store_row, attend, nullptr, attend_encoder, join, piece};
-const Kernels kScalarBf16 = {"scalar-bf16", [] { return true; }, prepare, panels, store_row, attend, nullptr,
+const Kernels kScalarBf16 = {"scalar-bf16", [] { return true; }, prepare, panels, prepare_floats, float_panels, store_row, attend, nullptr,
                              attend_encoder, join, piece, prepare_prompt, prompt_panels, attend_prompt, 0};
 
 }  // namespace freeexport

@@ -256,6 +256,7 @@ inline const Tiles& tiles_of(const Weight& weight) {
 }
 
 #include "file_tiles.h"
+#include "float_tiles.h"
 #include "wide_tiles.h"
 
 // Multiplies rows first..last with panels panel..end. y begins at row `first` and the first output.
@@ -282,8 +283,9 @@ inline void multiply(const Group* rows, const int16_t* wide, int64_t first, int6
 constexpr int64_t kGatedRows = 2 * kTaskRows;  // for all panels together
 
 // Computes all gates, then all ups, of the panels. Memory is then read in longer streams.
-inline void gated_panels(const Product& product, const Group* rows, int64_t first, int64_t last, int64_t panel,
-                         int64_t end) {
+template <typename Row>
+inline void gated_panels(const Product& product, const Row* rows, const int16_t* wide, int64_t first, int64_t last,
+                         int64_t panel, int64_t end) {
   const Weight& weight = product.weight;
   const int64_t values = (last - first) * kPanel, all = (end - panel) * values;  // per panel, of all
   float gate[kGatedRows * kPanel], up[kGatedRows * kPanel];
@@ -291,7 +293,6 @@ inline void gated_panels(const Product& product, const Group* rows, int64_t firs
     std::memset(gate, 0, static_cast<size_t>(all) * sizeof(float));
     std::memset(up, 0, static_cast<size_t>(all) * sizeof(float));
   }
-  const int16_t* wide = wide_rows_of(product, rows);
   multiply(rows, wide, first, last, weight, panel, end, gate, kPanel, values);
   activate(product.activation, gate, all);
   if (product.up.data != nullptr) {
@@ -306,13 +307,13 @@ inline void gated_panels(const Product& product, const Group* rows, int64_t firs
   }
 }
 
-inline void panels(const Product& product, const Group* rows, int64_t first, int64_t last, int64_t panel,
-                   int64_t end) {
+template <typename Row>
+inline void panels_of(const Product& product, const Row* rows, const int16_t* wide, int64_t first, int64_t last,
+                      int64_t panel, int64_t end) {
   const Weight& weight = product.weight;
   if (product.beside || (product.activation == kNone && product.up.data == nullptr)) {
     float* y = product.y + first * product.outputs();
     const int64_t own = weight.panels(), stride = product.outputs(), behind = panel > own ? panel - own : 0;
-    const int16_t* wide = wide_rows_of(product, rows);
     float* beside = y + weight.outputs + behind * kPanel;
     multiply(rows, wide, first, last, weight, panel, end < own ? end : own, y + panel * kPanel, stride, kPanel);
     multiply(rows, wide, first, last, product.up, behind, end - own, beside, stride, kPanel);
@@ -320,7 +321,17 @@ inline void panels(const Product& product, const Group* rows, int64_t first, int
   }
   const int64_t most = kGatedRows / (last - first);
   for (; panel < end; panel += most)
-    gated_panels(product, rows, first, last, panel, end - panel < most ? end : panel + most);
+    gated_panels(product, rows, wide, first, last, panel, end - panel < most ? end : panel + most);
+}
+
+inline void panels(const Product& product, const Group* rows, int64_t first, int64_t last, int64_t panel,
+                   int64_t end) {
+  panels_of(product, rows, wide_rows_of(product, rows), first, last, panel, end);
+}
+
+inline void float_panels(const Product& product, const float* rows, int64_t first, int64_t last, int64_t panel,
+                         int64_t end) {
+  panels_of(product, rows, nullptr, first, last, panel, end);
 }
 
 }  // namespace

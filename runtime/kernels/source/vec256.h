@@ -85,6 +85,10 @@ struct Vec256 {
   static Float zero() { return _mm256_setzero_ps(); }
   static Int all(int32_t value) { return _mm256_set1_epi32(value); }
   static Float floats(const float* from) { return _mm256_loadu_ps(from); }
+  static Float bfloats(const uint16_t* from) {
+    const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+  }
   static Float halves(const uint16_t* from) {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
   }

@@ -83,6 +83,11 @@ struct VecNeon {
   static Float zero() { return set(0.0f); }
   static Int all(int32_t value) { return {vdupq_n_s32(value), vdupq_n_s32(value)}; }
   static Float floats(const float* from) { return {vld1q_f32(from), vld1q_f32(from + 4)}; }
+  static Float bfloats(const uint16_t* from) {
+    const uint16x8_t eight = vld1q_u16(from);
+    return {vreinterpretq_f32_u32(vshll_n_u16(vget_low_u16(eight), 16)),
+            vreinterpretq_f32_u32(vshll_high_n_u16(eight, 16))};
+  }
   static Float halves(const uint16_t* from) {
     const float16x8_t half = vreinterpretq_f16_u16(vld1q_u16(from));
     return {vcvt_f32_f16(vget_low_f16(half)), vcvt_high_f32_f16(half)};

@@ -75,7 +75,7 @@ def test_chunks_say_which_of_their_tokens_exited(http: httpx.Client, server: Run
 def test_a_silent_stream_has_pings(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(events, "PING_SECONDS", 0.1)
     session = server.service.sessions["m"]
-    held = [session.stream([1]) for _ in range(4)]
+    held = [session.stream([1], max_new_tokens=4000, ignore_eos=True) for _ in range(4)]
     with httpx.stream("POST", server.url + TEXT, json={"prompt": "x", "max_tokens": 1, "stream": True}) as answer:
         lines = answer.iter_lines()
         assert [next(lines), next(lines)] == [": ping", ""]

@@ -163,7 +163,7 @@ def test_the_command_that_is_named_for_a_checkpoint_makes_the_bundle(
 def test_what_cannot_be_loaded_is_named(copied: Bundles) -> None:
     path = copied()
     content = (path / "deep.onnx").read_bytes()
-    (path / "deep.onnx").write_bytes(content.replace(b"Reshape", b"Reshapf"))
+    (path / "deep.onnx").write_bytes(content.replace(b"Gather", b"Gathes"))
     # The quick check looks at sizes only.
     with pytest.raises(EngineError, match=r"deep\.onnx cannot be loaded") as refused:
         Session(path)

@@ -93,7 +93,8 @@ def test_a_run_that_fails_is_an_engine_error_in_one_line(bundle: Bundles) -> Non
 
 
 def test_new_threads_soon_sleep(bundle: Bundles) -> None:
-    engine = OnnxEngine(Bundle.open(bundle(BY_NAME["llama-tied"])).engine("shallow"), threads=3)
+    opened = Bundle.open(bundle(BY_NAME["llama-tied"]))
+    engine = OnnxEngine(opened.engine("shallow"), threads=3, kernels=opened.manifest.kernels)
     began = process_time()
     sleep(0.1)
     assert process_time() - began < 0.02  # two threads; by default, they spin for 0.03 or longer
