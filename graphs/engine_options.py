@@ -16,7 +16,7 @@ from graphs.dialects.ort import (
 )
 from graphs.errors import GraphError
 from graphs.exit_head import EXIT_MAP
-from graphs.quantization.plan import ROUNDING, FormatPlan, rounding_for, shared_values
+from graphs.quantization.plan import FLOATS, ROUNDING, FormatPlan, rounding_for, shared_values
 from runtime.bundle.costs import MAX_PENDING
 from runtime.bundle.manifest import (
     ACTIVATION_KERNELS,
@@ -118,14 +118,14 @@ class EngineOptions:
             raise GraphError(f"{needs}, but {reason}; choose {instead}--precision fp32")
         if self.kernels == "freeexport" and (self.plan is None or self.target != "cpu"):
             raise GraphError(
-                "--kernels freeexport is for fp32 and for weights that are quantized for a CPU, "
+                "--kernels freeexport is for precisions of a CPU, "
                 f"not for precision {self.precision} of target {self.target}; leave it out"
             )
         self._check_target(description)
         fits = self.own_attention(description) or fits_head_size(description.attention)
         if self.dialect == "ort" and not fits:
             raise GraphError(f"{misfit(description.attention)}; choose --dialect standard")
-        if self.kernels == "freeexport" and self.precision == "fp32":
+        if self.in_floats:
             self._check_floats(description)
         if self.activations != "int8":
             self._check_kernels(f"--activations {self.activations}")
@@ -136,11 +136,11 @@ class EngineOptions:
         if not self.own_attention(description):
             raise GraphError(
                 f"--kernels freeexport does not support the attention of {description.family} with "
-                "precision fp32; leave it out"
+                f"precision {self.precision}; leave it out"
             )
 
     def _check_kernels(self, option: str) -> None:
-        if self.kernels != "freeexport" or self.precision == "fp32":
+        if self.kernels != "freeexport" or self.in_floats:
             raise GraphError(
                 f"{option} needs freeexport's own kernels (--precision int8, int4 or mixed on a "
                 f"CPU), not precision {self.precision} of target {self.target} with kernels of "
@@ -219,7 +219,7 @@ class EngineOptions:
         )
 
     def cache_type(self, description: Description) -> CacheType:
-        """Return the type of keys and values. Our kernels read fp16 or int8, and fp32 in fp32."""
+        """Return the type of keys and values. Our kernels read fp16, int8, or in fp32 fp32."""
         halves = self.own_attention(description) and self.precision != "fp32"
         return self.kv_cache or ("fp16" if halves else self.float_type)
 
@@ -228,9 +228,14 @@ class EngineOptions:
         """Version of our operators that the graphs need. None: only ONNX Runtime's."""
         if self.kernels != "freeexport":
             return None
-        if self.precision == "fp32":
+        if self.in_floats:
             return FLOAT_KERNELS
         return ACTIVATION_KERNELS[self.activations]
+
+    @property
+    def in_floats(self) -> bool:
+        """True if this project's operators read weights that are not quantized."""
+        return self.kernels == "freeexport" and self.precision in FLOATS
 
     @property
     def packed(self) -> bool:
@@ -281,6 +286,6 @@ class EngineOptions:
     @property
     def float_type(self) -> FloatType:
         """Type of activations and of weights that are not quantized."""
-        if self.precision in ("fp32", "fp16", "bf16"):
+        if self.precision in ("fp32", "fp16", "bf16") and not self.in_floats:
             return self.precision
         return "fp32" if self.target == "cpu" else self.compute or "fp16"

@@ -322,7 +322,7 @@ class EngineBuilder:
             table = read.table
             tied = products.own and table == decoder.head.weight
             # A 4-bit head would be too coarse a table.
-            in_panels = plan.head == "fp32" or (tied and plan.head == "int8-block")
+            in_panels = self.options.in_floats or (tied and plan.head == "int8-block")
             panels = plan.head if in_panels else None
             passes.append(QuantizeEmbedding(self._quantizer, table, panels))
         return passes
@@ -335,7 +335,7 @@ class EngineBuilder:
     def _dialect(self, graph: Graph, call: CallInputs, packed: Packing | None = None) -> Dialect:
         rows = self.options.capacity + self.options.max_pending
         if self.options.own_attention(self.description):
-            return KernelDialect(graph, call, rows, packed)
+            return KernelDialect(graph, call, rows, packed, exact=self.options.in_floats)
         if self.options.dialect == "ort":
             return OrtDialect(graph, call, rows, packed)
         return StandardDialect(graph, call, rows, fixed=self.options.target == "tensorrt")

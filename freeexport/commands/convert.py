@@ -186,7 +186,7 @@ def _lines(
     size = human_bytes(sum(file.size for file in manifest.files.values()))
     yield f"size: {size}{f', from {human_bytes(source)}' if source else ''}"
     advice = ""
-    if on_cpu and precision == "fp16":
+    if on_cpu and precision == "fp16" and manifest.kernels is None:
         advice = "; note: CPUs compute in fp32, so fp16 saves space but no time"
     if on_cpu and precision in ("fp32", "fp16"):
         advice += "; --precision int8 is faster on a CPU"

@@ -116,8 +116,8 @@ def command(
     With --device cuda:0, that device decodes the tokens. Tensors are compared on the CPU.
 
     With --equal the bundle is compared with itself instead. Our own kernels produce the same bits
-    in every setting. Bundles in fp32, and those with ONNX Runtime's kernels, differ in the last
-    bits of log-probabilities. Instruction sets are also compared with each other, except amx, whose
+    in every setting. Bundles with ONNX Runtime's kernels differ in the last bits of
+    log-probabilities. Instruction sets are also compared with each other, except amx, whose
     results for prompts have other bits.
 
     \b

@@ -103,15 +103,16 @@ class ConvertOptions:
 
 
 def _fits_own_floats(description: Description, options: ConvertOptions) -> bool:
-    """Return True if our kernels are available, fast, and support the model in fp32 on a CPU."""
-    in_fp32 = EngineOptions(exit_layer=1, capacity=1, kernels="freeexport")
+    """Return True if our kernels are available and fast, and read this model's floats."""
+    precision = options.precision or "fp32"
+    engines = EngineOptions(exit_layer=1, capacity=1, precision=precision, kernels="freeexport")
     return (
         options.target == "cpu"
-        and options.precision in (None, "fp32")
+        and engines.in_floats
         and options.dialect != "standard"
         and missing() is None
         and not instructions().startswith("scalar")
-        and in_fp32.own_attention(description)
+        and engines.own_attention(description)
     )
 
 

@@ -344,8 +344,8 @@ def _compare(
     count = -(-shares[0] // answer)
     answer = min(answer, shares[0])
     manifest = bundle.manifest
-    in_fp32 = manifest.kernels is None or manifest.precision == "fp32"
-    differs_from = None if in_fp32 else prompt_differs_from()
+    exact = manifest.kernels is None or manifest.quantization is None
+    differs_from = None if exact else prompt_differs_from()
     alike = differs_from is None or differs_from >= manifest.capacity
     outcome = Equality(total, answer, reads_alike=alike)
     name = instructions() if missing() is None else "none"

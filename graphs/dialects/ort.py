@@ -264,10 +264,23 @@ class KernelDialect(OrtDialect):
     """Implements `graphs.dialects.base.Dialect` with this project's attention kernels.
 
     A row gets the same bits in every call, whatever other rows are in it. Keys and values of
-    decoders are float16, or 8 bits with a scale for each head and position, or float32. With
-    float32, prompts are not read in bfloat16. Attention reads flat rows, padded or, with `packing`,
-    packed.
+    decoders are float16, or 8 bits with a scale for each head and position, or float32. Attention
+    reads flat rows, padded or, with `packing`, packed.
+
+    Args:
+        exact: Never read prompts in bfloat16.
     """
+
+    def __init__(
+        self,
+        graph: Graph,
+        call: CallInputs,
+        cache_rows: int = 0,
+        packing: Packing | None = None,
+        exact: bool = False,
+    ) -> None:
+        super().__init__(graph, call, cache_rows, packing)
+        self._exact = {"exact": 1} if exact else {}
 
     def self_attention(self, x: ir.Value, attention: Attention, layer: int | str) -> ir.Value:
         graph = self.graph
@@ -310,7 +323,7 @@ class KernelDialect(OrtDialect):
         capped: dict[str, Any] = {} if attention.softcap is None else {"softcap": attention.softcap}
         in_halves = "CappedCrossAttention" if capped else "HalfCrossAttention"
         out = graph.op(
-            "CrossAttention" if self._exact else in_halves,
+            "CrossAttention" if graph.cache == ir.DataType.FLOAT else in_halves,
             [rows, *prompt, call.cross_lengths, call.query_lengths],
             DOMAIN,
             num_heads=attention.heads,
@@ -344,11 +357,6 @@ class KernelDialect(OrtDialect):
             **self._exact,
         )
         return self._typed(out, attention)
-
-    @property
-    def _exact(self) -> dict[str, int]:
-        """Attributes of attention operators if prompts are read in fp32, too."""
-        return {"exact": 1} if self.graph.cache == ir.DataType.FLOAT else {}
 
     @cached_property
     def _prompt_lengths(self) -> ir.Value:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import ml_dtypes
 import numpy as np
 
-from graphs.quantization.rounding import Rounded, row_chunks, unpacked
+from graphs.quantization.rounding import Rounded, relative, row_chunks, total, unpacked
 from runtime.bundle.quantization import TensorFormat
 
 # Formats of floats, the first preferred.
@@ -97,12 +97,21 @@ def narrowest(weight: np.ndarray) -> TensorFormat:
         return next(format_ for format_, dtype in FLOAT_DTYPES.items() if has_all(dtype))
 
 
+def error_in_fp16(weight: np.ndarray) -> float:
+    """Return the relative error of a float32 weight in float16. Infinite beyond its range."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        lost = sum(
+            total(np.square(weight[rows].astype(np.float16).astype(np.float32) - weight[rows]))
+            for rows in row_chunks(weight)
+        )
+    return relative(lost, weight)
+
+
 def floats_in_panels(weight: np.ndarray, format_: TensorFormat) -> np.ndarray:
     """Lay out a float32 weight [outputs, inputs] in panels of 16 outputs, padded with zeros.
 
     Returns:
-        uint8 [panels, groups, bytes]: values [32 inputs][16 outputs] of `format_`, which has all
-        values of the weight.
+        uint8 [panels, groups, bytes]: values [32 inputs][16 outputs], rounded to `format_`.
     """
     outputs, inputs = weight.shape
     panels = -(-outputs // PANEL)

@@ -38,7 +38,7 @@ class Rounding:
     """How weights are rounded for a target.
 
     Attributes:
-        plans: Formats by precision. fp32 with operators that read weights in panels.
+        plans: Formats by precision. Those of floats are for operators that read weights in panels.
         scheme: Rounds weights to a format.
         products: Operators that multiply with rounded weights.
         embedding: Also round the table that tokens are looked up in.
@@ -69,10 +69,13 @@ _CPU = Rounding(
     OrtProducts(),
     True,
 )
-_FLOATS: dict[Precision, FormatPlan] = {"fp32": FormatPlan("fp32", "fp32", "fp32", "fp32")}
+FLOATS: dict[Precision, FormatPlan] = {
+    "fp32": FormatPlan("fp32", "fp32", "fp32", "fp32"),
+    "fp16": FormatPlan("fp16", "fp16", "fp16", "fp16"),
+}
 _CPU_OWN = replace(
     _CPU,
-    plans={**_CPU.plans, **_FLOATS},
+    plans={**_CPU.plans, **FLOATS},
     scheme=IntegerScheme(offsets=True),
     products=PackedProducts(),
 )

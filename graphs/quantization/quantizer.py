@@ -16,6 +16,7 @@ from graphs.quantization.panels import (
     FLOAT_DTYPES,
     GROUP,
     InFile,
+    error_in_fp16,
     floats_in_panels,
     in_panels,
     narrowest,
@@ -31,6 +32,9 @@ FLOATS: dict[ir.DataType, TensorFormat] = {
 }
 # Error up to which a weight had 4-bit values already. Rounding normal weights gives 0.078.
 KEPT = 0.01
+# Relative error up to which a weight is stored in float16. Rounding normal weights gives 0.0002.
+# Weights with values beyond its range, or with most of them below it, lose more.
+FLOAT16_LIMIT = 0.001
 # Operands of operators on quantized weights, in their order.
 OPERANDS = ("data", "scales", "zero_points", "offsets", "multiples")
 
@@ -158,7 +162,7 @@ class Quantizer:
         # Graphs read float32, whatever type the tensor is written in.
         array = tensor.numpy()
         if self._own and wanted in FLOAT_DTYPES:
-            return self._as_floats(name, array)
+            return self._as_floats(name, array, wanted)
         fitted = any(part in self._given for part in name.split(STACK))
         while format_ is not None and format_ in scheme.limits:
             rounded, block = scheme.round(array, format_, self._scales(tensor))
@@ -179,8 +183,10 @@ class Quantizer:
             format_ = scheme.higher.get(format_)
         return Stored(FLOATS[tensor.dtype], {}, 0, tensor.nbytes, lost or 0.0, 0.0)
 
-    def _as_floats(self, name: str, array: np.ndarray) -> Stored:
+    def _as_floats(self, name: str, array: np.ndarray, wanted: TensorFormat) -> Stored:
         format_ = narrowest(array)
+        if format_ == "fp32" and wanted == "fp16" and error_in_fp16(array) <= FLOAT16_LIMIT:
+            format_ = "fp16"
         panels = partial(floats_in_panels, array, format_)
         data = self._weights.add(f"{name}.{format_}.data", ir.DataType.UINT8, panels)
         return Stored(format_, {"data": data}, GROUP, data.nbytes, 0.0, 0.0)

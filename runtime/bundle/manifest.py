@@ -379,7 +379,8 @@ class Manifest:
         """Type of activations and of weights that are not quantized."""
         if self.compute is not None:
             return self.compute
-        return self.precision if self.precision in ("fp16", "bf16") else "fp32"
+        own = self.kernels is not None
+        return self.precision if self.precision in ("fp16", "bf16") and not own else "fp32"
 
     @property
     def cache_type(self) -> CacheType:

@@ -37,13 +37,17 @@ def generated_limit(manifest: Manifest) -> int:
     """Return the number of leading positions at which generated tokens are stored, too.
 
     A decoding step must write the same bits to the caches there as reading the token in a prompt.
-    Our own operators do so in fp32, and otherwise up to `prompt_differs_from`, except those of
-    earlier bundles, whose caches are float32. Later tokens of an answer are computed again in the
-    next turn of a chat.
+    Our own operators do so without quantized weights. Otherwise they do up to
+    `prompt_differs_from`, except those of earlier bundles, whose caches are float32. Later tokens
+    of an answer are computed again in the next turn of a chat.
     """
-    if manifest.kernels is None or (manifest.kv_cache is None and manifest.precision != "fp32"):
+    if manifest.kernels is None:
         return 0
-    differs_from = None if manifest.precision == "fp32" else prompt_differs_from()
+    if manifest.quantization is None:
+        return manifest.capacity
+    if manifest.kv_cache is None:
+        return 0
+    differs_from = prompt_differs_from()
     return manifest.capacity if differs_from is None else differs_from
 
 

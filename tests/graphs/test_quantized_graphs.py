@@ -214,10 +214,10 @@ def test_value_projections_that_heads_share_keep_8_bits(bundle: Bundles) -> None
 
 @pytest.mark.parametrize(
     "options",
-    [{"precision": "fp16"}, {"precision": "int8", "target": "cuda", "dialect": "standard"}],
+    [{"precision": "bf16"}, {"precision": "int8", "target": "cuda", "dialect": "standard"}],
 )
 def test_what_is_not_rounded_for_a_cpu_has_no_kernels(options: dict[str, Any], bundle: Bundles) -> None:
-    with pytest.raises(GraphError, match="--kernels freeexport is for fp32 and for weights that are quantized"):
+    with pytest.raises(GraphError, match="--kernels freeexport is for precisions of a CPU"):
         bundle(BY_NAME["llama-tied"], 1, **OWN, **options)
 
 

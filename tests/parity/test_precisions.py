@@ -85,7 +85,10 @@ def test_a_kept_tensor_is_recorded_and_shown(
 LLAMA, T5 = HEADS_OF_40
 
 
-@pytest.mark.parametrize(("case", "precision"), [(LLAMA, "int8"), (LLAMA, "int4"), (LLAMA, "fp32"), (T5, "int8")])
+@pytest.mark.parametrize(
+    ("case", "precision"),
+    [(LLAMA, "int8"), (LLAMA, "int4"), (LLAMA, "fp32"), (LLAMA, "fp16"), (T5, "int8"), (T5, "fp32")],
+)
 def test_heads_of_40_are_those_of_transformers_and_lossless_equals_full(
     case: Case, precision: str, bundle: Bundles
 ) -> None:

@@ -159,8 +159,7 @@ def test_converting_twice_gives_the_same_bytes(checkpoint: Checkpoint, bundle: B
 def test_weights_stand_once(case: Case, precision: str, checkpoint: Checkpoint, bundle: Bundles) -> None:
     path = bundle(case, precision=precision)
     tensors = load_file(checkpoint(case) / "model.safetensors")
-    # T5's `wo` stays fp32: it overflows in fp16.
-    needed = sum(t.size * (4 if precision == "fp32" or ".wo." in name else 2) for name, t in tensors.items())
+    needed = sum(tensor.size * (4 if precision == "fp32" else 2) for tensor in tensors.values())
     sizes = {file.name: file.stat().st_size for file in path.iterdir()}
     assert 0.99 * needed < sizes["weights.data"] < 1.05 * needed
     assert sum(sizes.values()) - sizes["weights.data"] < 300_000
@@ -202,10 +201,22 @@ def test_a_checkpoint_with_a_wrong_tensor_is_refused_by_its_name(
 
 
 def test_a_weight_out_of_range_of_fp16_is_refused_by_its_name(changed: Callable[..., Path], place: Path) -> None:
-    line = failed(convert(changed(LLAMA, {UP: ending_in(1e6)}), place / "out", *FAST, "--precision", "fp16"))
+    arguments = (*FAST, "--precision", "fp16", "--kernels", "onnxruntime")
+    line = failed(convert(changed(LLAMA, {UP: ending_in(1e6)}), place / "out", *arguments))
     assert UP in line
     assert "--precision fp32" in line
     assert os.listdir(place) == []
+
+
+def test_our_kernels_read_a_weight_out_of_range_of_fp16_in_fp32(
+    changed: Callable[..., Path], checkpoint: Checkpoint, place: Path
+) -> None:
+    sizes = []
+    for model in (checkpoint(LLAMA), changed(LLAMA, {UP: ending_in(1e6)})):
+        out = place / str(len(sizes))
+        assert convert(model, out, *FAST, "--precision", "fp16").exit_code == 0
+        sizes.append((out / "weights.data").stat().st_size)
+    assert sizes[1] - sizes[0] == 2 * 96 * 64
 
 
 def test_another_architecture_is_refused_with_those_supported(changed: Callable[..., Path], place: Path) -> None:

@@ -35,9 +35,11 @@ def ran(*arguments: object) -> Any:
         (LLAMA, "scalar-bf16", {}),
         (T5, "", {}),
         (EXIT_LAYERS, "", {"kv_cache": "int8", "activations": "int16"}),
+        (EXIT_LAYERS, "", {"precision": "fp32"}),
+        (LLAMA, "scalar-bf16", {"precision": "fp16"}),
     ],
 )
-def test_all_settings_of_a_quantized_bundle_are_equal(
+def test_all_settings_of_a_bundle_with_our_kernels_are_equal(
     name: str,
     instructions: str,
     options: dict[str, str],
@@ -47,7 +49,7 @@ def test_all_settings_of_a_quantized_bundle_are_equal(
 ) -> None:
     monkeypatch.setenv("FREEEXPORT_INSTRUCTIONS", instructions)
     saved = tmp_path / "certificate.json"
-    path = bundle(CASES[name], precision="int8", capacity=256, **options)
+    path = bundle(CASES[name], capacity=256, **{"precision": "int8", **options})
     prompts: list[object] = []
     if instructions:  # which are slow: the built-in prompts have twice as many tokens
         prompts = ["--data", tmp_path / "prompts.jsonl"]
