@@ -112,10 +112,12 @@ _ALL = (
     Peer("ctranslate2", "ctranslate2", options={"compute_type": "float32"}, decoder_only=False),
     Peer("ctranslate2-int8", "ctranslate2", "int8", {"compute_type": "int8"}, decoder_only=False),
     Peer("openvino", "openvino", options={"precision": "fp32"}),
+    Peer("openvino-fp16", "openvino", "fp16", {"precision": "fp16"}),
     Peer("openvino-int8", "openvino", "int8", {"precision": "int8"}),
     Peer("openvino-int4", "openvino", "int4", {"precision": "int4"}),
     Peer("llama-cpp", "llama_cpp", "as the file", converts=False, gguf=True),
     Peer("llama-cpp-q8", "llama_cpp", "8 bits", {"convert_to": "q8_0"}, gguf=True),
+    Peer("llama-cpp-f16", "llama_cpp", "fp16", {"convert_to": "f16"}, gguf=True),
     Peer("llama-cpp-f32", "llama_cpp", "fp32", {"convert_to": "f32"}, gguf=True),
     Peer("faster-whisper", "faster_whisper", converts=False),
 )

@@ -247,7 +247,11 @@ def convert_llama_cpp(source: str, out: str, options: dict[str, Any]) -> None:
     import llama_cpp
 
     params = llama_cpp.llama_model_quantize_default_params()
-    formats = {"f32": llama_cpp.LLAMA_FTYPE_ALL_F32, "q8_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0}
+    formats = {
+        "f32": llama_cpp.LLAMA_FTYPE_ALL_F32,
+        "f16": llama_cpp.LLAMA_FTYPE_MOSTLY_F16,
+        "q8_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0,
+    }
     params.ftype = formats[options["convert_to"]]
     params.allow_requantize = True
     target = str(Path(out) / "model.gguf").encode()

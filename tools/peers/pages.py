@@ -53,7 +53,12 @@ LIBRARIES = {
 }
 # Instructions that name a processor.
 FEATURES = {"amx_int8": "AMX", "avx512f": "AVX-512", "avx2": "AVX2", "neon": "NEON"}
-README_STEPS = {"decode-fp32": "fp32", "decode-int8": "8 bits", "decode-int4": "4 bits"}
+README_STEPS = {
+    "decode-fp32": "fp32",
+    "decode-fp16": "16 bits",
+    "decode-int8": "8 bits",
+    "decode-int4": "4 bits",
+}
 
 Row = Mapping[str, Any]
 

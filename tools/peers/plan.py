@@ -25,6 +25,10 @@ GROUPS: dict[str, dict[str, Any]] = {
         "precisions": ("fp32",),
         "peers": ("hf", "genai", "openvino", "ctranslate2", "llama-cpp-f32"),
     },
+    "fp16": {
+        "precisions": ("fp16",),
+        "peers": ("openvino-fp16", "llama-cpp-f16"),
+    },
     "int8": {
         "precisions": ("int8",),
         "peers": ("ctranslate2-int8", "openvino-int8", "llama-cpp-q8"),
@@ -65,7 +69,7 @@ class PeerStep:
 
 def _steps() -> Iterator[PeerStep]:
     for group, used in GROUPS.items():
-        wide = () if group == "fp32" else (f"{group} --activations int16",)
+        wide = () if group in ("fp32", "fp16") else (f"{group} --activations int16",)
         yield PeerStep(
             f"decode-{group}",
             f"SmolLM2-135M, {group}",
@@ -100,7 +104,11 @@ def _steps() -> Iterator[PeerStep]:
     yield PeerStep(
         *("fidelity", "SmolLM2-135M, tokens that equal those of fp32"),
         tuple(precision for group in GROUPS.values() for precision in group["precisions"]),
-        ("hf", "llama-cpp-f32", *GROUPS["int8"]["peers"], *GROUPS["int4"]["peers"]),
+        (
+            "hf",
+            "llama-cpp-f32",
+            *(peer for group in ("fp16", "int8", "int4") for peer in GROUPS[group]["peers"]),
+        ),
         kind="fidelity",
     )
     yield PeerStep(
