@@ -31,6 +31,7 @@ from graphs.description import Description, ForeignEncoder
 from graphs.engine_options import EngineOptions
 from graphs.engines import EngineBuilder, engine_names
 from graphs.errors import GraphError
+from graphs.quantization.panels import FLOAT_DTYPES
 from graphs.tensorrt.build import Built, build
 from graphs.tensorrt.self_test import SelfTest, self_test
 from graphs.weights import WeightFile
@@ -38,7 +39,14 @@ from runtime import Session
 from runtime.bundle.bundle import VERIFICATION, Bundle, engine_files, sha256_of
 from runtime.bundle.calibration import read_calibration
 from runtime.bundle.costs import recordable
-from runtime.bundle.manifest import MANIFEST, SCHEMA_VERSION, DeclaredCopy, File, Manifest
+from runtime.bundle.manifest import (
+    FLOAT_KERNELS,
+    MANIFEST,
+    SCHEMA_VERSION,
+    DeclaredCopy,
+    File,
+    Manifest,
+)
 from runtime.bundle.quantization import Quantization
 from runtime.decoding.phrases import PHRASES
 from runtime.errors import BundleError
@@ -362,7 +370,7 @@ def _new_manifest(
         quantization=quantization,
         target=engines.target,
         exit_trained=checkpoint.exit is not None and checkpoint.exit.trained,
-        kernels=engines.kernels_version,
+        kernels=_kernels_version(engines, quantization),
         kv_cache=cache
         if (cache := engines.cache_type(description)) != engines.float_type
         else None,
@@ -377,6 +385,15 @@ def _new_manifest(
         languages=languages_of(checkpoint, directory),
         ready_made_exit=checkpoint.ready_made,
     )
+
+
+def _kernels_version(engines: EngineOptions, quantization: Quantization | None) -> int | None:
+    """Return the version of our operators that the bundle needs. None: only ONNX Runtime's."""
+    version = engines.kernels_version
+    if version is None or quantization is None:
+        return version
+    floats = any(weight.stored in FLOAT_DTYPES for weight in quantization.higher)
+    return max(version, FLOAT_KERNELS) if floats else version
 
 
 def _decoder_start(checkpoint: Checkpoint, description: Description) -> int | None:

@@ -18,7 +18,7 @@ from onnx_ir.tape import Tape
 
 from graphs.exit_head import EXIT
 from graphs.graph import MICROSOFT, STACK, drop_unused, external, unread
-from graphs.quantization.panels import BITS
+from graphs.quantization.panels import BITS, FLOAT_DTYPES
 from graphs.quantization.quantizer import FLOATS, OPERANDS, Quantizer, Stored
 from runtime.bundle.manifest import Activations
 from runtime.bundle.quantization import EnginePrecision, HigherTensor, TensorFormat
@@ -213,7 +213,9 @@ class QuantizeLinears(ir.passes.InPlacePass):
             assert tensor is not None
             parts = self._parts(tensor)
             stored = [self._store(part) for part in parts]
-            if not all(part.replaces for part in stored):  # one product must read all parts
+            # One product must read all parts, and floats or quantized weights only.
+            floats = {part.format in FLOAT_DTYPES for part in stored}
+            if not all(part.replaces for part in stored) or len(floats) > 1:
                 parts = [tensor]
                 stored = [self._store(tensor)]
             for part, result in zip(parts, stored, strict=True):

@@ -181,6 +181,8 @@ class Quantizer:
                     rounded = in_panels(rounded, array.shape[1], BITS[format_])
                 return self._write(name, format_, rounded, block, lost)
             format_ = scheme.higher.get(format_)
+        if self._own:
+            return replace(self._as_floats(name, array, "fp32"), lost=lost or 0.0)
         return Stored(FLOATS[tensor.dtype], {}, 0, tensor.nbytes, lost or 0.0, 0.0)
 
     def _as_floats(self, name: str, array: np.ndarray, wanted: TensorFormat) -> Stored:

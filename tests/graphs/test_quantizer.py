@@ -65,6 +65,15 @@ def test_what_no_format_holds_stays(weights: WeightFile, monkeypatch: pytest.Mon
     assert weights.bytes == 0
 
 
+def test_our_kernels_read_what_no_format_holds_as_floats(weights: WeightFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("graphs.quantization.rounding.IntegerScheme.limits", {"int4": 0.0, "int8-block": 0.0})
+    array = bell()
+    for values, format_ in ((array, "fp32"), (array.astype(np.float16).astype(np.float32), "fp16")):
+        stored = Quantizer(weights, IntegerScheme(), own=True).store(tensor(values), "int4")
+        assert (stored.format, list(stored.operands), stored.error) == (format_, ["data"], 0.0)
+        assert 0.05 < stored.lost < 0.12
+
+
 def easy() -> np.ndarray:
     """Weights that stand near 16 even steps."""
     steps = np.random.default_rng(0).integers(0, 16, (8, 256))
