@@ -128,7 +128,7 @@ class EngineOptions:
         if self.in_floats:
             self._check_floats(description)
         if self.activations != "int8":
-            self._check_kernels(f"--activations {self.activations}")
+            self._check_quantized(f"--activations {self.activations}")
         if self.kv_cache is not None:
             self._check_cache(description)
 
@@ -139,12 +139,12 @@ class EngineOptions:
                 f"precision {self.precision}; leave it out"
             )
 
-    def _check_kernels(self, option: str) -> None:
+    def _check_quantized(self, option: str) -> None:
         if self.kernels != "freeexport" or self.in_floats:
             raise GraphError(
-                f"{option} needs freeexport's own kernels (--precision int8, int4 or mixed on a "
-                f"CPU), not precision {self.precision} of target {self.target} with kernels of "
-                "onnxruntime; leave it out"
+                f"{option} needs freeexport's own kernels and quantized weights (--precision int8, "
+                f"int4 or mixed on a CPU), not precision {self.precision} of target {self.target} "
+                f"with kernels of {self.kernels}; leave it out"
             )
 
     def _check_cache(self, description: Description) -> None:
@@ -153,7 +153,7 @@ class EngineOptions:
             raise GraphError(
                 f"{option} is for decoder-only models, not for {description.family}; leave it out"
             )
-        self._check_kernels(option)
+        self._check_quantized(option)
         if not self.own_attention(description):
             raise GraphError(
                 f"{option} needs attention heads whose size is a multiple of 8, from 16 on, not "
