@@ -48,7 +48,7 @@ def refusal(path: Path) -> str:
         ("llama-tied", {"kv_heads": 2}, ["[B, 4, cache, 16]", "[B, 2, cache, 16]"]),
         ("llama-tied", {"head_dim": 32}, ["[B, 4, cache, 16]", "[B, 4, cache, 32]"]),
         ("llama-tied", {"vocab_size": 300}, ["logits", "288]", "300]"]),
-        ("llama-tied", {"precision": "fp16"}, ["tensor(float)", "tensor(float16)"]),
+        ("llama-tied", {"kv_cache": "fp16"}, ["tensor(float)", "tensor(float16)"]),
         ("t5-relu-tied", {"kv_heads": 2}, ["[P, 4, ", "[P, 2, "]),
         ("t5-relu-tied", {"hidden_size": 16}, ["hidden", "32]", "16]"]),
         ("t5-relu-tied", {"encoder_capacity": 0}, ["cross"]),

@@ -186,3 +186,8 @@ def test_the_committed_results_name_their_commits() -> None:
     older = json.loads((RESULTS / pages.OLDER).read_text())
     for name, found in pages.results(RESULTS):
         assert found.get("commit") or older[name], name
+
+
+def test_the_committed_results_have_no_path_of_a_machine() -> None:
+    for path in RESULTS.glob("*.json"):
+        assert not re.search(r'"(/|[A-Z]:\\)[^"]*/[^"]*"', path.read_text()), path.name
