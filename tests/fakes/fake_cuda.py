@@ -148,6 +148,7 @@ class FakeCuda:
         self.waits: dict[str, int] = {}
         self.captures = self.launches = 0
         self._captured: dict[int, _Graph] = {}
+        self._captors: dict[int, int] = {}  # the thread that captures a stream
         self._graphs: dict[int, _Graph] = {}
         self._chance = random.Random(seed)
         self._lock = threading.RLock()
@@ -257,7 +258,8 @@ class FakeCuda:
 
     @_may_fail
     def cudaMalloc(self, size: int) -> Any:
-        if self._captured:
+        # Captures are in mode thread-local, so this thread's own prohibit it, and those of others do not.
+        if threading.get_ident() in self._captors.values():
             return INVALIDATED
         return cudaError_t(2) if size > self.free_bytes - self.allocated else self._allocate(size, pinned=False)
 
@@ -362,10 +364,13 @@ class FakeCuda:
     @_may_fail
     def cudaStreamBeginCapture(self, stream: Any, mode: Any) -> Any:
         self._stream(int(stream))
+        assert mode == cudaStreamCaptureMode["cudaStreamCaptureModeThreadLocal"]
         self._captured[int(stream)] = []
+        self._captors[int(stream)] = threading.get_ident()
 
     def cudaStreamEndCapture(self, stream: Any) -> tuple[Any, ...]:
         graph = self._captured.pop(int(stream))
+        del self._captors[int(stream)]
         if failed := self._failure("cudaStreamEndCapture"):
             return failed, None
         self.captures += 1
