@@ -16,7 +16,7 @@ from graphs.dialects.ort import (
 )
 from graphs.errors import GraphError
 from graphs.exit_head import EXIT_MAP
-from graphs.quantization.plan import FLOATS, ROUNDING, FormatPlan, rounding_for, shared_values
+from graphs.quantization.plan import FLOAT_PLANS, ROUNDING, FormatPlan, rounding_for, shared_values
 from runtime.bundle.costs import MAX_PENDING
 from runtime.bundle.manifest import (
     ACTIVATION_KERNELS,
@@ -235,7 +235,7 @@ class EngineOptions:
     @property
     def in_floats(self) -> bool:
         """True if this project's operators read weights that are not quantized."""
-        return self.kernels == "freeexport" and self.precision in FLOATS
+        return self.kernels == "freeexport" and self.precision in FLOAT_PLANS
 
     @property
     def packed(self) -> bool:

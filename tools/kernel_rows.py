@@ -5,8 +5,8 @@
 Times the layers' products and the head of SmolLM2-135M with 1 to 8 rows, or up to 64 (--rows). The
 weights are random and do not fit the processor's caches. --against names a library of another
 build: the two take turns, and their results must have the same bits. --wide also times activations
-in 16 bits, and --floats weights in bfloat16 and fp32. With --threads, each thread
-has its share of the outputs of every product, and no thread waits for another. Times are the
+in 16 bits. --floats times weights in bfloat16 and fp32 instead. With --threads, each thread has its
+share of the outputs of every product, and no thread waits for another. Times are the
 processor time of the slowest thread, 10 % quantiles, because other processes only make calls
 slower. "stream" is the time in which as many threads read as many bytes with numpy. Run from the
 root of the repository.

@@ -332,7 +332,6 @@ class KernelDialect(OrtDialect):
             scale=attention.scale,
             packed=int(self._packing is not None),
             **capped,
-            **self._exact,
         )
         return self._typed(out, attention)
 

@@ -69,13 +69,13 @@ _CPU = Rounding(
     OrtProducts(),
     True,
 )
-FLOATS: dict[Precision, FormatPlan] = {
+FLOAT_PLANS: dict[Precision, FormatPlan] = {
     "fp32": FormatPlan("fp32", "fp32", "fp32", "fp32"),
     "fp16": FormatPlan("fp16", "fp16", "fp16", "fp16"),
 }
 _CPU_OWN = replace(
     _CPU,
-    plans={**_CPU.plans, **FLOATS},
+    plans={**_CPU.plans, **FLOAT_PLANS},
     scheme=IntegerScheme(offsets=True),
     products=PackedProducts(),
 )

@@ -48,7 +48,7 @@ ChosenCache = Literal["int8"]
 Activations = Literal["int8", "int16"]
 # Version of this project's operators that a new bundle needs.
 ACTIVATION_KERNELS: dict[Activations, int] = {"int8": 9, "int16": 10}
-# The same for a bundle in fp32 with these operators.
+# The same for a bundle with weights of floats that these operators read.
 FLOAT_KERNELS = 11
 # Operators that multiply with weights on a CPU.
 Kernels = Literal["onnxruntime", "freeexport"]

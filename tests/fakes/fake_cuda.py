@@ -148,7 +148,7 @@ class FakeCuda:
         self.waits: dict[str, int] = {}
         self.captures = self.launches = 0
         self._captured: dict[int, _Graph] = {}
-        self._captors: dict[int, int] = {}  # the thread that captures a stream
+        self._captors: dict[int, int] = {}  # id of the capturing thread, by stream
         self._graphs: dict[int, _Graph] = {}
         self._chance = random.Random(seed)
         self._lock = threading.RLock()
@@ -258,7 +258,7 @@ class FakeCuda:
 
     @_may_fail
     def cudaMalloc(self, size: int) -> Any:
-        # Captures are in mode thread-local, so this thread's own prohibit it, and those of others do not.
+        # In thread-local mode only a thread that captures must not allocate.
         if threading.get_ident() in self._captors.values():
             return INVALIDATED
         return cudaError_t(2) if size > self.free_bytes - self.allocated else self._allocate(size, pinned=False)

@@ -97,7 +97,7 @@ EXPORT const char* freeexport_packed_linear(const char* instructions, const free
   if (kernels == nullptr || !kernels->supported()) return "no such instructions here";
   const Weight& w = product->weight;
   if (const char* problem = check_sizes(w.outputs, w.inputs, w.bits, w.block)) return problem;
-  if (const char* problem = check_form(w, w.zeros, w.offsets, w.multiples)) return problem;
+  if (const char* problem = check_form(w, w.scales, w.zeros, w.offsets, w.multiples)) return problem;
   if (product->beside && product->activation != kNone) return "an activation of products beside each other";
   return packed_linear(*kernels, *product, serial, nullptr) ? nullptr : "no memory";
 }

@@ -103,7 +103,8 @@ bool packed_linear(const Kernels& kernels, const Product& product, Parallel para
   alignas(64) char own[kFewBytes];
   char* memory = few ? own : static_cast<char*>(allocate(prepared + normed));
   if (memory == nullptr) return false;
-  Call call = {kernels, product, nullptr, nullptr, nullptr, nullptr, 0, tiles ? kPromptRows : kTaskRows >> weight.pairs, 0};
+  const int64_t task_rows = tiles ? kPromptRows : kTaskRows >> weight.pairs;
+  Call call = {kernels, product, nullptr, nullptr, nullptr, nullptr, 0, task_rows, 0};
   if (floats)
     call.floats = reinterpret_cast<float*>(memory);
   else if (tiles)
@@ -169,7 +170,8 @@ const char* check_sizes(int64_t outputs, int64_t inputs, int64_t bits, int64_t b
   return nullptr;
 }
 
-const char* check_form(const Weight& weight, bool zeros, bool offsets, bool multiples) {
+const char* check_form(const Weight& weight, bool scales, bool zeros, bool offsets, bool multiples) {
+  if (scales == weight.floats()) return "scales go with weights of at most 8 bits, and these with scales";
   if (weight.floats())
     return zeros || offsets || multiples ? "16 and 32 bits go with no zero points, offsets or multiples" : nullptr;
   if (offsets && (weight.bits > 5 || zeros)) return "offsets go with 4 and 5 bits, and with no zero points";

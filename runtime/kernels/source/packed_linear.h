@@ -194,6 +194,6 @@ const Kernels* find_kernels(const char* name);
 // Returns null, or an error about the sizes.
 const char* check_sizes(int64_t outputs, int64_t inputs, int64_t bits, int64_t block);
 // Returns null, or an error about the tensors that a weight has.
-const char* check_form(const Weight& weight, bool zeros, bool offsets, bool multiples);
+const char* check_form(const Weight& weight, bool scales, bool zeros, bool offsets, bool multiples);
 
 }  // namespace freeexport

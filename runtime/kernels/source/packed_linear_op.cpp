@@ -47,14 +47,12 @@ ort::Status* read_weight(const Kernel& kernel, const ort::KernelInfo* info, size
                          size_t multiples, Weight* weight) {
   Weight& w = *weight;
   const bool has_offsets = kernel.given[offsets], has_multiples = kernel.given[multiples];
-  if (const char* problem = check_form(w, kernel.given[data + 2], has_offsets, has_multiples))
+  if (const char* problem = check_form(w, kernel.given[data + 1], kernel.given[data + 2], has_offsets, has_multiples))
     return fail(kernel.api, ort::kInvalidGraph, "%s", problem);
   const int64_t blocks = w.panels() * w.blocks() * kPanel;
   const int64_t scales = has_multiples ? w.panels() * (w.inputs / kSuper) * kPanel : blocks;
   const int64_t bytes = w.panels() * w.groups() * w.group_bytes();
   RETURN_IF_ERROR(read_constant(kernel, info, data, ort::kUint8, bytes, &w.data));
-  if (kernel.given[data + 1] == w.floats())
-    return fail(kernel.api, ort::kInvalidGraph, "scales go with weights of at most 8 bits, and these with scales");
   RETURN_IF_ERROR(read_constant(kernel, info, data + 1, ort::kFloat16, scales, &w.scales));
   RETURN_IF_ERROR(read_constant(kernel, info, data + 2, ort::kUint8, blocks, &w.zeros));
   RETURN_IF_ERROR(read_constant(kernel, info, multiples, ort::kInt8, has_offsets ? 2 * blocks : blocks, &w.multiples));

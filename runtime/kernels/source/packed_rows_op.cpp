@@ -90,8 +90,7 @@ ort::Status* create_kernel(const ort::CustomOp*, const ort::Api* api, const ort:
   weight.bits = static_cast<int>(bits);
   weight.block = static_cast<int>(block);
   weight.bfloat16 = integer_of(api, info, "bfloat16") != 0;
-  if (problem == nullptr) problem = check_form(weight, false, offsets, multiples);
-  if (problem == nullptr && kernel.given[kScales] == weight.floats()) problem = "scales go with at most 8 bits";
+  if (problem == nullptr) problem = check_form(weight, kernel.given[kScales], false, offsets, multiples);
   if (problem != nullptr) return fail(api, ort::kInvalidGraph, "%s", problem);
   const int64_t blocks = weight.panels() * weight.blocks() * kPanel;
   const int64_t scales = multiples ? weight.panels() * (weight.inputs / kSuper) * kPanel : blocks;

@@ -123,7 +123,7 @@ namespace freeexport {
 
 const Kernels kScalar = {"scalar", [] { return true; }, prepare, panels, prepare_floats, float_panels,
                        store_row, attend, nullptr, attend_encoder, join, piece};
-const Kernels kScalarBf16 = {"scalar-bf16", [] { return true; }, prepare, panels, prepare_floats, float_panels, store_row, attend, nullptr,
-                             attend_encoder, join, piece, prepare_prompt, prompt_panels, attend_prompt, 0};
+const Kernels kScalarBf16 = {"scalar-bf16", [] { return true; }, prepare, panels, prepare_floats, float_panels,
+                             store_row, attend, nullptr, attend_encoder, join, piece, prepare_prompt, prompt_panels, attend_prompt, 0};
 
 }  // namespace freeexport
