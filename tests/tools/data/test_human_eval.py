@@ -22,7 +22,12 @@ def test_each_problem_becomes_a_chat_prompt(tmp_path: Path) -> None:
     assert second.input != first.input
 
 
-@pytest.mark.parametrize("content", [b"", b"no gzip", gzip.compress(b"{"), gzip.compress(b'{"task_id": 1}')])
+# A gzip file holds the time. An identifier made of it would differ between the processes that collect the tests.
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"no gzip", gzip.compress(b"{"), gzip.compress(b'{"task_id": 1}')],
+    ids=["empty", "no gzip", "no JSON", "no prompt"],
+)
 def test_another_file_is_refused(content: bytes, tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.write_bytes(content)
