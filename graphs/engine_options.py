@@ -16,7 +16,14 @@ from graphs.dialects.ort import (
 )
 from graphs.errors import GraphError
 from graphs.exit_head import EXIT_MAP
-from graphs.quantization.plan import FLOAT_PLANS, ROUNDING, FormatPlan, rounding_for, shared_values
+from graphs.quantization.plan import (
+    FLOAT_PLANS,
+    ROUNDING,
+    FormatPlan,
+    Rounding,
+    rounding_for,
+    shared_values,
+)
 from runtime.bundle.costs import MAX_PENDING
 from runtime.bundle.manifest import (
     ACTIVATION_KERNELS,
@@ -245,7 +252,12 @@ class EngineOptions:
     @property
     def plan(self) -> FormatPlan | None:
         """Formats of weights that are quantized or in panels. None if weights are neither."""
-        return rounding_for(self.target, self.kernels).plan(self.precision, self.head)
+        return self.rounding.plan(self.precision, self.head)
+
+    @property
+    def rounding(self) -> Rounding:
+        """How weights are rounded."""
+        return rounding_for(self.target, self.kernels, self.precision, self.activations)
 
     def wanted(
         self,
@@ -260,12 +272,11 @@ class EngineOptions:
             head: Name of that engine's head weight.
         """
         plan = self.plan
-        products = rounding_for(self.target, self.kernels).products
         assert plan is not None
         # The exit map carries the whole residual stream, and shared values serve several heads.
         fusion = description.decoder.exit_fusion
         higher = {EXIT_MAP if fusion is None else fusion.linear.weight}
-        higher |= {*(shared_values(description) if products.own else ())}
+        higher |= {*(shared_values(description) if self.kernels == "freeexport" else ())}
 
         def format_of(weight: str) -> TensorFormat:
             if weight in higher:
@@ -277,11 +288,12 @@ class EngineOptions:
     def keeps_file_bits(self, of_head: bool = False) -> bool:
         """Return True if weights that a checkpoint file stores in 4 to 8 bits keep their bits.
 
-        They do at int4 with this project's kernels, except for a head whose format was set.
+        They do at int4, fp32 and fp16 with this project's kernels, except for a head whose format
+        was set.
         """
         if of_head and self.head is not None:
             return False
-        return self.kernels == "freeexport" and self.precision == "int4"
+        return self.in_floats or (self.kernels == "freeexport" and self.precision == "int4")
 
     @property
     def float_type(self) -> FloatType:

@@ -52,7 +52,6 @@ from graphs.layers import (
 )
 from graphs.quantization.panels import InFile
 from graphs.quantization.passes import FuseProducts, QuantizeEmbedding, QuantizeLinears
-from graphs.quantization.plan import rounding_for
 from graphs.quantization.quantizer import Quantizer
 from graphs.quantization.rounding import Rounded
 from graphs.shapes import check_weights
@@ -76,7 +75,7 @@ class EngineBuilder:
         directory: Where the graphs are written.
         rounded: Weights that are already rounded to 4 bits, by tensor name.
         in_file: Returns a tensor's quantized form in the checkpoint file if this project's kernels
-            can read it, else None.
+            can read it, else None. Its second argument is True if the form replaces floats.
 
     Raises:
         GraphError: If the options are invalid for the model.
@@ -91,7 +90,7 @@ class EngineBuilder:
         weights: WeightFile,
         directory: Path,
         rounded: Mapping[str, Rounded] = MappingProxyType({}),
-        in_file: Callable[[str], InFile | None] = lambda _: None,
+        in_file: Callable[[str, bool], InFile | None] = lambda *_: None,
     ) -> None:
         options.check(description)
         check_weights(description, source)
@@ -100,11 +99,12 @@ class EngineBuilder:
         self._source = source
         self._weights = weights
         self._directory = directory
-        self._rounding = rounding_for(options.target, options.kernels, options.activations)
+        self._rounding = options.rounding
         head = description.decoder.head.weight
 
         def keep_in_file(name: str) -> InFile | None:
-            return in_file(name) if options.keeps_file_bits(name == head) else None
+            keeps = options.keeps_file_bits(name == head)
+            return in_file(name, options.in_floats) if keeps else None
 
         self._quantizer = Quantizer(
             weights,
@@ -120,6 +120,11 @@ class EngineBuilder:
         if self.options.precision in FLOAT_TYPES:
             return None
         return Quantization(tuple(self._quantizer.engines), tuple(self._quantizer.higher))
+
+    @property
+    def weight_formats(self) -> dict[str, int]:
+        """Number of matrices by stored format, if products are those of their exact values."""
+        return self._quantizer.formats if self.options.in_floats else {}
 
     def shallow(self) -> None:
         """Build shallow.onnx: the embedding, layers 1..S, and the exit.

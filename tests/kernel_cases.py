@@ -155,7 +155,7 @@ def multiply(
         shift: Bias of the norm, which is then a layer norm.
         keeps_norm: Expected output of the norm, which the kernel must also return.
         prompt: Use the kernels for prompts.
-        activation_bits: 8, or 16.
+        activation_bits: 8, 16 or 32.
 
     Raises:
         ValueError: If the kernels reject the call.
@@ -170,6 +170,8 @@ def multiply(
     if up is not None:
         product.up = _weight(up)
     product.weight.pairs = product.up.pairs = activation_bits == 16
+    for weight in (product.weight, product.up):
+        weight.exact = activation_bits == 32 and weight.bits < 16
     product.total = _address(total)
     product.y = _address(y)
     product.beside = beside

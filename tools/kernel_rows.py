@@ -4,12 +4,12 @@
 
 Times the layers' products and the head of SmolLM2-135M with 1 to 8 rows, or up to 64 (--rows). The
 weights are random and do not fit the processor's caches. --against names a library of another
-build: the two take turns, and their results must have the same bits. --wide also times activations
-in 16 bits. --floats times weights in bfloat16 and fp32 instead. With --threads, each thread has its
-share of the outputs of every product, and no thread waits for another. Times are the
-processor time of the slowest thread, 10 % quantiles, because other processes only make calls
-slower. "stream" is the time in which as many threads read as many bytes with numpy. Run from the
-root of the repository.
+build: the two take turns, and their results must have the same bits. --activations also times
+activations in int16 or fp32. --floats times weights in bfloat16 and fp32 instead. With --threads,
+each thread has its share of the outputs of every product, and no thread waits for another. Times
+are the processor time of the slowest thread, 10 % quantiles, because other processes only make
+calls slower. "stream" is the time in which as many threads read as many bytes with numpy. Run from
+the root of the repository.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import repeat
 from pathlib import Path
@@ -54,7 +54,7 @@ class PackedWeight(ctypes.Structure):
             (name, ctypes.c_void_p)
             for name in ("data", "scales", "zeros", "offsets", "bias", "multiples")
         ),
-        *((name, ctypes.c_int) for name in ("pairs", "bfloat16")),
+        *((name, ctypes.c_int) for name in ("pairs", "bfloat16", "exact")),
     )
 
 
@@ -145,12 +145,14 @@ def part(
     return ModelPart(name, products, pages.bytes[began : pages.used])
 
 
-def widened(part: ModelPart) -> ModelPart:
-    """Return a part with activations in 16 bits and the same weights."""
+def widened(part: ModelPart, activations: str) -> ModelPart:
+    """Return a part with activations in int16 or fp32 and the same weights."""
     products = [PackedProduct.from_buffer_copy(product) for product in part.products]
     for product in products:
-        product.weight.pairs = product.up.pairs = 1
-    return ModelPart(f"{part.name}, activations in int16", products, part.weights)
+        for weight in (product.weight, product.up):
+            weight.pairs = int(activations == "int16")
+            weight.exact = int(activations == "fp32")
+    return ModelPart(f"{part.name}, activations in {activations}", products, part.weights)
 
 
 def share(product: PackedProduct, thread: int, threads: int) -> PackedProduct:
@@ -206,13 +208,13 @@ def measure(
     rounds: int,
     most: int,
     threads: int = 1,
-    wide: bool = False,
+    activations: Sequence[str] = (),
     floats: bool = False,
 ) -> list[dict[str, Any]]:
     """Return a row for each part and library, with milliseconds by number of rows up to `most`.
 
-    With `wide`, also for each part with activations in 16 bits. With `floats`, for layers in
-    bfloat16 and in fp32 instead.
+    Also for each part with `activations` in other types. With `floats`, for layers in bfloat16 and
+    in fp32 instead.
 
     Raises:
         EngineError: If libraries return different results.
@@ -223,7 +225,7 @@ def measure(
         part(pages, "int8 layers", 8, LAYER * LAYERS),
         part(pages, "int8 head", 8, HEAD),
     ]
-    parts += [widened(item) for item in parts] if wide else []
+    parts += [widened(item, type_) for type_ in activations for item in parts]
     if floats:
         parts = [part(pages, "bf16 layers", 16, LAYER * LAYERS)]
         parts.append(part(pages, "fp32 layers", 32, LAYER * LAYERS))
@@ -291,7 +293,12 @@ def measure(
 @click.option("--rounds", default=40, type=click.IntRange(1), help="Rounds.")
 @click.option("--rows", default=8, type=click.IntRange(1), help="Maximum number of rows.")
 @click.option("--threads", default=1, type=click.IntRange(1), help="Threads.")
-@click.option("--wide", is_flag=True, help="Also time activations in 16 bits.")
+@click.option(
+    "--activations",
+    multiple=True,
+    type=click.Choice(("int16", "fp32")),
+    help="Also time activations of this type.",
+)
 @click.option("--floats", is_flag=True, help="Time weights in bfloat16 and fp32 instead.")
 @click.option("--save", type=click.Path(path_type=Path), help="JSON file to write.")
 def main(
@@ -299,13 +306,15 @@ def main(
     rounds: int,
     rows: int,
     threads: int,
-    wide: bool,
+    activations: tuple[str, ...],
     floats: bool,
     save: Path | None,
 ) -> None:
     libraries = {"this": LIBRARY} | ({"other": against} if against else {})
     with other_load() as other:
-        found = measure(libraries, rounds, rows, threads=threads, wide=wide, floats=floats)
+        found = measure(
+            libraries, rounds, rows, threads=threads, activations=activations, floats=floats
+        )
     for row in found:
         one = row["milliseconds"][1]
         each = [f"{taken:.2f} ({taken / one:.2f})" for taken in row["milliseconds"].values()]
@@ -318,7 +327,7 @@ def main(
     if save is not None:
         command = "python -m tools.kernel_rows" + (" --against OTHER" if against else "")
         command += f" --rounds {rounds} --rows {rows} --threads {threads}"
-        command += " --wide" if wide else ""
+        command += "".join(f" --activations {type_}" for type_ in activations)
         command += " --floats" if floats else ""
         save_timings(save, command, other.cores, found)
 

@@ -275,18 +275,16 @@ class Checkpoint:
             )
         return array
 
-    def in_file(self, name: str) -> InFile | None:
-        """Return the stored form of a matrix, if our own operators read it directly, or None."""
-        return self.tensors[name].in_file(name) if name in self.tensors else None
+    def in_file(self, name: str, exact: bool = False) -> InFile | None:
+        """Return the stored form of a matrix. See TensorFile.in_file."""
+        return self.tensors[name].in_file(name, exact) if name in self.tensors else None
 
     def rounded_kinds(self) -> str:
         """Describe the matrices of a GGUF file that must be quantized again, as counts by type."""
         kinds = Counter[str]()
         for file in self.files:
             kinds.update(file.kinds() if isinstance(file, GGUFFile) else {})
-        others = {
-            kind: count for kind, count in kinds.items() if kind not in (*KINDS, "Q4_0", "Q4_1")
-        }
+        others = {kind: count for kind, count in kinds.items() if kind not in KINDS}
         return ", ".join(
             f"{count} in {kind}" for kind, count in sorted(others.items()) if kind[0] not in "FB"
         )

@@ -173,15 +173,19 @@ class GGUFFile(TensorFile):
             if len(one.shape) == 2
         )
 
-    def in_file(self, name: str) -> InFile | None:
+    def in_file(self, name: str, exact: bool = False) -> InFile | None:
         from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
         tensor = self._tensors[name]
         kind = GGMLQuantizationType(tensor.kind)
         known = KINDS.get(kind.name)
-        # If the file has no other type of KINDS, the conversion plan decides the format of Q8_0.
-        if kind.name == "Q8_0" and not self.kinds().keys() & (KINDS.keys() - {"Q8_0"}):
-            return None
+        # Unless a file has other types, the conversion plan decides the format of Q8_0. Q4_0 and
+        # Q4_1 are recognized by their values, like other 4-bit checkpoints.
+        planned = {"Q8_0", "Q4_0", "Q4_1"}
+        if not exact and kind.name in planned:
+            others = self.kinds().keys() & (KINDS.keys() - planned)
+            if kind.name != "Q8_0" or not others:
+                return None
         if (
             known is None
             or len(tensor.shape) != 2

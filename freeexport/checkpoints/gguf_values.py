@@ -49,6 +49,13 @@ def _halves(raw: np.ndarray, at: int) -> np.ndarray:
     return np.ascontiguousarray(raw[:, at : at + 2]).view("<f2")[:, 0]
 
 
+def _q4(raw: np.ndarray) -> Blocks:
+    """Decode Q4_0, or Q4_1, whose blocks have two more bytes for an offset."""
+    low = raw[:, -16:]
+    values = np.concatenate([low & 15, low >> 4], axis=1)
+    return Blocks(values, _halves(raw, 0), _halves(raw, 2) if raw.shape[1] == 20 else None)
+
+
 def _q5(raw: np.ndarray) -> Blocks:
     """Decode Q5_0, or Q5_1, whose blocks have two more bytes for an offset."""
     start = raw.shape[1] - 20
@@ -88,9 +95,9 @@ def _q6_k(raw: np.ndarray) -> Blocks:
     )
 
 
-# Q4_0 and Q4_1 are recognized by their values, like other 4-bit checkpoints
-# (graphs/quantization/rounding.py).
 KINDS = {
+    "Q4_0": Kind("int4", _BLOCK, _q4),
+    "Q4_1": Kind("int4", _BLOCK, _q4),
     "Q5_0": Kind("int5", _BLOCK, _q5),
     "Q5_1": Kind("int5", _BLOCK, _q5),
     "Q8_0": Kind("int8-block", _BLOCK, lambda raw: Blocks(raw[:, 2:] ^ 128, _halves(raw, 0))),

@@ -47,8 +47,13 @@ class TensorFile:
         """Return a copy of a tensor in float32."""
         raise NotImplementedError
 
-    def in_file(self, name: str) -> InFile | None:
-        """Return the stored form of a matrix, if our own operators read it directly, or None."""
+    def in_file(self, name: str, exact: bool = False) -> InFile | None:
+        """Return the stored form of a matrix, if our own operators read it directly, or None.
+
+        Args:
+            name: Name of the matrix.
+            exact: The form replaces floats, so no other format is an alternative.
+        """
         return None
 
 

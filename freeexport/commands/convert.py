@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 
@@ -22,7 +22,7 @@ from freeexport.system.page import human_bytes
 from runtime.bundle.beta import NEVER_EXIT
 from runtime.bundle.bundle import Bundle
 from runtime.bundle.calibration import is_calibration
-from runtime.bundle.manifest import MANIFEST, Manifest
+from runtime.bundle.manifest import MANIFEST, FloatType, Manifest
 from runtime.kernels import kernels_of
 from runtime.tensorrt.files import DIRECTORY
 
@@ -188,9 +188,14 @@ def _lines(
     advice = ""
     if on_cpu and precision == "fp16" and manifest.kernels is None:
         advice = "; note: CPUs compute in fp32, so fp16 saves space but no time"
+    formats = manifest.weight_formats
     if on_cpu and precision in ("fp32", "fp16"):
-        advice += "; --precision int8 is faster on a CPU"
+        faster = "int8" if formats.keys() <= set(get_args(FloatType)) else "int4"
+        advice += f"; --precision {faster} is faster on a CPU"
     yield f"weights: {human_bytes(manifest.weight_bytes)}, {precision}{advice}"
+    if formats:
+        each = ", ".join(f"{count} in {name}" for name, count in formats.items())
+        yield f"stored with their exact values: {each}"
     if quantization is not None:
         if quantization.higher:
             names = ", ".join(

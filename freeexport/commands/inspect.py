@@ -148,6 +148,11 @@ def _model(manifest: Manifest) -> Rows:
         *([("languages", _languages(manifest.languages))] if manifest.languages else []),
         *((name, getattr(manifest, name)) for name in ("target", "dialect", "precision")),
         *(
+            [("weights", ", ".join(f"{count} in {name}" for name, count in formats.items()))]
+            if (formats := manifest.weight_formats)
+            else []
+        ),
+        *(
             [("4-bit weights", f"fitted to {fitted.tokens} tokens of {fitted.texts} texts")]
             if fitted
             else []

@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 import numpy as np
@@ -98,8 +98,9 @@ def convert(model: str, out: Path, options: ConvertOptions) -> Manifest:
     engines = engine_options(description, options, checkpoint.exit_layer(layers, exit_layer))
     longest_prompt = options.longest_prompt(description)
     if engines.keeps_file_bits() and (others := checkpoint.rounded_kinds()):
+        instead = "stored as floats" if engines.in_floats else "quantized again"
         click.echo(
-            f"note: {others}: no operator reads these, so they are dequantized and quantized again",
+            f"note: {others}: no operator reads these, so they are dequantized and {instead}",
             err=True,
         )
     _decoder_start(checkpoint, description)
@@ -251,19 +252,32 @@ def _unverified_place(out: Path) -> Path:
     return place
 
 
+class Written(NamedTuple):
+    """Weights of new engines.
+
+    Attributes:
+        bytes: Size of the weight file.
+        copies: Copies of weights in memory.
+        quantization: How weights were quantized.
+        formats: Number of matrices by stored format, unless they were quantized.
+    """
+
+    bytes: int
+    copies: list[DeclaredCopy]
+    quantization: Quantization | None
+    formats: dict[str, int]
+
+
 def _write_engines(
     checkpoint: Checkpoint,
     description: Description,
     options: EngineOptions,
     text: Path | None,
     directory: Path,
-) -> tuple[int, list[DeclaredCopy], Quantization | None]:
+) -> Written:
     """Write the engines.
 
     torch takes a second to import, so it is imported only if needed.
-
-    Returns:
-        Bytes of the weights, copies of weights in memory, and how weights were quantized.
     """
     copies = list[DeclaredCopy]()
     fitted = None
@@ -305,10 +319,11 @@ def _write_engines(
         quantization = builder.quantization
         if quantization is not None and fitted is not None:
             quantization = replace(quantization, rounding_data=fitted.data)
-        return (
+        return Written(
             weights.bytes,
             [*_head_copies(description, options, quantization), *copies],
             quantization,
+            builder.weight_formats,
         )
 
 
@@ -317,14 +332,14 @@ def _new_manifest(
     description: Description,
     engines: EngineOptions,
     longest_prompt: int,
-    written: tuple[int, list[DeclaredCopy], Quantization | None],
+    written: Written,
     directory: Path,
 ) -> Manifest:
     """Return the manifest of the engines in `directory`.
 
     It has no verification, costs or calibration yet.
     """
-    weight_bytes, copies, quantization = written
+    quantization = written.quantization
     versions = {"freeexport": __version__, "python": platform.python_version()}
     for name in VERSIONED:
         with suppress(PackageNotFoundError):
@@ -363,11 +378,12 @@ def _new_manifest(
         verified=False,
         source=checkpoint.name,
         source_sha256=checkpoint.sha256,
-        weight_bytes=weight_bytes,
+        weight_bytes=written.bytes,
         files={path.name: File(path.stat().st_size, sha256_of(path)) for path in files},
         versions=versions,
-        copies=tuple(copies),
+        copies=tuple(written.copies),
         quantization=quantization,
+        weight_formats=written.formats,
         target=engines.target,
         exit_trained=checkpoint.exit is not None and checkpoint.exit.trained,
         kernels=_kernels_version(engines, quantization),

@@ -33,7 +33,6 @@ from freeexport.verification.reference import layer_list
 from graphs.description import Description
 from graphs.engine_options import EngineOptions
 from graphs.quantization.inputs import round_4_bits_for
-from graphs.quantization.plan import rounding_for
 from graphs.quantization.rounding import BLOCK, FLOAT32, Rounded, dequantize
 from graphs.shapes import weight_names
 from runtime.bundle.bundle import sha256_of
@@ -132,7 +131,7 @@ class _Rounder:
         read: set[str],
     ) -> None:
         self.weights: dict[str, Rounded] = {}
-        used = rounding_for(engines.target, engines.kernels)
+        used = engines.rounding
         self._scheme = used.scheme
         self._type = np.dtype(np.float16) if used.products.own else FLOAT32
         self._modules = {

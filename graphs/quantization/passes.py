@@ -20,7 +20,6 @@ from graphs.exit_head import EXIT
 from graphs.graph import MICROSOFT, STACK, drop_unused, external, unread
 from graphs.quantization.panels import BITS, FLOAT_DTYPES
 from graphs.quantization.quantizer import FLOATS, OPERANDS, Quantizer, Stored
-from runtime.bundle.manifest import Activations
 from runtime.bundle.quantization import EnginePrecision, HigherTensor, TensorFormat
 from runtime.kernels import DOMAIN
 
@@ -51,6 +50,8 @@ NORMS = {
     "LayerNormalization": (True, False),
     "SkipLayerNormalization": (True, True),
 }
+# activation_bits of PackedLinear that leave activations in fp32.
+EXACT = 32
 # accuracy_level of MatMulNBits that rounds activations to 8 bits. Other levels are 5 to 40 times
 # slower on a CPU.
 INT8_ACTIVATIONS = 4
@@ -80,10 +81,12 @@ class Products:
         domain: ONNX domain of the operators.
         own: The operators are this project's (docs/precision.md). They read weights in panels, and
             may read two weights with different formats.
+        exact: A quantized weight has the products of its values in fp32.
     """
 
     domain = ""
     own = False
+    exact = False
 
     def product(self, tape: Tape, node: ir.Node, parts: Sequence[Part]) -> ir.Value:
         """Replace `node`, Gemm(x, W, bias), by operators on `tape` that read the quantized weight.
@@ -122,21 +125,26 @@ class PackedProducts(Products):
     """This project's PackedLinear.
 
     Args:
-        activations: Type that it quantizes activations to.
+        activation_bits: Bits that it rounds activations to in products with quantized weights, 8 or
+            16. 32: activations stay in fp32, and products are those of the dequantized weights.
     """
 
     domain = DOMAIN
     own = True
 
-    def __init__(self, activations: Activations = "int8") -> None:
-        self._attributes = {"activation_bits": 16} if activations == "int16" else {}
+    def __init__(self, activation_bits: int = 8) -> None:
+        self.exact = activation_bits == EXACT
+        self._attributes = {} if activation_bits == 8 else {"activation_bits": activation_bits}
 
     def product(self, tape: Tape, node: ir.Node, parts: Sequence[Part]) -> ir.Value:
         x, _, *bias = node.inputs
         given: list[ir.Value | None] = [None] * INPUTS
         given[X] = x
         given[BIAS] = bias[0] if bias else None
-        attributes = {**parts[0].attributes, **self._attributes}
+        floats = parts[0].stored.format in FLOAT_DTYPES
+        attributes = parts[0].attributes
+        if self.exact or not floats:
+            attributes |= self._attributes
         for part, places in zip(parts, (WEIGHT, UP), strict=False):
             for place, operand in zip(places, OPERANDS, strict=True):
                 given[place] = part.operands.get(operand)
@@ -213,9 +221,11 @@ class QuantizeLinears(ir.passes.InPlacePass):
             assert tensor is not None
             parts = self._parts(tensor)
             stored = [self._store(part) for part in parts]
-            # One product must read all parts, and floats or quantized weights only.
+            # One product must read all parts, and unless it is exact, floats or quantized weights
+            # only.
             floats = {part.format in FLOAT_DTYPES for part in stored}
-            if not all(part.replaces for part in stored) or len(floats) > 1:
+            mixed = len(floats) > 1 and not self._products.exact
+            if not all(part.replaces for part in stored) or mixed:
                 parts = [tensor]
                 stored = [self._store(tensor)]
             for part, result in zip(parts, stored, strict=True):
@@ -448,7 +458,8 @@ def _with_gate(graph: ir.Graph, node: ir.Node) -> None:
         return
     if len(up.inputs) > BIAS and up.inputs[BIAS] is not None:
         return
-    if (up.inputs[SCALES] is None) != (node.inputs[SCALES] is None):  # one has floats
+    exact = node.attributes.get_int("activation_bits", 0) == EXACT
+    if (up.inputs[SCALES] is None) != (node.inputs[SCALES] is None) and not exact:  # one has floats
         return
     node.resize_inputs(INPUTS)
     for place, part in zip(UP, WEIGHT, strict=True):

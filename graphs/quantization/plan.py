@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from graphs.description import Description
-from graphs.quantization.passes import OrtProducts, PackedProducts, Products, WidenedProducts
+from graphs.quantization.passes import EXACT, OrtProducts, PackedProducts, Products, WidenedProducts
 from graphs.quantization.rounding import IntegerScheme, Scheme, SymmetricScheme
 from runtime.bundle.manifest import Activations, HeadPrecision, Kernels, Precision, Target
 from runtime.bundle.quantization import TensorFormat
@@ -73,13 +73,9 @@ FLOAT_PLANS: dict[Precision, FormatPlan] = {
     "fp32": FormatPlan("fp32", "fp32", "fp32", "fp32"),
     "fp16": FormatPlan("fp16", "fp16", "fp16", "fp16"),
 }
-_CPU_OWN = replace(
-    _CPU,
-    plans={**_CPU.plans, **FLOAT_PLANS},
-    scheme=IntegerScheme(offsets=True),
-    products=PackedProducts(),
-)
-_CPU_WIDE = replace(_CPU_OWN, products=PackedProducts("int16"))
+_CPU_OWN = replace(_CPU, scheme=IntegerScheme(offsets=True), products=PackedProducts())
+_CPU_WIDE = replace(_CPU_OWN, products=PackedProducts(activation_bits=16))
+_CPU_FLOATS = replace(_CPU_OWN, plans=FLOAT_PLANS, products=PackedProducts(activation_bits=EXACT))
 # MatMulNBits is the only CUDA kernel that reads quantized weights directly.
 _CUDA = Rounding(_BLOCKS, IntegerScheme(blocks=()), OrtProducts(rounds_activations=False))
 _TENSORRT = Rounding(
@@ -104,8 +100,12 @@ def shared_values(description: Description) -> frozenset[str]:
     return frozenset(each.value.weight for each in attentions if 2 * each.kv_heads <= each.heads)
 
 
-def rounding_for(target: Target, kernels: Kernels, activations: Activations = "int8") -> Rounding:
-    """Return how weights are rounded for a target and its kernels."""
+def rounding_for(
+    target: Target, kernels: Kernels, precision: Precision, activations: Activations
+) -> Rounding:
+    """Return how weights are rounded for a target, its kernels and a precision."""
     if kernels != "freeexport":
         return ROUNDING[target]
+    if precision in FLOAT_PLANS:
+        return _CPU_FLOATS
     return _CPU_WIDE if activations == "int16" else _CPU_OWN

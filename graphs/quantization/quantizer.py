@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -125,6 +126,14 @@ class Quantizer:
             kept_alone = of_checkpoint and self._kept
             self._stored[name, wanted] = self._choose(name, tensor, wanted, kept_alone)
         return self._stored[name, wanted]
+
+    @property
+    def formats(self) -> dict[str, int]:
+        """Number of weights by format: the name of that in the checkpoint file, or of ours."""
+        counts = Counter[str]()
+        for (name, _), stored in self._stored.items():
+            counts[stored.kind or stored.format] += len(name.split(STACK))
+        return dict(sorted(counts.items()))
 
     def kind(self, name: str) -> str:
         """Return the name of the format that a tensor keeps from its file, or an empty string."""

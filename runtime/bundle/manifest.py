@@ -19,7 +19,7 @@ from runtime.errors import BundleError
 
 # Newer minor versions only add optional fields. Newer major versions cannot be read.
 SCHEMA_VERSION = 2
-SCHEMA_MINOR = 9
+SCHEMA_MINOR = 10
 MANIFEST = "freeexport.json"
 HASH = "manifest_sha256"
 REMEDY = "convert the checkpoint again"
@@ -242,6 +242,8 @@ class Manifest:
         threshold: Tokens with a higher confidence exit. 1.0 in bundles that are not calibrated.
         costs: Costs measured by `convert`. None if they were not measured.
         quantization: None if no weight was quantized.
+        weight_formats: Number of matrices by stored format, if this project's operators multiply
+            with their exact values: a type of floats, or a format of the checkpoint file (Q4_K).
         exit_vocabulary: None if the shallow head predicts all tokens.
         rollback_threshold: Limit for mode rollback, in nats. None if not calibrated.
         target: Device that the graphs were built for.
@@ -299,6 +301,7 @@ class Manifest:
     copies: tuple[DeclaredCopy, ...] = ()
     costs: Costs | None = None
     quantization: Quantization | None = None
+    weight_formats: dict[str, int] = field(default_factory=dict)
     exit_vocabulary: ExitVocabulary | None = None
     rollback_threshold: Annotated[float, Range(0, math.inf)] | None = None
     target: Target = "cpu"

@@ -40,7 +40,9 @@ def test_threads_share_the_outputs_of_a_product() -> None:
     assert (first.outputs, first.data, first.scales) == (32, 1000, 2000)
     # Two panels of 16 outputs: 64 inputs in 4 bits, and two blocks with a scale of 2 bytes.
     assert (second.outputs, second.data, second.scales) == (48, 1000 + 32 * 32, 2000 + 32 * 4)
-    result = CliRunner().invoke(kernel_rows.main, ["--rounds", "1", "--rows", "2", "--threads", "2", "--wide"])
+    result = CliRunner().invoke(
+        kernel_rows.main, ["--rounds", "1", "--rows", "2", "--threads", "2", "--activations", "int16"]
+    )
     assert result.exit_code == 0, result.output
     assert "int8 head, activations in int16, this" in result.output
 

@@ -33,18 +33,11 @@ inline void prepare_floats(const Product& product, int64_t row, float* normed, f
   for (int64_t i = inputs; i < padded; i++) to[i * stride] = 0.0f;
 }
 
-// Multiplies M rows with the outputs of `Wide` registers of a panel, starting at output `lane`.
+// Adds the products of M rows with `Wide` registers of outputs to `sums`. `data` has kPanel outputs of each input,
+// and is prefetched `ahead` bytes before it is read.
 template <typename Type, int M, int Wide>
-inline void float_tile(const float* rows, const Weight& weight, int64_t panel, int lane, float* y, int64_t stride) {
-  const int64_t inputs = weight.groups() * kGroup;
-  const auto* data = reinterpret_cast<const typename Type::Value*>(weight.data) + panel * inputs * kPanel + lane;
-  // The first outputs of a panel prefetch for all others.
-  const int64_t ahead = lane > 0 ? 0 : floats_ahead<M>();
-  Vec::Float sums[Wide][M];
-#pragma GCC unroll 4
-  for (int w = 0; w < Wide; w++)
-#pragma GCC unroll 8
-    for (int m = 0; m < M; m++) sums[w][m] = Vec::zero();
+inline void add_floats(const float* rows, const typename Type::Value* data, int64_t inputs, int64_t ahead,
+                       Vec::Float (&sums)[Wide][M]) {
   for (int64_t i = 0; i < inputs; i += 2) {
     const char* next = reinterpret_cast<const char*>(data) + ahead;
     for (size_t at = 0; at < 2 * kPanel * sizeof(*data) && ahead; at += 64) __builtin_prefetch(next + at);
@@ -59,8 +52,25 @@ inline void float_tile(const float* rows, const Weight& weight, int64_t panel, i
         for (int w = 0; w < Wide; w++) sums[w][m] = Vec::add_product(Vec::set(rows[m]), values[w], sums[w][m]);
     }
   }
+}
+
+template <int M, int Wide>
+inline void clear(Vec::Float (&sums)[Wide][M]) {
 #pragma GCC unroll 4
-  for (int w = 0; w < Wide; w++) {
+  for (int w = 0; w < Wide; w++)
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++) sums[w][m] = Vec::zero();
+}
+
+// Registers of a panel that are multiplied at a time.
+constexpr int kFloatsWide = Vec::kLanes * 2 == kPanel ? 2 : 1;
+
+// Stores the sums of M rows with the outputs of a panel from `lane` on.
+template <int M>
+inline void put_floats(const Vec::Float (&sums)[kFloatsWide][M], const Weight& weight, int64_t panel, int lane, float* y,
+                       int64_t stride) {
+#pragma GCC unroll 4
+  for (int w = 0; w < kFloatsWide; w++) {
     const int from = lane + w * Vec::kLanes;
     put(sums[w], weight, panel * kPanel + from, y + from, stride, 0);
   }
@@ -69,9 +79,15 @@ inline void float_tile(const float* rows, const Weight& weight, int64_t panel, i
 // Multiplies M rows with all outputs of a panel.
 template <typename Type, int M>
 inline void float_panel(const float* rows, const Weight& weight, int64_t panel, float* y, int64_t stride) {
-  constexpr int kWide = Vec::kLanes * 2 == kPanel ? 2 : 1;
-  for (int lane = 0; lane < kPanel && panel * kPanel + lane < weight.outputs; lane += kWide * Vec::kLanes)
-    float_tile<Type, M, kWide>(rows, weight, panel, lane, y, stride);
+  const int64_t inputs = weight.groups() * kGroup;
+  const auto* data = reinterpret_cast<const typename Type::Value*>(weight.data) + panel * inputs * kPanel;
+  for (int lane = 0; lane < kPanel && panel * kPanel + lane < weight.outputs; lane += kFloatsWide * Vec::kLanes) {
+    Vec::Float sums[kFloatsWide][M];
+    clear(sums);
+    // The first outputs of a panel prefetch for all others.
+    add_floats<Type>(rows, data + lane, inputs, lane > 0 ? 0 : floats_ahead<M>(), sums);
+    put_floats(sums, weight, panel, lane, y, stride);
+  }
 }
 
 using FloatTile = void (*)(const float*, const Weight&, int64_t, float*, int64_t);
@@ -94,14 +110,4 @@ inline const FloatTile* float_tiles_of(const Weight& weight) {
   static constexpr FloatTiles<Singles> singles{};
   if (weight.bits == 32) return singles.of;
   return weight.bfloat16 ? bfloats.of : halves.of;
-}
-
-// Like `multiply` of quantized rows.
-inline void multiply(const float* rows, const int16_t*, int64_t first, int64_t last, const Weight& weight,
-                     int64_t panel, int64_t end, float* y, int64_t stride, int64_t apart) {
-  const FloatTile* tiles = float_tiles_of(weight);
-  const int64_t inputs = weight.groups() * kGroup;
-  for (; panel < end; panel++, y += apart)
-    for (int64_t m = first; m < last; m += Vec::kRows)
-      tiles[rows_of_tile(m, last)](rows + m * inputs, weight, panel, y + (m - first) * stride, stride);
 }

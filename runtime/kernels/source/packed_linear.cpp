@@ -30,8 +30,8 @@ const Kernels* const kAll[] = {  // best first
 struct Call {
   const Kernels& kernels;
   const Product& product;
-  Group* quantized;  // rows for quantized weights, or null
-  float* floats;     // rows for weights of floats, or null
+  Group* quantized;  // quantized rows, or null
+  float* floats;     // rows in fp32, or null
   uint16_t* prompt;  // a prompt's rows in tiles, or null
   float* normed;  // memory for a row [inputs] per task, if there is a norm
   int64_t task_panels, task_rows, row_blocks;
@@ -90,7 +90,7 @@ bool packed_linear(const Kernels& kernels, const Product& product, Parallel para
   const Weight& weight = product.weight;
   const int64_t rows = product.rows;
   if (rows == 0) return true;
-  const bool floats = weight.floats();
+  const bool floats = weight.float_rows();
   const bool tiles = product.prompt && kernels.prompt_panels && !is_head(product) && !floats;
   const int64_t quantized = product.quantized_rows(), all = tiles ? parts(rows, kTileRows) * kTileRows : quantized;
   const auto groups = static_cast<size_t>(all * weight.groups());
@@ -121,7 +121,8 @@ bool packed_linear(const Kernels& kernels, const Product& product, Parallel para
     task_bytes = share < kTaskBytes ? kTaskBytes : least(share, kStreamBytes);
   }
   call.task_panels = panel_bytes < task_bytes ? task_bytes / panel_bytes : 1;
-  if (quantized > 1 || tiles) call.task_panels += call.task_panels % 2;  // multiplied in pairs
+  // Multiplied in pairs.
+  if (quantized > 1 || tiles || weight.exact) call.task_panels += call.task_panels % 2;
   if (quantized * weight.inputs > kManyInputs)
     run(parallel, context, prepare_task, parts(rows, kPreparedRows), call);
   else

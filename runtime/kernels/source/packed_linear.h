@@ -2,11 +2,12 @@
 // packed in panels of 16 outputs. Fused with operations before and after such a product in a transformer: the norm of a
 // sum, an activation, and a gate.
 //
-// With a quantized weight, rows are quantized to 8 bits, with a scale per group of 32 inputs. For activations in 16 bits, the
+// With a quantized weight, unless it is exact, rows are quantized to 8 bits, with a scale per group of 32 inputs. For activations in 16 bits, the
 // remainders are quantized in the same way to a second row, and the products of both rows are
 // added. The products of a group are summed exactly, in integers. Groups are added in order, in
 // fp32, with the same operations on every instruction set. The bits of a row therefore depend only
-// on the row and the weight. The same holds for weights in floating point (float_tiles.h).
+// on the row and the weight. The same holds for weights in floating point (float_tiles.h), and for
+// exact ones (exact_tiles.h), which have the results of the same weight in fp32.
 #pragma once
 
 #include <cstddef>
@@ -58,10 +59,12 @@ struct Weight {
   const int8_t* multiples;  // [panels][blocks][16], for 4 and 5 bits [2][16]. Or null
   int pairs;  // 1: a row of activations is quantized to a pair of rows, for 16 bits. Otherwise 0
   int bfloat16;  // 1: 16 bits are a bfloat16. Otherwise 0, and they are a float16
+  int exact;     // 1: rows stay in fp32, and at most 8 bits are widened to fp32. Otherwise 0
 
   // Always inlined: a copy compiled for one instruction set must not be linked into code for
   // another.
   FREEEXPORT_INLINE bool floats() const { return bits >= 16; }
+  FREEEXPORT_INLINE bool float_rows() const { return exact || floats(); }
   FREEEXPORT_INLINE int64_t panels() const { return (outputs + kPanel - 1) / kPanel; }
   FREEEXPORT_INLINE int64_t groups() const { return (inputs + kGroup - 1) / kGroup; }
   FREEEXPORT_INLINE int64_t blocks() const { return (inputs + block - 1) / block; }
@@ -85,7 +88,7 @@ struct Product {
   float epsilon;
   int activation;
   Weight weight;
-  Weight up;           // same inputs, and without `beside` same outputs. data may be null. Has floats if `weight` does
+  Weight up;           // same inputs and type of rows, and without `beside` same outputs. data may be null
   float* total;        // [rows, inputs]: x + skip, or n with `keeps_norm`. Null without skip
   float* y;            // [rows, outputs]
   int beside;          // only without activation
@@ -128,7 +131,8 @@ constexpr int64_t kManyRows = 16;
 // Returns true if memory for a product's quantized rows, widened to 16 bits, follows its groups, in
 // the same order.
 FREEEXPORT_INLINE bool has_wide_rows(const Product& product) {
-  return product.quantized_rows() >= kManyRows && (product.weight.bits == 8 || product.up.bits == 8);
+  const bool bytes = product.weight.bits == 8 || product.up.bits == 8;
+  return bytes && product.quantized_rows() >= kManyRows && !product.weight.float_rows();
 }
 FREEEXPORT_INLINE int16_t* wide_rows_of(const Product& product, const Group* rows) {
   return reinterpret_cast<int16_t*>(const_cast<Group*>(rows) + product.quantized_rows() * product.weight.groups());
@@ -142,7 +146,7 @@ struct Kernels {
   void (*prepare)(const Product& product, int64_t row, float* normed, Group* rows);
   // Computes the outputs of panels `panel`..`end` for rows first..last, at most kTaskRows quantized ones.
   void (*panels)(const Product& product, const Group* rows, int64_t first, int64_t last, int64_t panel, int64_t end);
-  // The same for weights of floats. `rows` is [tiles of rows][padded inputs][rows of the tile].
+  // The same for weights with rows in fp32. `rows` is [tiles of rows][padded inputs][rows of the tile].
   void (*prepare_floats)(const Product& product, int64_t row, float* normed, float* rows);
   void (*float_panels)(const Product& product, const float* rows, int64_t first, int64_t last, int64_t panel,
                        int64_t end);

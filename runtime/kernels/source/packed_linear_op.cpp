@@ -69,14 +69,15 @@ ort::Status* read_sizes(const ort::Api* api, const ort::KernelInfo* info, const 
   if (const char* problem = check_sizes(weight->outputs, weight->inputs, bits, block))
     return fail(api, ort::kInvalidGraph, "%s", problem);
   const int64_t activation_bits = integer_of(api, info, "activation_bits");
-  if (activation_bits != 0 && activation_bits != 8 && activation_bits != 16)
-    return fail(api, ort::kInvalidGraph, "activation_bits is not 8 or 16");
+  if (activation_bits != 0 && activation_bits != 8 && activation_bits != 16 && activation_bits != 32)
+    return fail(api, ort::kInvalidGraph, "activation_bits is not 8, 16 or 32");
   weight->bits = static_cast<int>(bits);
   weight->block = static_cast<int>(block);
   weight->bfloat16 = integer_of(api, info, bfloat16_name) != 0;
   weight->pairs = activation_bits == 16;
   if (weight->pairs && weight->floats())
-    return fail(api, ort::kInvalidGraph, "activation_bits go with weights of at most 8 bits");
+    return fail(api, ort::kInvalidGraph, "activation_bits 16 go with weights of at most 8 bits");
+  weight->exact = activation_bits == 32 && !weight->floats();
   return nullptr;
 }
 
@@ -113,7 +114,7 @@ ort::Status* read_product(const ort::KernelInfo* info, Kernel* kernel) {
   if (given[kUpData]) {
     const char* outputs = product.beside ? "up_N" : "N";
     RETURN_IF_ERROR(read_sizes(api, info, outputs, "up_bits", "up_block_size", "up_bfloat16", &product.up));
-    if (product.up.floats() != product.weight.floats())
+    if (product.up.float_rows() != product.weight.float_rows())
       return fail(api, ort::kInvalidGraph, "up has floats, or the other weight has, but not both");
     RETURN_IF_ERROR(read_weight(*kernel, info, kUpData, kUpOffsets, kUpMultiples, &product.up));
   }

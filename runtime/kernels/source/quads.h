@@ -71,24 +71,22 @@ struct RowByRow {
   }
 };
 
+// Returns inputs 4 Quad to 4 Quad + 3 of each output.
+template <typename V, int Bits, int Quad>
+FREEEXPORT_INLINE typename V::Int quad_of(const uint8_t* data) {
+  if constexpr (Bits == 8) return V::load(data + 64 * Quad);
+  const typename V::Int bytes = V::load(data + 64 * (Quad / 2));
+  const typename V::Int four = Quad % 2 ? V::high(bytes) : V::low(bytes);
+  using At = Plane<Bits, Quad>;
+  if constexpr (Bits > 4) return V::template with_bits<At::kShift>(four, V::load(data + At::kByte), At::kMask);
+  return four;
+}
+
 template <typename V, int Bits>
 struct VnniQuads {
-  typename V::Int quads[8];  // inputs 4i to 4i + 3 of each output
+  typename V::Int quads[8];
   explicit VnniQuads(const uint8_t* data) {
-    for (int j = 0; j < (Bits == 8 ? 8 : 4); j++) {
-      const typename V::Int bytes = V::load(data + 64 * j);
-      if constexpr (Bits < 8) {
-        quads[2 * j] = V::low(bytes);
-        quads[2 * j + 1] = V::high(bytes);
-      } else {
-        quads[j] = bytes;
-      }
-    }
-    if constexpr (Bits == 5 || Bits == 6)
-      each_quad([&](auto quad) {
-        using At = Plane<Bits, quad>;
-        quads[quad] = V::template with_bits<At::kShift>(quads[quad], V::load(data + At::kByte), At::kMask);
-      });
+    each_quad([&](auto quad) { quads[quad] = quad_of<V, Bits, quad>(data); });
   }
   // Returns `start` plus the products of part `Part` of `Parts` of the group.
   template <int Part, int Parts>

@@ -78,6 +78,7 @@ struct Vec : PlainInputs {
   static void fold_four(const Int (&parts)[4], float* to) {
     for (int i = 0; i < 4; i++) to[i] = static_cast<float>(parts[i]);
   }
+  static Float converted(Int value) { return static_cast<float>(value); }
   static Int widened(const uint8_t* from) { return *from; }
   static Int counted(Int zero) { return zero; }
   static Int start(Int zero, const int16_t* sum) { return zero * *sum; }
@@ -89,6 +90,21 @@ struct Vec : PlainInputs {
   static Float scaled(Int sum, Scale by) { return static_cast<float>(sum) * by; }
   static Float add_product(Float a, Float b, Float c) { return std::fma(a, b, c); }
   static void store(float* to, Float value) { *to = value; }
+  // Four bytes.
+  static Int load(const uint8_t* from) {
+    Int four;
+    std::memcpy(&four, from, sizeof(four));
+    return four;
+  }
+  static Int low(Int four) { return four & 0x0f0f0f0f; }
+  static Int high(Int four) { return low(four >> 4); }
+  template <int Shift>
+  static Int with_bits(Int four, Int bits, int mask) {
+    const auto lanes = static_cast<uint32_t>(bits);
+    return four | static_cast<Int>((Shift < 0 ? lanes >> -Shift : lanes << Shift) & 0x01010101u * static_cast<uint32_t>(mask));
+  }
+  template <int Byte, bool Small>
+  static Float byte(Int four) { return static_cast<float>(four >> 8 * Byte & 255); }
   static void turn_four(const float* from, int64_t, float* to, int64_t apart) {
     for (int i = 0; i < 4; i++) to[i * apart] = from[i];
   }

@@ -257,6 +257,7 @@ inline const Tiles& tiles_of(const Weight& weight) {
 
 #include "file_tiles.h"
 #include "float_tiles.h"
+#include "exact_tiles.h"
 #include "wide_tiles.h"
 
 // Multiplies rows first..last with panels panel..end. y begins at row `first` and the first output.

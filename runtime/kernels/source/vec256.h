@@ -171,6 +171,12 @@ struct Vec256 {
     const Int moved = Shift < 0 ? _mm256_srli_epi16(bits, Shift < 0 ? -Shift : 0) : _mm256_slli_epi16(bits, Shift < 0 ? 0 : Shift);
     return _mm256_or_si256(bytes, _mm256_and_si256(moved, _mm256_set1_epi8(static_cast<char>(mask))));
   }
+  // Converts byte `Byte` of each lane.
+  template <int Byte, bool Small>
+  static Float byte(Int lanes) {
+    const Int moved = Byte ? _mm256_srli_epi32(lanes, 8 * Byte) : lanes;
+    return _mm256_cvtepi32_ps(Byte == 3 ? moved : _mm256_and_si256(moved, all(255)));
+  }
   static Int quad(const int8_t* a, int index) {
     int32_t four;
     std::memcpy(&four, a + 4 * index, 4);

@@ -189,6 +189,16 @@ struct Vec512 {
     const Int moved = Shift < 0 ? _mm512_srli_epi16(bits, Shift < 0 ? -Shift : 0) : _mm512_slli_epi16(bits, Shift < 0 ? 0 : Shift);
     return _mm512_ternarylogic_epi32(bytes, moved, _mm512_set1_epi8(static_cast<char>(mask)), 0xf8);
   }
+  // Converts byte `Byte` of each lane. `Small` bytes are less than 16.
+  template <int Byte, bool Small>
+  static Float byte(Int lanes) {
+    const Int moved = Byte ? _mm512_srli_epi32(lanes, 8 * Byte) : lanes;
+    if constexpr (Small) {  // reads the lower 4 bits only
+      const Float values = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+      return _mm512_permutexvar_ps(moved, values);
+    }
+    return _mm512_cvtepi32_ps(Byte == 3 ? moved : _mm512_and_si512(moved, all(255)));
+  }
   static Int quad(const int8_t* a, int index) {
     int32_t four;
     std::memcpy(&four, a + 4 * index, 4);

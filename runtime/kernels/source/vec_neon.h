@@ -23,6 +23,31 @@ struct VecNeon {
   static constexpr bool kWide = false;
   static constexpr int32_t kNothing = 0;
 
+  static Int load(const uint8_t* from) {
+    return {vreinterpretq_s32_u8(vld1q_u8(from)), vreinterpretq_s32_u8(vld1q_u8(from + 16))};
+  }
+  static Int low(Int bytes) {
+    const int32x4_t mask = vdupq_n_s32(0x0f0f0f0f);
+    return {vandq_s32(bytes.low, mask), vandq_s32(bytes.high, mask)};
+  }
+  static Int high(Int bytes) { return low({vshrq_n_s32(bytes.low, 4), vshrq_n_s32(bytes.high, 4)}); }
+  template <int Shift>
+  static Int with_bits(Int bytes, Int bits, int mask) {
+    const auto both = [&](int32x4_t one, int32x4_t other) {
+      return vreinterpretq_s32_u8(with_bits<Shift>(vreinterpretq_u8_s32(one), vreinterpretq_u8_s32(other), mask));
+    };
+    return {both(bytes.low, bits.low), both(bytes.high, bits.high)};
+  }
+  // Converts byte `Byte` of each lane.
+  template <int Byte, bool Small>
+  static Float byte(Int lanes) {
+    const auto four = [](int32x4_t lane) {
+      uint32x4_t moved = vreinterpretq_u32_s32(lane);
+      if constexpr (Byte > 0) moved = vshrq_n_u32(moved, 8 * Byte);
+      return vcvtq_f32_u32(vandq_u32(moved, vdupq_n_u32(255)));
+    };
+    return {four(lanes.low), four(lanes.high)};
+  }
   static Float set(float value) { return {vdupq_n_f32(value), vdupq_n_f32(value)}; }
   // Sums 16 values by repeatedly adding the upper half to the lower.
   static float fold(const Float (&parts)[2]) {

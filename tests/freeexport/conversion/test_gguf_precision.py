@@ -1,20 +1,24 @@
-"""A GGUF file that has 4 to 8 bits already becomes an int4 bundle of the same weights."""
+"""A GGUF file that has 4 to 8 bits already becomes an int4, or an exact, bundle of the same weights."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import gguf
 import numpy as np
 import onnx
 import pytest
 import torch
 from engine_cases import pair_of
 from gguf_model import write_gguf
+from kernel_cases import case_of
 
 from freeexport.checkpoints.checkpoint import open_checkpoint
+from freeexport.checkpoints.gguf_values import KINDS, values_of
 from freeexport.checkpoints.transformers_model import reference_model
 from freeexport.conversion.convert import convert
 from freeexport.conversion.options import ConvertOptions
+from graphs.quantization.panels import BITS
 from runtime.bundle.bundle import Bundle
 from runtime.bundle.manifest import HeadPrecision, Kernels
 from runtime.bundle.quantization import Quantization
@@ -89,3 +93,43 @@ def test_values_that_heads_share_stay_in_one_product_with_queries_and_keys(tmp_p
     names = [attribute.name for attribute in first.attribute]
     assert "up_N" not in names
     assert [name.split(".")[-2] for name in first.input if "int4" in name] == ["data", "scales", "offsets"]
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("kind", "only"),
+    [("Q4_0", ""), ("Q4_1", ""), ("Q5_0", ""), ("Q5_1", "ffn"), ("Q8_0", ""), ("Q8_0", "attn_v"), ("F16", "")],
+)
+def test_fp32_has_the_bits_of_a_file_and_the_logits_of_its_values(
+    kind: str, only: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = write_gguf(tmp_path / "model.gguf", kind=kind, only=only)
+    tokens, lengths = np.random.default_rng(0).integers(3, 32, (5, 24)), np.full(5, 24, np.int32)
+
+    def logits(out: Path) -> np.ndarray:
+        convert(str(model), out, ConvertOptions(1, precision="fp32", verify="none", measure=False))
+        pair = pair_of(out, rows=5)
+        return pair.deep(pair.shallow(tokens, lengths)["hidden"], lengths)["logits"]
+
+    ours = logits(tmp_path / "bundle")
+    formats = Bundle.open(tmp_path / "bundle").manifest.weight_formats
+    kept = {"": 16, "ffn": 6, "attn_v": 2}[only]
+    assert formats == {kind.replace("F", "fp"): kept} | ({} if kept == 16 else {"fp32": 16 - kept})
+    monkeypatch.setattr("graphs.engine_options.EngineOptions.keeps_file_bits", lambda *_: False)
+    np.testing.assert_array_equal(ours, logits(tmp_path / "floats"))
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_the_bits_of_a_file_are_its_values(kind: str) -> None:
+    type_ = gguf.GGMLQuantizationType[kind]
+    block, size = gguf.GGML_QUANT_SIZES[type_]
+    rng = np.random.default_rng(len(kind))
+    raw = rng.integers(0, 256, (8 * 512 // block, size), np.uint8)
+    # The float16 scale, and the offset behind it. Other bytes may not be numbers.
+    begins = [208] if kind == "Q6_K" else [0] if kind in ("Q4_0", "Q5_0", "Q8_0") else [0, 2]
+    for at in begins:
+        raw[:, at : at + 2] = rng.standard_normal((len(raw), 1)).astype("<f2").view(np.uint8)
+    found = values_of(kind, raw, 8)
+    assert found is not None
+    values = case_of(found, 512, BITS[KINDS[kind].format], KINDS[kind].block).values
+    np.testing.assert_array_equal(values.astype(np.float32), gguf.dequantize(raw, type_).reshape(8, 512))

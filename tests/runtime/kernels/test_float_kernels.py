@@ -110,7 +110,7 @@ def test_a_value_that_is_no_number_is_seen_in_its_row_alone():
         ({"bits": 32}, "data have 9216 elements, N, K, bits and block_size want 18432"),
         ({"scales": np.ones((3, 3, 16), np.float16)}, "scales go with weights of at most 8 bits"),
         ({"zeros": np.ones((3, 3, 16), np.uint8)}, "16 and 32 bits go with no zero points, offsets or multiples"),
-        ({"activation_bits": 16}, "activation_bits go with weights of at most 8 bits"),
+        ({"activation_bits": 16}, "activation_bits 16 go with weights of at most 8 bits"),
     ],
 )
 def test_graphs_with_other_tensors_are_refused(changes, message):

@@ -321,7 +321,7 @@ WRONG = {
     "multiples go with 6 bits, or with offsets": {"multiples": np.ones(64, np.int8)},
     "K is no multiple of 256": {"multiples": np.ones(64, np.int8), "zeros": None, "offsets": np.ones(64, np.float16)},
     "no multiple of 32": {"block_size": 48},
-    "activation_bits is not 8 or 16": {"activation_bits": 12},
+    "activation_bits is not 8, 16 or 32": {"activation_bits": 12},
     "out of range": {"N": -1},
     "K is out of range|N or K": {"K": 2**40},
     "input 1 is marked single": {"data": None},
