@@ -193,7 +193,8 @@ struct Vec512 {
   template <int Byte, bool Small>
   static Float byte(Int lanes) {
     const Int moved = Byte ? _mm512_srli_epi32(lanes, 8 * Byte) : lanes;
-    if constexpr (Small) {  // reads the lower 4 bits only
+    // A permutation reads the lower 4 bits only. Byte 3 is converted, which other execution units do.
+    if constexpr (Small && Byte != 3) {
       const Float values = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
       return _mm512_permutexvar_ps(moved, values);
     }
