@@ -24,8 +24,8 @@ from typing import Any
 import click
 import numpy as np
 
+from freeexport.system.environment import environment
 from runtime import Bundle, GenerationResult, Session
-from runtime.machine.machine import host
 
 PROMPTS = Path(__file__).with_name("chat_prompts.jsonl")
 Tokens = Sequence[int]
@@ -207,7 +207,7 @@ def precisions(
             "prompts": samples,
             "tokens": tokens,
         }
-        content = {**facts, "processor": host(threads).processor, "rows": rows}
+        content = {**facts, "environment": environment(), "rows": rows}
         output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
@@ -239,12 +239,14 @@ def of_file(model: Path, bundles: tuple[Path, ...], data: Path, output: Path | N
         manifest = bundle.manifest
         quality = quality_of(predictions_on(bundle, reference, data), manifest.precision)
         whole = sum(file.size for file in manifest.files.values())
-        engines = () if manifest.quantization is None else manifest.quantization.engines
+        kept: dict[str, Any] = manifest.weight_formats
+        if manifest.quantization is not None:
+            kept = {one.engine: one.kinds or one.kept for one in manifest.quantization.engines}
         row = {
             "bundle": path.name,
             "bytes": whole,
             "of_file": round(whole / size, 4),
-            "kept": {one.engine: one.kinds or one.kept for one in engines},
+            "kept": kept,
             **{
                 name: getattr(quality, name)
                 for name in ("tokens", "divergence", "agreement", "reference_nll", "nll")
@@ -260,7 +262,7 @@ def of_file(model: Path, bundles: tuple[Path, ...], data: Path, output: Path | N
         content = {
             "model": model.name,
             "file_bytes": size,
-            "processor": host(1).processor,
+            "environment": environment(),
             "rows": rows,
         }
         output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

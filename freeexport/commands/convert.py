@@ -190,8 +190,9 @@ def _lines(
         advice = "; note: CPUs compute in fp32, so fp16 saves space but no time"
     formats = manifest.weight_formats
     if on_cpu and precision in ("fp32", "fp16"):
-        faster = "int8" if formats.keys() <= set(get_args(FloatType)) else "int4"
-        advice += f"; --precision {faster} is faster on a CPU"
+        faster = ["fp16"] if precision == "fp32" and "fp32" in formats else []
+        faster.append("int8" if formats.keys() <= set(get_args(FloatType)) else "int4")
+        advice += f"; --precision {' or '.join(faster)} is faster on a CPU"
     yield f"weights: {human_bytes(manifest.weight_bytes)}, {precision}{advice}"
     if formats:
         each = ", ".join(f"{count} in {name}" for name, count in formats.items())
