@@ -48,7 +48,8 @@ def check(library: Path) -> None:
                     norm = rng.standard_normal(inputs).astype(np.float32)
                     fused = {"skip": x[::-1].copy(), "norm": norm, "activation": ACTIVATIONS[rows % 4], "up": up}
                     beside = {"up": random_case(rng, outputs + 2, inputs, others[bits], 32), "beside": True}
-                    for extra in ({}, fused, beside):
+                    exact = {"activation_bits": 32}
+                    for extra in ({}, fused, beside, exact, fused | exact):
                         expected = multiply("scalar", x, case, library, **extra)
                         for name in names:
                             np.testing.assert_array_equal(multiply(name, x, case, library, **extra), expected, name)
