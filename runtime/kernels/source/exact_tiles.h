@@ -51,40 +51,40 @@ struct WideFactors {
   }
 };
 
-// Multiplies M rows with `Wide` registers of outputs, starting at a panel. Its panels in y are `apart`.
+// Multiplies M rows with `Wide` registers of outputs, starting at output `lane` of a panel. Its panels in y are
+// `apart`.
 template <int Bits, int M, int Wide>
-inline void exact_tile(const float* rows, const Weight& weight, int64_t panel, float* y, int64_t stride, int64_t apart) {
+inline void exact_tile(const float* rows, const Weight& weight, int64_t panel, int lane, float* y, int64_t stride,
+                       int64_t apart) {
   constexpr int64_t kAhead = 4096;  // distance of prefetching, in bytes
-  constexpr int kOfPanel = kPanel / Vec::kLanes, kPanels = Wide / kOfPanel;
-  const int64_t groups = weight.groups(), bytes = weight.group_bytes();
-  const uint8_t* data = weight.data + panel * groups * bytes;
+  constexpr int kOfPanel = kPanel / Vec::kLanes;
+  const int64_t groups = weight.groups(), bytes = weight.group_bytes(), of_panel = groups * bytes;
+  const int64_t panels = Wide > kOfPanel ? 2 : 1;
+  const uint8_t* data = weight.data + panel * of_panel;
   WideFactors factors[Wide];
   Vec::Float sums[Wide][M];
+  clear(sums);
 #pragma GCC unroll 4
-  for (int w = 0; w < Wide; w++) {
-    factors[w].begin(weight, panel + w / kOfPanel, w % kOfPanel * Vec::kLanes);
-#pragma GCC unroll 8
-    for (int m = 0; m < M; m++) sums[w][m] = Vec::zero();
-  }
+  for (int w = 0; w < Wide; w++) factors[w].begin(weight, panel + w / kOfPanel, lane + w % kOfPanel * Vec::kLanes);
   for (int64_t g = 0; g < groups; g++, data += bytes, rows += M * kGroup) {
     // Skips the second of two panels after the end of the first, because it is already being read.
-    const uint8_t* next = data + kAhead + (kPanels > 1 && g * bytes + kAhead >= groups * bytes ? groups * bytes : 0);
-    for (int64_t at = 0; at < bytes; at += 64)
-#pragma GCC unroll 2
-      for (int p = 0; p < kPanels; p++) __builtin_prefetch(next + at + p * groups * bytes);
+    const uint8_t* next = data + kAhead + (panels > 1 && g * bytes + kAhead >= of_panel ? of_panel : 0);
+    for (int64_t at = 0; at < bytes && lane == 0; at += 64)
+      for (int64_t p = 0; p < panels; p++) __builtin_prefetch(next + at + p * of_panel);
 #pragma GCC unroll 4
     for (int w = 0; w < Wide; w++) factors[w].template next<Bits>();
     each_quad([&](auto quad) {
       constexpr int kPart = quad / 4;
-      Vec::Int quads[Wide];
+      Vec::Int four[Wide];
 #pragma GCC unroll 4
       for (int w = 0; w < Wide; w++)
-        quads[w] = quad_of<Vec, Bits, quad>(data + w / kOfPanel * groups * bytes + w % kOfPanel * Vec::kLanes * 4);
+        four[w] = quad_of<Vec, Bits, quad>(data + w / kOfPanel * of_panel + (lane + w % kOfPanel * Vec::kLanes) * 4);
       each_quad<0, 4>([&](auto each) {
         Vec::Float values[Wide];
 #pragma GCC unroll 4
         for (int w = 0; w < Wide; w++)
-          values[w] = Vec::add_product(Vec::template byte<each, Bits == 4>(quads[w]), factors[w].scale[kPart], factors[w].offset[kPart]);
+          values[w] = Vec::add_product(Vec::template byte<each, Bits == 4>(four[w]), factors[w].scale[kPart],
+                                       factors[w].offset[kPart]);
         const float* inputs = rows + (4 * quad + each) * M;
 #pragma GCC unroll 8
         for (int m = 0; m < M; m++)
@@ -95,9 +95,8 @@ inline void exact_tile(const float* rows, const Weight& weight, int64_t panel, f
   }
 #pragma GCC unroll 4
   for (int w = 0; w < Wide; w++) {
-    const int64_t at = panel + w / kOfPanel;
-    const int lane = w % kOfPanel * Vec::kLanes;
-    put(sums[w], weight, at * kPanel + lane, y + w / kOfPanel * apart + lane, stride, 0);
+    const int from = lane + w % kOfPanel * Vec::kLanes;
+    put(sums[w], weight, (panel + w / kOfPanel) * kPanel + from, y + w / kOfPanel * apart + from, stride, 0);
   }
 }
 
@@ -107,10 +106,12 @@ template <int Bits, int M>
 inline void exact_panels(const float* rows, const Weight& weight, int64_t panels, int64_t panel, float* y, int64_t stride,
                          int64_t apart) {
   constexpr int kOne = kPanel / Vec::kLanes;
-  if constexpr (M == 1) {
-    if (panels == 2) return exact_tile<Bits, M, 2 * kOne>(rows, weight, panel, y, stride, apart);
+  if constexpr (M == 1 && kOne <= 2) {
+    if (panels == 2) return exact_tile<Bits, M, 2 * kOne>(rows, weight, panel, 0, y, stride, apart);
   }
-  for (int64_t p = 0; p < panels; p++) exact_tile<Bits, M, kOne>(rows, weight, panel + p, y + p * apart, stride, apart);
+  for (int64_t p = 0; p < panels; p++)
+    for (int lane = 0; lane < kPanel; lane += kFloatsWide * Vec::kLanes)
+      exact_tile<Bits, M, kFloatsWide>(rows, weight, panel + p, lane, y + p * apart, stride, 0);
 }
 
 // With so many rows, a weight is widened once for all of them, kWidenedInputs at a time: 16 KB. With fewer, that
