@@ -18,7 +18,7 @@ from freeexport.commands.verb_options import CONFIDENCES, SectionedCommand, opti
 from freeexport.conversion.convert import build_and_test, convert
 from freeexport.conversion.options import ConvertOptions
 from freeexport.costs.verdict import bundle_verdict
-from freeexport.system.page import human_bytes
+from freeexport.system.page import human_bytes, listed_formats
 from runtime.bundle.beta import NEVER_EXIT
 from runtime.bundle.bundle import Bundle
 from runtime.bundle.calibration import is_calibration
@@ -195,8 +195,7 @@ def _lines(
         advice += f"; --precision {' or '.join(faster)} is faster on a CPU"
     yield f"weights: {human_bytes(manifest.weight_bytes)}, {precision}{advice}"
     if formats:
-        each = ", ".join(f"{count} in {name}" for name, count in formats.items())
-        yield f"stored with their exact values: {each}"
+        yield f"stored with their exact values: {listed_formats(formats)}"
     if quantization is not None:
         if quantization.higher:
             names = ", ".join(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from freeexport.commands.verb_options import SectionedCommand
-from freeexport.system.page import human_bytes, pairs, print_page, table
+from freeexport.system.page import human_bytes, listed_formats, pairs, print_page, table
 from runtime.bundle.bundle import VERIFICATION, Bundle
 from runtime.decoding.phrases import PHRASES
 from runtime.errors import BundleError
@@ -147,11 +147,7 @@ def _model(manifest: Manifest) -> Rows:
         ("end tokens", ", ".join(map(str, manifest.eos_token_ids)) or "none"),
         *([("languages", _languages(manifest.languages))] if manifest.languages else []),
         *((name, getattr(manifest, name)) for name in ("target", "dialect", "precision")),
-        *(
-            [("weights", ", ".join(f"{count} in {name}" for name, count in formats.items()))]
-            if (formats := manifest.weight_formats)
-            else []
-        ),
+        *([("weights", listed_formats(formats))] if (formats := manifest.weight_formats) else []),
         *(
             [("4-bit weights", f"fitted to {fitted.tokens} tokens of {fitted.texts} texts")]
             if fitted

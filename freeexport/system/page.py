@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -77,6 +77,11 @@ def print_page(tables: Iterable[Table]) -> None:
         if item.row_count:
             console.print(item)
             console.print()
+
+
+def listed_formats(counts: Mapping[str, int]) -> str:
+    """Return numbers of weights by format as text, for example "210 in Q4_1, 1 in Q8_0"."""
+    return ", ".join(f"{count} in {name}" for name, count in counts.items())
 
 
 def human_bytes(count: float) -> str:
