@@ -49,6 +49,11 @@ struct WideFactors {
     scale[1] = scale[0];
     offset[1] = offset[0];
   }
+  // Returns the weights of input `Each` of a quad's bytes, from `quad_of`.
+  template <int Bits, int Quad, int Each>
+  FREEEXPORT_INLINE Vec::Float widened(Vec::Int four) const {
+    return Vec::add_product(Vec::template byte<Each, Bits == 4>(four), scale[Quad / 4], offset[Quad / 4]);
+  }
 };
 
 // Multiplies M rows with `Wide` registers of outputs, starting at output `lane` of a panel. Its panels in y are
@@ -74,7 +79,6 @@ inline void exact_tile(const float* rows, const Weight& weight, int64_t panel, i
 #pragma GCC unroll 4
     for (int w = 0; w < Wide; w++) factors[w].template next<Bits>();
     each_quad([&](auto quad) {
-      constexpr int kPart = quad / 4;
       Vec::Int four[Wide];
 #pragma GCC unroll 4
       for (int w = 0; w < Wide; w++)
@@ -82,9 +86,7 @@ inline void exact_tile(const float* rows, const Weight& weight, int64_t panel, i
       each_quad<0, 4>([&](auto each) {
         Vec::Float values[Wide];
 #pragma GCC unroll 4
-        for (int w = 0; w < Wide; w++)
-          values[w] = Vec::add_product(Vec::template byte<each, Bits == 4>(four[w]), factors[w].scale[kPart],
-                                       factors[w].offset[kPart]);
+        for (int w = 0; w < Wide; w++) values[w] = factors[w].template widened<Bits, quad, each>(four[w]);
         const float* inputs = rows + (4 * quad + each) * M;
 #pragma GCC unroll 8
         for (int m = 0; m < M; m++)
@@ -126,9 +128,7 @@ inline void widen(const uint8_t* data, int64_t bytes, int64_t count, WideFactors
     each_quad([&](auto quad) {
       const Vec::Int four = quad_of<Vec, Bits, quad>(data);
       each_quad<0, 4>([&](auto each) {
-        const Vec::Float values = Vec::template byte<each, Bits == 4>(four);
-        Vec::store(to + (4 * quad + each) * kPanel,
-                   Vec::add_product(values, factors.scale[quad / 4], factors.offset[quad / 4]));
+        Vec::store(to + (4 * quad + each) * kPanel, factors.template widened<Bits, quad, each>(four));
       });
     });
   }
