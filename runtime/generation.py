@@ -130,7 +130,7 @@ class Generation:
         if first is not None:
             fixed[0] = first
         last = manifest.forced_last_token_id
-        if last is not None and not self.options.ignore_eos and self._grammar is None:
+        if last is not None and limit and not self.options.ignore_eos and self._grammar is None:
             fixed[limit - 1] = last
         return fixed
 
@@ -165,7 +165,9 @@ class Generation:
             drafts = "phrases"
         text_alone = self.mode == "lossless" and drafts in ("lookup", "phrases")
         self._exits = self.mode != "full" and not text_alone
-        if self.mode == "lossless" and drafts == "auto" and model.chooses_exit:
+        # A request that only reads its prompt stores it for requests with and without the exit.
+        chooses = self.mode == "lossless" and drafts == "auto" and model.chooses_exit
+        if chooses and options.max_new_tokens:
             acceptance = model.learned.acceptance(self._threshold, options.samples)
             self._exits = acceptance.saving.next()
         self._head = self.mode not in ("full", "lossless") or options.output_confidence
@@ -198,7 +200,7 @@ class Generation:
                     response.close()
                     self.results.append(response.result)
                     self.token_times.append(response.times)
-                if self.model.memory is not None:
+                if self.model.memory is not None and response.limit:
                     self.model.memory.keep(
                         self.options.cache_salt,
                         response.prompt.tolist(),
@@ -252,7 +254,8 @@ class Generation:
                     logits=None if first.logits is None else first.logits.copy()
                 )
             first = self._first
-            yield response.add(response.choose(first), False, first.confidence, first)
+            if response.limit:
+                yield response.add(response.choose(first), False, first.confidence, first)
         return self._loop(decoder)
 
     def _loop(self, decoder: Decoder) -> Loop:

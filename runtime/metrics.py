@@ -79,6 +79,8 @@ class Metrics:
         kv_cache_usage: Used share of the positions of all slots.
         threshold: Current threshold of requests in mode "free" that set none.
         prompt_tokens: Tokens of prompts.
+        prefill_only_tokens: Tokens computed by requests with `max_new_tokens` 0, which count
+            nowhere else.
         prefix_cache_queries: Prompt tokens looked up in the prefix cache. 0 if it is disabled.
         prefix_cache_hits: Prompt tokens that were reused.
         generated_tokens: Generated tokens.
@@ -106,6 +108,7 @@ class Metrics:
     kv_cache_usage: float = 0.0
     threshold: float = 1.0
     prompt_tokens: int = 0
+    prefill_only_tokens: int = 0
     prefix_cache_queries: int = 0
     prefix_cache_hits: int = 0
     generated_tokens: int = 0
@@ -126,6 +129,21 @@ class Metrics:
     prefill_time: Histogram = field(default_factory=Histogram)
     decode_time: Histogram = field(default_factory=Histogram)
     pass_rows: Histogram = field(default_factory=lambda: Histogram(PASS_ROWS))
+
+    def add_request(self, results: Sequence[GenerationResult]) -> None:
+        """Add the prompt and the times of a finished request, from its continuations."""
+        first = results[0]
+        stats = first.stats
+        self.prompt_tokens += stats.prompt_tokens
+        self.prefix_cache_hits += stats.cached_tokens
+        if stats.mode is not None:  # it had a slot
+            prefill = stats.encode_seconds + stats.prefill_seconds
+            self.queue_time.observe(stats.queue_seconds)
+            self.prefill_time.observe(prefill)
+            decoding = sum(each.stats.seconds for each in results) - prefill
+            self.decode_time.observe(max(0.0, decoding))
+        if first.token_ids:
+            self.time_to_first_token.observe(stats.first_token_seconds)
 
     def add(self, result: GenerationResult, token_times: Sequence[float]) -> None:
         """Add a finished continuation of a prompt.
@@ -192,6 +210,8 @@ class Observer:
     ) -> None:
         """Count a request that has ended, and report it.
 
+        Of a request that only reads its prompt, only the tokens that it computes are counted.
+
         Args:
             number: Number of the request.
             arrival: Time of the call, on the monotonic clock.
@@ -200,24 +220,17 @@ class Observer:
             error: Exception that ended it.
         """
         first = results[0]
+        reads_only = error is None and first.finish_reason == "length" and not first.token_ids
         with self._lock:
             metrics = self._metrics
-            stats = first.stats
-            metrics.finished[first.finish_reason if error is None else "error"] += 1
-            metrics.request_latency.observe(time.monotonic() - arrival)
-            for result, token_times in zip(results, times, strict=True):
-                metrics.add(result, token_times)
-            metrics.prompt_tokens += stats.prompt_tokens
-            metrics.prefix_cache_hits += stats.cached_tokens
-            if stats.mode is not None:  # it had a slot
-                prefill = stats.encode_seconds + stats.prefill_seconds
-                metrics.queue_time.observe(stats.queue_seconds)
-                metrics.prefill_time.observe(prefill)
-                metrics.decode_time.observe(
-                    max(0.0, sum(each.stats.seconds for each in results) - prefill)
-                )
-            if first.token_ids:
-                metrics.time_to_first_token.observe(stats.first_token_seconds)
+            if reads_only:
+                metrics.prefill_only_tokens += first.stats.prompt_tokens - first.stats.cached_tokens
+            else:
+                metrics.finished[first.finish_reason if error is None else "error"] += 1
+                metrics.request_latency.observe(time.monotonic() - arrival)
+                metrics.add_request(results)
+                for result, token_times in zip(results, times, strict=True):
+                    metrics.add(result, token_times)
         self.tell("ended", number, None if error is not None else first, error)
 
     def metrics(self) -> Metrics:

@@ -42,9 +42,9 @@ class GenerationOptions:
         OptionError: If a value is not allowed, or options contradict each other.
     """
 
-    max_new_tokens: Annotated[int, checks.Whole(1)] = 256
+    max_new_tokens: Annotated[int, checks.Whole(0)] = 256
     """Maximum number of tokens to generate, the end-of-sequence token included. Limited by the KV
-    cache."""
+    cache. 0 only reads the prompt, for the prefix cache or `prompt_logprobs`."""
 
     mode: Mode | None = None
     """How tokens are decided. "free": exits are final. "rollback": exits are final unless the next
@@ -304,6 +304,7 @@ class GenerationOptions:
             "sampling": self.samples,
             "stop strings": self.stop,
             f"top_logprobs {self.top_logprobs}": self.top_logprobs,
+            "max_new_tokens 0": not self.max_new_tokens,
         }
         for other, given in others.items():
             if given:

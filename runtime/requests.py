@@ -216,6 +216,8 @@ def check_count(count: int, options: GenerationOptions) -> None:
     Raises:
         OptionError: If they are not.
     """
+    if not options.max_new_tokens:
+        raise OptionError("max_new_tokens is 0 with num_return_sequences; raise it")
     most = MOST_SEQUENCES if options.samples else options.num_beams
     if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= most:
         raise OptionError(

@@ -444,6 +444,15 @@ class Session:
         """
         return self._model.thresholds.default()
 
+    @property
+    def cached_answer_limit(self) -> int:
+        """Number of leading positions at which the prefix cache keeps generated tokens, too.
+
+        The next turn of a chat reads later tokens of its answers again, unless a request with
+        `max_new_tokens` 0 has read them.
+        """
+        return self._model.generated_limit
+
     def forget_drafts(self) -> None:
         """Discard what requests have learned about drafts, and the outputs in the draft memory."""
         self._model.learned.forget()

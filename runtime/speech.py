@@ -124,6 +124,8 @@ class Transcriber:
                 or ("num_beams" if options.num_beams > 1 else "predicted_output",)
             )[0]
             raise OptionError(f"{name} is not supported for speech; omit it")
+        if not options.max_new_tokens:
+            raise OptionError("max_new_tokens is 0, which is not supported for speech; raise it")
         if options.initial_prompt is not None and self._tokenizer is None:
             raise OptionError("initial_prompt is given, but the session has no tokenizer; omit it")
         if options.word_timestamps and not self._speech.alignment_heads:

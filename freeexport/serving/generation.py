@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import msgspec
 import numpy as np
 
+from freeexport.serving.answers import AnswerReader
 from freeexport.serving.errors import ApiError, draining, invalid
 from freeexport.serving.events import EventStream, together
 from freeexport.serving.grammar_trial import GrammarTrial
@@ -45,11 +48,13 @@ class Choices:
         streams: One stream per choice, ordered by prompt.
         prompts: Number of tokens of each prompt.
         deadline: HTTP status if the deadline passes, and the deadline in seconds.
+        ended: Called with the only answer of a chat, unless it was interrupted. Or None.
     """
 
     streams: list[AsyncStream]
     prompts: list[int]
     deadline: tuple[int, float] | None
+    ended: Callable[[GenerationResult], None] | None = None
 
     async def results(self) -> list[GenerationResult]:
         """Decode all choices until they end or the deadline passes.
@@ -84,10 +89,13 @@ class Choices:
         return result
 
     async def end(self) -> list[GenerationResult]:
-        """Release the slots and return the results so far. Idempotent."""
+        """Release the slots and return the results so far."""
         for stream in self.streams:
             await stream.aclose()
-        return [stream.result for stream in self.streams]
+        results = [stream.result for stream in self.streams]
+        if self.ended is not None and not any(result.interrupted for result in results):
+            self.ended(*results)
+        return results
 
 
 async def begin(
@@ -96,6 +104,7 @@ async def begin(
     request: Generating,
     mode: Mode | None,
     deadline: float | None,
+    answers: AnswerReader,
 ) -> Choices:
     """Encode the prompts and queue all choices of a request.
 
@@ -107,6 +116,7 @@ async def begin(
         request: A chat or a completion.
         mode: Mode if the request has none. Default: the session's default.
         deadline: The server's time limit in seconds. Default: no limit.
+        answers: Reads the answers of chats.
 
     Raises:
         ApiError: If the request has too many choices or an invalid constraint.
@@ -156,7 +166,10 @@ async def begin(
         if options.deadline is None
         else (408 if options.deadline == request.free.deadline else 504, options.deadline)
     )
-    generation = Choices([], [len(ids) for ids in encoded], ends)
+    ended = None
+    if isinstance(request, ChatRequest) and request.n == 1:
+        ended = partial(answers.add, session, encoded[0], options)
+    generation = Choices([], [len(ids) for ids in encoded], ends, ended)
     try:
         for ids, limit in zip(encoded, limits, strict=True):
             for number in range(request.n):

@@ -32,6 +32,10 @@ GAUGES = {
 }
 COUNTERS = {
     "prompt_tokens": ("prompt_tokens", "Number of prefill tokens processed."),
+    "prefill_only_tokens": (
+        "prefill_only_tokens",
+        "Number of tokens that were only read, for the prefix cache.",
+    ),
     "prefix_cache_queries": (
         "prefix_cache_queries",
         "Prefix cache queries, in prompt tokens.",

@@ -413,7 +413,7 @@ class ChatRequest(GenerationRequest, kw_only=True):
 
 class CompletionRequest(GenerationRequest, kw_only=True):
     prompt: str | list[int | str | list[int]]
-    # 0 returns the prompt alone, with `echo`.
+    # 0 only reads the prompt, for its log-probabilities or the prefix cache.
     max_tokens: Annotated[int, msgspec.Meta(ge=0)] | None = None
     logprobs: Annotated[int, msgspec.Meta(ge=0, le=5)] | None = None
     echo: bool = False
@@ -423,20 +423,13 @@ class CompletionRequest(GenerationRequest, kw_only=True):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.max_tokens == 0 and not self.echo:
-            raise invalid("max_tokens", "max_tokens is 0 without echo; request at least 1 token")
-        if self.stream and self.echo and (self.max_tokens == 0 or self.logprobs is not None):
-            field = "max_tokens: 0" if self.max_tokens == 0 else "logprobs"
+        if self.stream and self.echo and self.logprobs is not None:
             raise invalid(
-                "stream", f"stream is given with echo and {field}; request the answer whole"
+                "stream", "stream is given with echo and logprobs; request the answer whole"
             )
         if isinstance(self.prompt, list) and len({type(part) for part in self.prompt}) != 1:
             wrong = "mixes text and token ids" if self.prompt else "is an empty list"
             raise invalid("prompt", f"prompt {wrong}; send text, token ids, or a list of either")
-
-    @property
-    def limit(self) -> int | None:
-        return 1 if self.max_tokens == 0 else self.max_tokens
 
     @property
     def alternatives(self) -> int | None:

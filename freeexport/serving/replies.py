@@ -5,7 +5,6 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -62,8 +61,6 @@ class Reply:
             results: Results of all choices, ordered by prompt.
             prompts: Number of tokens of each prompt.
         """
-        if isinstance(self._request, CompletionRequest) and self._request.max_tokens == 0:
-            results = [_without_tokens(result) for result in results]
         choices = list[dict[str, Any]]()
         for index, result in enumerate(results):
             nothing = [None] * len(result.token_ids)
@@ -323,23 +320,6 @@ class EventReply(Reply):
             b"event: %s\ndata: %s\n\n" % (event["type"].encode(), msgspec.json.encode(event))
             for event in data
         )
-
-
-def _without_tokens(result: GenerationResult) -> GenerationResult:
-    """Return a result with the prompt's log-probabilities alone."""
-    none: tuple[Any, ...] = ()
-    return replace(
-        result,
-        text="",
-        token_ids=none,
-        exited=none,
-        confidence=none,
-        sources=none,
-        logprobs=None,
-        top_logprobs=None,
-        finish_reason="length",
-        stats=replace(result.stats, tokens=0),
-    )
 
 
 def with_end(answer: dict[str, Any], result: GenerationResult | None) -> dict[str, Any]:

@@ -174,6 +174,7 @@ class Endpoints:
                 parsed,
                 mode=options.mode,
                 deadline=options.deadline,
+                answers=self._service.answers,
             )
             reply.prompts = generation.prompts
             record.line["prompt_tokens"] = sum(generation.prompts)

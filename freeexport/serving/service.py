@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from freeexport.serving.answers import AnswerReader
 from freeexport.serving.errors import ApiError, draining
 from freeexport.serving.grammar_trial import GrammarTrial
 from runtime import GenerationResult, OptionError, Session, SessionOptions
@@ -135,6 +136,7 @@ class Service:
         self.running: set[RequestLog] = set()
         self.idle = asyncio.Event()
         self.idle.set()
+        self.answers = AnswerReader(self.idle)
         self._open = ExitStack()
 
     def open(self) -> None:
@@ -166,6 +168,7 @@ class Service:
     async def drain(self) -> None:
         """Reject new requests, wait up to `shutdown_timeout` for running ones, then end them."""
         self.state = "draining"
+        await self.answers.close()
         with suppress(TimeoutError):
             await asyncio.wait_for(self.idle.wait(), self.options.shutdown_timeout)
         for trial in self.trials.values():

@@ -31,7 +31,7 @@ class Response:
 
     Args:
         prompt: Tokens that the decoder reads before the first token, int64 [n].
-        limit: Maximum number of tokens.
+        limit: Maximum number of tokens. 0: the prompt is only read.
         eos: Tokens that end the output.
         sampler: Chooses among logits. Default: arg max.
         text: Converts tokens to text and finds stop strings.
@@ -99,7 +99,7 @@ class Response:
         self.times: list[float] = []
         self.newest = int(self.prompt[-1])
         self._length = len(self.prompt)
-        self.finished: FinishReason | None = None
+        self.finished: FinishReason | None = None if self.limit else "length"
         self.sampler = sampler
         self._text = text
         self.plain = sampler is None and not self._fixed

@@ -169,10 +169,11 @@ def test_a_completion_repeats_its_prompt_where_it_is_asked_to(client: openai.Ope
     assert whole.logprobs.token_logprobs[:read] == bare.logprobs.token_logprobs
     assert whole.logprobs.top_logprobs[:read] == bare.logprobs.top_logprobs
     assert len(whole.logprobs.tokens) > read
-    streamed = [""] * 4
-    for chunk in client.completions.create(echo=True, stream=True, **asked):
-        streamed[chunk.choices[0].index] += chunk.choices[0].text
-    assert streamed == expected
+    for limit, texts in ((6, expected), (0, prompts)):
+        streamed = [""] * 4
+        for chunk in client.completions.create(echo=True, stream=True, **{**asked, "max_tokens": limit}):
+            streamed[chunk.choices[0].index] += chunk.choices[0].text
+        assert streamed == texts
 
 
 def test_a_response_is_what_the_chat_would_answer_whole_and_as_events(client: openai.OpenAI, session: Session) -> None:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
+from checkpoints import LONG, Bundles
 from command_line import succeed
-from running_server import Running, running
+from running_server import Running, eventually, running
 
 from freeexport.commands.serve import PREFIX_CACHE_MB
+from freeexport.serving import answers
 from freeexport.serving import server as serving
-from runtime import SessionOptions
+from freeexport.serving.service import RequestLog
+from runtime import GenerationOptions, GenerationResult, Session, SessionOptions
 
 PROMPT = list(range(20, 60))
 
@@ -29,9 +34,9 @@ def cached(answer: Any) -> int:
     return int(answer["usage"]["prompt_tokens_details"]["cached_tokens"])
 
 
-def chat_with(server: Running, texts: list[str]) -> Any:
+def chat_with(server: Running, texts: list[str], **fields: Any) -> Any:
     messages = [{"role": ("user", "assistant")[turn % 2], "content": text} for turn, text in enumerate(texts)]
-    asked = {"messages": messages, "max_tokens": 20, "free": {"mode": "full"}}
+    asked = {"messages": messages, "max_tokens": 20, "free": {"mode": "full"}, "logit_bias": {"2": -100}, **fields}
     return httpx.post(f"{server.url}/v1/chat/completions", json=asked, timeout=60).json()
 
 
@@ -46,6 +51,67 @@ def test_a_second_turn_says_how_many_tokens_were_cached(server: Running, chat: P
         again = chat_with(plain, texts)
     assert cached(again) == 0
     assert again["choices"] == second["choices"]
+
+
+@pytest.fixture
+def rereading(bundle: Bundles, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A bundle and kernels that compute a prompt's rows with other bits than a step's, as on AMX."""
+    monkeypatch.setenv("FREEEXPORT_INSTRUCTIONS", "scalar-bf16")
+    return bundle(LONG, 1, precision="int8", capacity=512)
+
+
+def test_the_next_turn_finds_an_answer_that_was_read_while_idle(rereading: Path) -> None:
+    options = GenerationOptions(max_new_tokens=100, ignore_eos=True, output_logprobs=True)
+
+    async def talk(session: Session) -> tuple[list[int], GenerationResult]:
+        idle = asyncio.Event()
+        idle.set()
+        reader = answers.AnswerReader(idle)
+        answer = await session.agenerate(PROMPT, options)
+        reader.add(session, np.array(PROMPT), options, answer)
+        while reader.waiting or session.metrics().prefill_only_tokens < 96:
+            await asyncio.sleep(0.01)
+        await reader.close()
+        turn = [*PROMPT, *answer.token_ids, 5, 6, 7]
+        return turn, await session.agenerate(turn, options)
+
+    with Session(rereading, prefix_cache_mb=64) as session, Session(rereading) as plain:
+        turn, ours = asyncio.run(talk(session))
+        alone = plain.generate(turn, options)
+    assert ours.stats.cached_tokens == 128
+    assert (ours.token_ids, ours.logprobs) == (alone.token_ids, alone.logprobs)
+
+
+def test_a_server_reads_answers_while_idle_and_counts_them_apart(rereading: Path) -> None:
+    with running(rereading, prefix_cache_mb=64) as server:
+        used = chat_with(server, ["hello"], max_tokens=100)["usage"]
+        session = next(iter(server.service.sessions.values()))
+        assert eventually(lambda: session.metrics().prefill_only_tokens >= 84)
+        metrics = session.metrics()
+        assert (metrics.prompt_tokens, sum(metrics.finished.values())) == (used["prompt_tokens"], 1)
+        assert len(server.log) == 1
+
+
+def test_answers_are_not_read_while_requests_run_or_where_nobody_reuses_them(
+    rereading: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(answers, "IDLE", 0.0)
+    fields: dict[str, Any] = {"max_tokens": 100, "n": 1}
+    with running(rereading, prefix_cache_mb=64) as server:
+        ask(server, PROMPT, **fields)
+        chat_with(server, ["hello"], **{**fields, "n": 2})
+        assert server.service.answers.waiting == 0
+        held = RequestLog(server.service, "held")
+        chat_with(server, ["hello"], **fields)
+        assert server.service.answers.waiting == 1
+        session = next(iter(server.service.sessions.values()))
+        assert session.metrics().prefill_only_tokens == 0
+        held.end(200)
+        assert eventually(lambda: session.metrics().prefill_only_tokens > 0)
+    with running(rereading) as without, running(rereading, prefix_cache_mb=64, slots=1, queue=0) as refusing:
+        for server in (without, refusing):
+            chat_with(server, ["hello"], **fields)
+            assert server.service.answers.waiting == 0
 
 
 def test_a_prompt_counts_once_for_all_its_choices(server: Running) -> None:
