@@ -69,6 +69,11 @@ class ReplayedDecoder:
         self.syncing(1)
         return self.deep_predictions()[0].token
 
+    def read_draft(self, tokens: Sequence[int]) -> list[int]:
+        self.stepping_together(tokens)
+        self.syncing(len(tokens))
+        return [prediction.token for prediction in self.deep_predictions()]
+
     def step(self, token: int, head: bool) -> Prediction:
         drafted = len(self._stack)
         self.stepping_together([token])

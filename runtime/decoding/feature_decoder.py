@@ -105,6 +105,19 @@ class FeatureDecoder(Decoder):
             self._keep_features(place, self._passed[:1])
         return deep
 
+    def read_draft(self, tokens: Sequence[int]) -> list[int]:
+        if self._embeds:
+            self._keep(tokens, False)
+            return [prediction.token for prediction in self.sync(len(tokens))]
+        place = self.lengths()[1]
+        found = super().read_draft(tokens)
+        if self._exits and len(tokens) > 1:  # `full_step` keeps one row
+            self._exit_cache.put(self.slot, place, self._stack[: len(tokens)])
+            self._keep_features(place, self._passed[: len(tokens)])
+            # The first row already used the deep decoder's feature.
+            self._exit_cache.trim(self.slot, place + 1)
+        return found
+
     # As calls to be run
 
     def stepping(self, token: int, head: bool) -> Iterator[SlotCall]:  # type: ignore[override]

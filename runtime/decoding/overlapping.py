@@ -44,6 +44,12 @@ class OverlappingDecoder(Decoder):
         self.step(token, head=False)
         return self.sync()[0].token
 
+    def read_draft(self, tokens: Sequence[int]) -> list[int]:
+        for call in self.stepping_together(tokens):
+            call.run()
+        self.shallow_prediction()
+        return [prediction.token for prediction in self.sync(len(tokens))]
+
     def syncing(self, heads: int, drafts: Sequence[int] = ()) -> Iterable[Waiting]:
         self._heads = heads
         self._drafts = len(drafts)

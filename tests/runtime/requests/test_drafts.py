@@ -8,10 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoints import BY_NAME, PROMPTS, VOCAB_SIZE, Bundles, Sessions
-from draft_plans import draft_candidates
+from checkpoints import BY_NAME, PROMPTS, VOCAB_SIZE, Bundles, Case, Open, Sessions
+from draft_plans import draft_candidates, draft_exits
+from exit_layer_case import EXIT_LAYER, with_exit_layers, with_feature
 
 from runtime import BatchError, OptionError, Session
+from runtime.decoding.drafts import NO_DRAFT, DraftPlan, Drafts
+from runtime.decoding.response import Response
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -58,6 +61,48 @@ def test_drafts_of_each_source_give_the_tokens_of_full(name: str, drafts: str, s
             accepted = {name: counts.accepted for name, counts in ours.stats.drafts.items() if counts.accepted}
             assert Counter(ours.sources) == {**accepted, "deep": len(ours.sources) - sum(accepted.values())}
             assert 0 <= ours.stats.acceptance <= 1
+
+
+CASES = [
+    (BY_NAME[LLAMA], 1),
+    (BY_NAME[T5], 1),
+    (with_feature(LLAMA, 0), 0),
+    (with_feature(LLAMA, EXIT_LAYER, "fused"), EXIT_LAYER),
+    (with_exit_layers(LLAMA), EXIT_LAYER),
+]
+
+
+@pytest.mark.parametrize(("case", "exit_layer"), CASES, ids=["llama", "t5", "embeds", "fused", "exit-layers"])
+def test_text_that_is_drafted_at_once_gives_what_calls_in_turn_give(
+    case: Case, exit_layer: int, open_session: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = open_session(case, exit_layer)
+    draft_exits(monkeypatch)
+    expected: list[int] = []
+
+    def plan(self: Drafts, response: Response, most: int, sequences: int = 1) -> DraftPlan:
+        made = len(response.tokens)
+        kind = made % 4
+        if kind < 2:
+            return NO_DRAFT if kind == 0 else DraftPlan(exits=min(3, most))
+        tokens = response.within(expected[made : made + 2 * kind - 3][:most])
+        return DraftPlan("own", tuple(tokens)) if tokens else NO_DRAFT
+
+    monkeypatch.setattr(Drafts, "plan", plan)
+    options: dict[str, Any] = {"max_new_tokens": 40, "threshold": 0.0, "mode": "lossless", "drafts": "exit"}
+    for prompt in PROMPTS:
+        full = session.generate(prompt, mode="full", max_new_tokens=40)
+        expected[:] = changed(full.token_ids)
+        at_once, in_turn = (session.generate(prompt, output_logprobs=each, **options) for each in (False, True))
+        assert at_once.token_ids == full.token_ids
+        assert (at_once.text, at_once.sources, at_once.confidence) == (
+            in_turn.text,
+            in_turn.sources,
+            in_turn.confidence,
+        )
+        counts = [(r.stats.drafts, r.stats.rejected, r.stats.exits, r.stats.sync_sizes) for r in (at_once, in_turn)]
+        assert counts[0] == counts[1]
+        assert "own" in at_once.stats.drafts
 
 
 @pytest.mark.usefixtures("eager")
