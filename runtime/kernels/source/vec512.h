@@ -30,14 +30,16 @@ struct Vec512 {
   }
   // Computes four such sums with the same additions.
   static void fold_four(const Float (&parts)[4][1], float* to) {
+    // A blend and a shuffle instead of two shuffles, which take twice as long.
     const auto halves_added = [](Float a, Float b) {
-      return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+      return _mm512_add_ps(_mm512_mask_blend_ps(0xff00, a, b), _mm512_shuffle_f32x4(a, b, 0x4e));
     };
     const __m512 ab = halves_added(parts[0][0], parts[1][0]), cd = halves_added(parts[2][0], parts[3][0]);
-    const __m512 four = _mm512_add_ps(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xdd));
+    const __m512i others = _mm512_setr_epi32(4, 5, 6, 7, 16, 17, 18, 19, 12, 13, 14, 15, 24, 25, 26, 27);
+    const __m512 four = _mm512_add_ps(_mm512_mask_blend_ps(0xf0f0, ab, cd), _mm512_permutex2var_ps(ab, others, cd));
     const __m512 two = _mm512_add_ps(four, _mm512_permute_ps(four, 0x4e));
     const __m512 one = _mm512_add_ps(two, _mm512_permute_ps(two, 0xb1));
-    const __m512i firsts = _mm512_castsi128_si512(_mm_setr_epi32(0, 4, 8, 12));
+    const __m512i firsts = _mm512_castsi128_si512(_mm_setr_epi32(0, 8, 4, 12));
     _mm_storeu_ps(to, _mm512_castps512_ps128(_mm512_permutexvar_ps(firsts, one)));
   }
   // Loads four values of every fourth row.

@@ -96,6 +96,22 @@ def test_a_fast_tokenizer_is_written_with_added_tokens_and_without_truncation_or
     assert_equal_on_texts(tokenizer, transformers.AutoTokenizer.from_pretrained(directory), texts)
 
 
+@pytest.mark.parametrize("spaces", [False, True])
+def test_merges_are_strings_which_load_faster_unless_tokens_have_spaces(directory: Path, spaces: bool) -> None:
+    save_byte_level(directory)
+    given = json.loads((directory / "tokenizer.json").read_text())
+    if spaces:
+        given["model"]["vocab"] |= {" ": 320, "a ": 321}
+        given["model"]["merges"].append(["a", " "])
+        (directory / "tokenizer.json").write_text(json.dumps(given))
+    tokenizer = written(directory)
+    merges = json.loads((directory.parent / "out" / "tokenizer.json").read_text())["model"]["merges"]
+    pairs = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in merges]
+    assert {type(merge) for merge in merges} == {list if spaces else str}
+    assert pairs == [tuple(merge) for merge in given["model"]["merges"]]
+    assert_equal_on_texts(tokenizer, transformers.AutoTokenizer.from_pretrained(directory))
+
+
 @pytest.mark.parametrize("add_bos", [False, True])
 def test_llama_tokenizers_equal_transformers(directory: Path, add_bos: bool) -> None:
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
