@@ -17,7 +17,8 @@ constexpr int64_t kBlocksOfPrompt = 4, kPromptPlaces = 128;
 // Rows per task of an encoder: whole tiles of all instruction sets, and at most.
 constexpr int64_t kEncoderStep = 12, kEncoderPlaces = 96;
 // Minimum number of queries, or of rows, that share keys for which a piece of keys is transposed.
-constexpr int64_t kTurnedFor = 12, kTurnedRows = 6;
+// Fewer take less time one by one if the keys are not in the processor's cache (Zen 4).
+constexpr int64_t kTurnedFor = 16, kTurnedRows = 6;
 // With fewer tasks, every piece is a separate task.
 constexpr int64_t kFewTasks = 16;
 // With fewer values in the visible keys, one thread does everything.
