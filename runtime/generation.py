@@ -213,7 +213,8 @@ class Generation:
                 if self.results[-1].interrupted:
                     return
         finally:
-            self.model.thresholds.learn(self._labels)
+            if response.limit:
+                self.model.thresholds.learn(self._labels)
 
     def _reset(self, decoder: Decoder, number: int) -> None:
         """Reset the slot, or trim it to the prompt if that was already read."""

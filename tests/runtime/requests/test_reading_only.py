@@ -37,10 +37,12 @@ def test_a_later_request_reuses_what_was_only_read(options: dict[str, Any], bund
         assert (ours.token_ids, ours.logprobs) == (alone.token_ids, alone.logprobs)
 
 
-def test_it_leaves_the_draft_memory_and_the_counts_of_requests_as_they_were(bundle: Bundles) -> None:
-    with Session(bundle(BY_NAME["llama-tied"], 1), prefix_cache_mb=64) as session:
-        for _ in range(2):
-            session.generate(PROMPT, max_new_tokens=0)
+def test_it_changes_neither_what_was_learned_nor_the_counts_of_requests(bundle: Bundles) -> None:
+    with Session(bundle(BY_NAME["llama-tied"], 1), prefix_cache_mb=64, threshold="adaptive") as session:
+        before = session.adaptive_state()
+        for mode in ("free", "lossless"):
+            session.generate(PROMPT, mode=mode, max_new_tokens=0)
+        assert session.adaptive_state() == before
         metrics = session.metrics()
         assert metrics.prefill_only_tokens == 70 + 6
         assert (metrics.prompt_tokens, metrics.prefix_cache_hits, sum(metrics.finished.values())) == (0, 0, 0)
