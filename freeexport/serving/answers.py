@@ -20,7 +20,7 @@ MOST = 16  # answers that wait. The oldest are dropped
 
 
 @dataclass(frozen=True)
-class Answer:
+class UnreadAnswer:
     """An answer to read: tokens int64 [n] of the prompt and the answer, the first `start` known."""
 
     session: Session
@@ -42,7 +42,7 @@ class AnswerReader:
 
     def __init__(self, idle: asyncio.Event) -> None:
         self._idle = idle
-        self._waiting = deque[Answer](maxlen=MOST)
+        self._waiting = deque[UnreadAnswer](maxlen=MOST)
         self._task: asyncio.Task[None] | None = None
 
     @property
@@ -82,7 +82,7 @@ class AnswerReader:
             drafts=options.drafts,
             cache_salt=options.cache_salt,
         )
-        self._waiting.append(Answer(session, tokens, start, read))
+        self._waiting.append(UnreadAnswer(session, tokens, start, read))
         if self._task is None or self._task.done():
             self._task = asyncio.get_running_loop().create_task(self._run())
 
@@ -100,7 +100,7 @@ class AnswerReader:
             while self._waiting and self._idle.is_set():
                 await self._read_piece(self._waiting.pop())
 
-    async def _read_piece(self, answer: Answer) -> None:
+    async def _read_piece(self, answer: UnreadAnswer) -> None:
         """Read a piece of an answer, and queue the rest."""
         end = answer.start + PIECE
         with suppress(FreeExportError):  # the session was closed, or its queue is full

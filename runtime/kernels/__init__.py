@@ -89,8 +89,9 @@ def supported(name: str) -> bool:
 def reading_prompt(reads: bool = True) -> Iterator[None]:
     """Context manager: mark engine calls of this thread as reading a prompt.
 
-    From the position `prompt_differs_from` on, its rows are computed in bfloat16. A row's result
-    still depends on that row only, but differs from other calls.
+    A decoder's rows from the position `prompt_differs_from` on, and all rows of an encoder, are
+    computed in bfloat16. A row's result still depends on that row only, but differs from other
+    calls.
     """
     try:
         library = _library(LIBRARY)

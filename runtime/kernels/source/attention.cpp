@@ -157,11 +157,12 @@ void prompt_task(void* data, size_t index) {
 }
 
 // Returns the first position whose rows are computed in tiles, if any are. This depends only on the
-// kind of the call and the model's sizes.
+// kind of the call and the model's sizes. All rows of an encoder are, because it has no steps.
 int64_t first_in_tiles(const Kernels& kernels, const Attention& a) {
-  const bool own = a.encoder ? kernels.prompt_from == 0 : !a.cross_lengths;
+  const bool own = a.encoder || !a.cross_lengths;
   const bool fits = !a.bias && a.size <= kTurnedSize && a.scale > 0.0f && a.cache != kBytes;
-  return a.prompt && kernels.attend_prompt && own && fits ? kernels.prompt_from : INT64_MAX;
+  if (!a.prompt || !kernels.attend_prompt || !own || !fits) return INT64_MAX;
+  return a.encoder ? 0 : kernels.prompt_from;
 }
 
 // Moves places from position `first` on behind the others, in order, to `late`. Returns the number

@@ -173,7 +173,7 @@ struct Kernels {
                         int64_t end);
   // Like `attend_encoder`, for rows of any prompt, without a bias. Or null.
   bool (*attend_prompt)(const Attention& attention, const Place* places, int64_t count, int64_t kv_head);
-  // The first position for which a decoder uses `attend_prompt`. Encoders use it if this is 0.
+  // The first position for which a decoder uses `attend_prompt`. Encoders use it for all.
   int64_t prompt_from;
 };
 
