@@ -439,7 +439,7 @@ def _rollback_threshold(options: GenerationOptions, manifest: Manifest) -> float
     given = manifest.rollback_threshold if given is None else given
     if given is None and options.mode == "rollback":
         raise OptionError(
-            "rollback_threshold is None and this bundle records none; pass nats above which a "
-            "token is taken back, as rollback_threshold=3.0, or calibrate"
+            "mode is 'rollback', but rollback_threshold is None and this bundle records none; pass "
+            "nats above which a token is taken back, as rollback_threshold=3.0, or calibrate"
         )
     return math.inf if given is None else float(given)

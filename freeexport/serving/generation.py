@@ -93,8 +93,8 @@ class Choices:
         for stream in self.streams:
             await stream.aclose()
         results = [stream.result for stream in self.streams]
-        if self.ended is not None and not any(result.interrupted for result in results):
-            self.ended(*results)
+        if self.ended is not None and results and not results[0].interrupted:
+            self.ended(results[0])
         return results
 
 

@@ -114,6 +114,16 @@ def test_answers_are_not_read_while_requests_run_or_where_nobody_reuses_them(
             assert server.service.answers.waiting == 0
 
 
+@pytest.mark.parametrize("path", ["chat/completions", "messages", "responses"])
+def test_a_chat_that_cannot_be_queued_is_refused_and_not_read(path: str, server: Running, http: httpx.Client) -> None:
+    messages = [{"role": "user", "content": "hello"}]
+    asked = {"input": messages} if path == "responses" else {"messages": messages, "max_tokens": 5}
+    answer = http.post(f"/v1/{path}", json={**asked, "free": {"mode": "rollback"}})
+    assert answer.status_code == 400
+    assert "free.mode is 'rollback', but rollback_threshold is None" in answer.text
+    assert server.service.answers.waiting == 0
+
+
 def test_a_prompt_counts_once_for_all_its_choices(server: Running) -> None:
     prompts = [[7, *PROMPT], [8, *PROMPT]]
     fields: dict[str, Any] = {"n": 2, "seed": 1, "temperature": 1}
