@@ -57,7 +57,7 @@ def test_a_second_turn_says_how_many_tokens_were_cached(server: Running, chat: P
 def rereading(bundle: Bundles, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A bundle and kernels that compute a prompt's rows with other bits than a step's, as on AMX."""
     monkeypatch.setenv("FREEEXPORT_INSTRUCTIONS", "scalar-bf16")
-    return bundle(LONG, 1, precision="int8", capacity=512)
+    return bundle(LONG, 1, precision="int8", kernels="freeexport", capacity=512)
 
 
 def test_the_next_turn_finds_an_answer_that_was_read_while_idle(rereading: Path) -> None:
