@@ -16,12 +16,19 @@ IDLE = 0.2  # seconds without a request before answers are read
 # Tokens that are read at once. A request that arrives meanwhile waits for them, about 0.03 s with
 # SmolLM2-135M.
 PIECE = 64
-MOST = 16  # answers that wait. The oldest are dropped
+MOST = 16  # maximum number of waiting answers. The oldest are dropped
 
 
 @dataclass(frozen=True)
 class UnreadAnswer:
-    """An answer to read: tokens int64 [n] of the prompt and the answer, the first `start` known."""
+    """An answer to read.
+
+    Attributes:
+        session: The session that reads it.
+        tokens: Whole blocks of the prompt and the answer, int64 [n].
+        start: Number of leading tokens that the prefix cache has.
+        options: Options of the requests that read it.
+    """
 
     session: Session
     tokens: np.ndarray
@@ -70,11 +77,11 @@ class AnswerReader:
             return
         if limits.slots == 1 and not limits.queue:  # a request would be refused meanwhile
             return
-        tokens = np.concatenate([prompt, np.array(result.token_ids, np.int64)])
-        tokens = tokens[: session.capacity // BLOCK * BLOCK]
+        end = min(len(prompt) + len(result.token_ids), session.capacity) // BLOCK * BLOCK
         start = max(len(prompt), session.cached_answer_limit) // BLOCK * BLOCK
-        if len(tokens) - start < BLOCK:
+        if end <= start:
             return
+        tokens = np.concatenate([prompt, np.array(result.token_ids, np.int64)])[:end]
         read = GenerationOptions(
             max_new_tokens=0,
             mode=options.mode,
@@ -105,5 +112,5 @@ class AnswerReader:
         end = answer.start + PIECE
         with suppress(FreeExportError):  # the session was closed, or its queue is full
             await answer.session.astream(answer.tokens[:end], answer.options).drain()
-            if end + BLOCK <= len(answer.tokens):
+            if end < len(answer.tokens):
                 self._waiting.append(replace(answer, start=end))

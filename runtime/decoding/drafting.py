@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from runtime.decoding.calls import AT_ONCE, NOTHING, Prediction, Waits
@@ -50,11 +50,16 @@ class Draft(NamedTuple):
         )
 
 
+def _read(response: Response, tokens: Sequence[int]) -> Sequence[int]:
+    """Return the drafted tokens that the decoders read: all except one that ends the request."""
+    return tokens[:-1] if response.ends(tokens) else tokens
+
+
 def draft_text(
     decoder: Decoder, response: Response, source: str, unread: list[int], tokens: list[int]
 ) -> Waits[Draft]:
     """Draft the tokens of a text in one shallow call, without the head."""
-    read = tokens[:-1] if response.ends(tokens) else tokens
+    read = _read(response, tokens)
     yield from decoder.stepping_together([*unread, *read])
     decoder.shallow_prediction()
     return Draft(source, tokens, [NOTHING] * (len(read) + 1))
@@ -63,16 +68,16 @@ def draft_text(
 def text_at_once(
     decoder: Decoder, response: Response, drafts: Drafts, plan: DraftPlan
 ) -> Iterator[Token]:
-    """Draft the tokens of a text, verify them, and add the accepted ones and the next token.
+    """Draft the tokens of a text, verify them, and add the accepted tokens and the next one.
 
-    Equal to the calls for other drafts, with fewer Python calls, as in `_exits_at_once`.
+    Equivalent to `draft_text`, `verify` and `settle`, with fewer Python calls. No other sequence
+    may run.
     """
     stats = decoder.stats
     tokens = plan.tokens
-    read = tokens[:-1] if response.ends(tokens) else tokens
     shallow_seconds = stats.shallow_seconds
     deep_seconds = stats.deep_seconds
-    deep = decoder.read_draft([response.newest, *read])
+    deep = decoder.read_draft([response.newest, *_read(response, tokens)])
     accept_length = 0
     while accept_length < len(tokens) and tokens[accept_length] == deep[accept_length]:
         accept_length += 1

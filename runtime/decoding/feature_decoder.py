@@ -113,9 +113,7 @@ class FeatureDecoder(Decoder):
         found = super().read_draft(tokens)
         if self._exits and len(tokens) > 1:  # `full_step` keeps one row
             self._exit_cache.put(self.slot, place, self._stack[: len(tokens)])
-            self._keep_features(place, self._passed[: len(tokens)])
-            # The first row already used the deep decoder's feature.
-            self._exit_cache.trim(self.slot, place + 1)
+            self._keep_pass(place, len(tokens))
         return found
 
     # As calls to be run
@@ -223,9 +221,7 @@ class FeatureDecoder(Decoder):
         place = self.lengths()[1]
         found = super().deep_predictions()
         if self._exits and call is not None:
-            self._keep_features(place, self._passed[: call.rows])
-            # The first row of the stack already used the deep decoder's feature.
-            self._exit_cache.trim(self.slot, place + 1)
+            self._keep_pass(place, call.rows)
         return found
 
     # Calls
@@ -233,6 +229,14 @@ class FeatureDecoder(Decoder):
     def _keep_features(self, place: int, features: np.ndarray) -> None:
         """Store the features of positions from `place` on."""
         self._exit_cache.features[self.slot, place + 1 : place + 1 + len(features)] = features
+
+    def _keep_pass(self, place: int, rows: int) -> None:
+        """Store the features of a deep pass, which the exit reads from position `place` + 1 on.
+
+        The row at `place` already used the deep decoder's feature.
+        """
+        self._keep_features(place, self._passed[:rows])
+        self._exit_cache.trim(self.slot, place + 1)
 
     def _catch_up(self, most: int, head: bool = False) -> None:
         """Run the exit until at most `most` unread rows are left.

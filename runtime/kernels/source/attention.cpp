@@ -157,7 +157,7 @@ void prompt_task(void* data, size_t index) {
 }
 
 // Returns the first position whose rows are computed in tiles, if any are. This depends only on the
-// kind of the call and the model's sizes. All rows of an encoder are, because it has no steps.
+// kind of the call and the model's sizes. Encoders have no decoding steps, so all their rows are.
 int64_t first_in_tiles(const Kernels& kernels, const Attention& a) {
   const bool own = a.encoder || !a.cross_lengths;
   const bool fits = !a.bias && a.size <= kTurnedSize && a.scale > 0.0f && a.cache != kBytes;

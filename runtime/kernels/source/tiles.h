@@ -302,14 +302,9 @@ inline void gated_panels(const Product& product, const Row* rows, const int16_t*
   }
   for (int64_t p = panel; p < end; p++) {
     const int64_t left = weight.outputs - p * kPanel;
-    const float* from = gate + (p - panel) * values;
-    float* to = product.y + first * weight.outputs + p * kPanel;
-    for (int64_t m = first; m < last; m++, from += kPanel, to += weight.outputs) {
-      if (left >= kPanel)  // a constant size needs no call
-        std::memcpy(to, from, kPanel * sizeof(float));
-      else
-        std::memcpy(to, from, static_cast<size_t>(left) * sizeof(float));
-    }
+    const size_t bytes = static_cast<size_t>(left < kPanel ? left : kPanel) * sizeof(float);
+    for (int64_t m = first; m < last; m++)
+      std::memcpy(product.y + m * weight.outputs + p * kPanel, gate + (p - panel) * values + (m - first) * kPanel, bytes);
   }
 }
 

@@ -30,7 +30,7 @@ struct Vec512 {
   }
   // Computes four such sums with the same additions.
   static void fold_four(const Float (&parts)[4][1], float* to) {
-    // A blend and a shuffle instead of two shuffles, which take twice as long.
+    // A blend instead of a second shuffle. Shuffles take twice as long.
     const auto halves_added = [](Float a, Float b) {
       return _mm512_add_ps(_mm512_mask_blend_ps(0xff00, a, b), _mm512_shuffle_f32x4(a, b, 0x4e));
     };
