@@ -210,7 +210,7 @@ class Observer:
     ) -> None:
         """Count a request that has ended, and report it.
 
-        Of a request that only reads its prompt, only the tokens that it computes are counted.
+        A request that only reads its prompt adds to `prefill_only_tokens` and to nothing else.
 
         Args:
             number: Number of the request.

@@ -446,10 +446,10 @@ class Session:
 
     @property
     def cached_answer_limit(self) -> int:
-        """Number of leading positions at which the prefix cache keeps generated tokens, too.
+        """Number of leading positions at which the prefix cache also stores generated tokens.
 
-        The next turn of a chat reads later tokens of its answers again, unless a request with
-        `max_new_tokens` 0 has read them.
+        Tokens that are generated at later positions are computed again when they are part of the
+        next prompt. A request with `max_new_tokens=0` can compute them earlier.
         """
         return self._model.generated_limit
 

@@ -147,9 +147,9 @@ def _unreadable(checkpoint: Checkpoint, error: Exception) -> CheckpointError:
 
 
 def _quick(source: str) -> str:
-    """Return a tokenizer.json with merges as strings, "a b", which load in half the time of pairs.
+    """Return a tokenizer.json with merges as strings, "a b", which load faster than pairs.
 
-    A session opens 60 ms earlier with 49,000 merges (tokenizers 0.23). Tokens with spaces need
+    Loading 49,000 merges takes 75 instead of 135 ms (tokenizers 0.23). Tokens with spaces require
     pairs.
     """
     content = json.loads(source)

@@ -48,7 +48,8 @@ class Choices:
         streams: One stream per choice, ordered by prompt.
         prompts: Number of tokens of each prompt.
         deadline: HTTP status if the deadline passes, and the deadline in seconds.
-        ended: Called with the only answer of a chat, unless it was interrupted. Or None.
+        ended: Called with the answer of a chat when it is complete or cut off by its limit.
+            Default: nothing is called.
     """
 
     streams: list[AsyncStream]
