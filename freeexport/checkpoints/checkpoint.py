@@ -88,7 +88,8 @@ class Checkpoint:
         adapter: Directory of a LoRA adapter, which is merged into the tensors that are read.
         ready_made: The ready-made exit that was applied, or None.
         base: The checkpoint that it was applied to, or None.
-        sample_prompts: Token ids of the prompts in the file of the ready-made exit.
+        sample_prompts: Prompts in the file of the ready-made exit: token ids int64 [n], or
+            recordings float32 [n] at 16 kHz.
         eagle: Configuration of the EAGLE-3 head that is the exit, or None.
         phrases: Table of the model's frequent phrases, ENTRY [n], or None.
     """
@@ -104,7 +105,7 @@ class Checkpoint:
     adapter: Path | None = None
     ready_made: ReadyMadeExit | None = None
     base: Checkpoint | None = None
-    sample_prompts: tuple[tuple[int, ...], ...] = ()
+    sample_prompts: tuple[np.ndarray, ...] = ()
     eagle: dict[str, Any] | None = None
     phrases: np.ndarray | None = None
 

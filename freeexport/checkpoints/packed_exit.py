@@ -4,7 +4,8 @@ Each file contains the hash of the weights that the exit was trained on. The fil
 The matrices of the exit's map and layers, and of a LoRA adapter, are stored as int8 [outputs,
 inputs]. NAME.scales has their float16 scales for blocks of inputs, as in an int8 bundle. Token ids
 are int32, and all other tensors float32. phrases.FIELD are the fields of a table of the model's
-frequent phrases, for drafts without an engine call. The metadata contain one JSON object.
+frequent phrases, for drafts without an engine call. sound.NUMBER are recordings, the prompts of a
+speech model's samples. The metadata contain one JSON object.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,6 +25,7 @@ from freeexport.checkpoints.checkpoint import open_checkpoint
 from freeexport.checkpoints.exit_file import ExitFile, with_layers
 from freeexport.checkpoints.lora_adapter import check_adapter, read_adapter
 from freeexport.checkpoints.packed_phrases import PHRASE_PREFIX, fields_of, read_fields
+from freeexport.checkpoints.packed_sounds import SOUND_PREFIX, fields_of_sounds, read_sounds
 from freeexport.checkpoints.weight_files import CheckpointError, SafetensorsFile, Shape, TensorFile
 from freeexport.system.output import OutputError, replacing
 from graphs.description import Description
@@ -35,13 +37,14 @@ from runtime.decoding.phrases import ENTRY
 from runtime.errors import BundleError, shown
 
 SUFFIX = ".safetensors"
-FORMAT = 2  # 2: may have phrases
+FORMAT = 3  # 2: may have phrases. 3: may have recordings.
 MOST_BYTES = 8_000_000
 # Most answers of the base in a file, and most tokens of a prompt and its answer.
 MOST_SAMPLES = 32
 LONGEST_SAMPLE = 1024
 _METADATA = "freeexport_exit"
 _SCALES = ".scales"
+_NO_ADAPTER = (EXIT, PHRASE_PREFIX, SOUND_PREFIX)  # beginnings of names
 _BLOCKS = (128, 64)  # inputs per scale: the largest that divides the inputs, else BLOCK
 _LORA_B = "lora_B.weight"
 _REMEDY = "get the file again"
@@ -89,7 +92,7 @@ class SampleAnswer:
     """A greedy answer of the model that an exit was trained on.
 
     Attributes:
-        prompt: Token ids of the prompt.
+        prompt: Token ids of the prompt. For speech, those that the decoder reads before it answers.
         answer: Token ids of the answer, as an encoder-decoder's decoder predicts them.
     """
 
@@ -216,6 +219,7 @@ class PackedFile:
         weights: The exit's own tensors.
         adapter: Tensors of the LoRA adapter, and its configuration. None if there is no adapter.
         phrases: Table of the model's frequent phrases, ENTRY [n]. None if there is none.
+        sounds: Recordings float32 [n] at 16 kHz, one for each sample. Empty for text.
     """
 
     about: PackedExit
@@ -223,10 +227,18 @@ class PackedFile:
     weights: PackedWeights
     adapter: tuple[PackedWeights, dict[str, Any]] | None = None
     phrases: np.ndarray | None = None
+    sounds: tuple[np.ndarray, ...] = ()
 
     @property
     def path(self) -> Path:
         return self.weights.path
+
+    @property
+    def prompts(self) -> tuple[np.ndarray, ...]:
+        """Return the prompts of the samples: token ids int64 [n], or recordings."""
+        return self.sounds or tuple(
+            np.array(sample.prompt, np.int64) for sample in self.about.samples
+        )
 
 
 def read_packed(path: Path) -> PackedFile:
@@ -257,7 +269,7 @@ def read_packed(path: Path) -> PackedFile:
         if about.adapter_config is not None:
             config = parse_object(about.adapter_config, f"{path}: adapter_config", _REMEDY)
             check_adapter(config, path)
-            names = (name for name in file.shapes if not name.startswith((EXIT, PHRASE_PREFIX)))
+            names = (name for name in file.shapes if not name.startswith(_NO_ADAPTER))
             adapter = (
                 PackedWeights(file, (name for name in names if not name.endswith(_SCALES))),
                 config,
@@ -278,6 +290,7 @@ def read_packed(path: Path) -> PackedFile:
         weights=PackedWeights(file, own),
         adapter=adapter,
         phrases=read_fields(file, 0 if about.sizes is None else about.sizes.vocab_size),
+        sounds=read_sounds(file, len(about.samples)),
     )
 
 
@@ -292,10 +305,12 @@ def pack(
     results: str,
     samples: tuple[SampleAnswer, ...] = (),
     agreement: float | None = None,
+    sounds: Sequence[np.ndarray] = (),
 ) -> PackedExit:
     """Write the exit of a trained checkpoint to the file `out`.
 
-    `base_name` is PackedExit.model. The other facts have the names of its fields.
+    `base_name` is PackedExit.model. `sounds` are recordings, one for each sample of a speech model.
+    The other facts have the names of its fields.
 
     Raises:
         CheckpointError: If the exit has no parameters of its own.
@@ -325,6 +340,7 @@ def pack(
         for tensor, whole in arrays.items()
         for key, array in _packed(tensor, whole).items()
     }
+    tensors |= fields_of_sounds(sounds)
     size = sum(array.nbytes for array in tensors.values())
     if size > MOST_BYTES:
         raise OutputError(

@@ -105,6 +105,13 @@ def apply_exit(base: Checkpoint, packed: PackedFile) -> Checkpoint:
         )
     if (reason := misfit(about, base)) is not None:
         raise CheckpointError(does_not_fit(about, base, reason))
+    speaks = describe(base.config, base).spectrogram is not None
+    if about.samples and speaks != bool(packed.sounds):
+        kind = "without recordings" if speaks else "with recordings"
+        raise CheckpointError(
+            f"{packed.path} is damaged: it has samples {kind}, for a {about.family} model; get the "
+            "file again"
+        )
     own = {name: file for name, file in base.tensors.items() if not name.startswith(EXIT)}
     plain = replace(base, tensors=own, exit=None, exit_weights=None)
     checkpoint = plain
@@ -128,7 +135,7 @@ def apply_exit(base: Checkpoint, packed: PackedFile) -> Checkpoint:
         ready_made=record,
         base=plain,
         phrases=packed.phrases,
-        sample_prompts=tuple(sample.prompt for sample in about.samples),
+        sample_prompts=packed.prompts,
     )
 
 

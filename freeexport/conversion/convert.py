@@ -191,7 +191,7 @@ def convert(model: str, out: Path, options: ConvertOptions) -> Manifest:
             costs = measured_in_child(directory)
             manifest = replace(manifest, costs=recordable(costs))
             write_manifest()
-            prompts = [np.array(prompt, np.int64) for prompt in checkpoint.sample_prompts]
+            prompts = checkpoint.sample_prompts
             if manifest.ready_made_exit is not None and prompts and costs.trusted:
                 timed = replace(manifest.ready_made_exit, gain=exit_gain(directory, prompts))
                 manifest = replace(manifest, ready_made_exit=timed)

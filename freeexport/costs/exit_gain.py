@@ -60,7 +60,7 @@ def timed_requests(
     Args:
         session: A session without other requests.
         settings: Options of requests, which all generate the same tokens.
-        prompts: Token ids int64 [n] each.
+        prompts: Token ids int64 [n] each, or recordings float32 [n] at 16 kHz.
         rounds: Most repetitions of each request.
         limit: Seconds after which no further prompt is decoded. Prompts that were not reached are
             left out.
@@ -93,7 +93,8 @@ def exit_gain(bundle: Path, prompts: Sequence[np.ndarray]) -> DraftGain | None:
 
     Args:
         bundle: A bundle for a CPU with an exit.
-        prompts: Token ids int64 [n] each. Prompts that do not fit the bundle are left out.
+        prompts: Token ids int64 [n] each, or recordings float32 [n] at 16 kHz. Prompts that do not
+            fit the bundle are left out.
 
     Returns:
         None with fewer than two prompts, or if other processes kept the machine busy.
@@ -101,13 +102,14 @@ def exit_gain(bundle: Path, prompts: Sequence[np.ndarray]) -> DraftGain | None:
     with Session(bundle, slots=1, draft_memory_mb=0) as session:
         tokens = min(TOKENS, session.capacity // 2)
         room = session.manifest.encoder_capacity or session.capacity - tokens
-        fitting = [prompt for prompt in prompts if len(prompt) <= room]
+        speech = session.manifest.speech is not None
+        fitting = [prompt for prompt in prompts if speech or len(prompt) <= room]
         if len(fitting) < 2:
             return None
-        settings = [
-            {"mode": "lossless", "drafts": drafts, "max_new_tokens": tokens}
-            for drafts in ("phrases", "auto")
-        ]
+        given: dict[str, Any] = {"mode": "lossless", "max_new_tokens": tokens}
+        if speech:
+            given["fallback_temperatures"] = ()
+        settings = [given | {"drafts": drafts} for drafts in ("phrases", "auto")]
         times = timed_requests(session, settings, fitting, rounds=ROUNDS, limit=SECONDS)
     low, high = times.interval(1, 0)
     if times.cores > TOLERATED or low is None or high is None:

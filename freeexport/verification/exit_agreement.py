@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -12,16 +13,25 @@ import numpy as np
 
 from freeexport.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from freeexport.checkpoints.eagle import apply_eagle_head, read_eagle_head
-from freeexport.checkpoints.examples import DataError, prompts_of, read_examples, text_format
+from freeexport.checkpoints.examples import (
+    DataError,
+    prompts_of,
+    read_examples,
+    recording_of,
+    text_format,
+)
 from freeexport.checkpoints.packed_exit import MOST_SAMPLES, SampleAnswer, read_packed
 from freeexport.checkpoints.ready_made import apply_exit, does_not_fit, find_exit
+from freeexport.checkpoints.special_tokens import speech_of
 from freeexport.checkpoints.weight_files import CheckpointError
 from freeexport.costs.verdict import Share, share
 from freeexport.system.progress import progress
 from freeexport.verification.batches import Batch, pad
 from graphs.exit_head import fused_layers
 from graphs.families import describe
+from runtime.audio import log_mel, read_audio, window
 from runtime.bundle.manifest import ConfidenceMeasure
+from runtime.speech import FRAMES_A_POSITION
 
 if TYPE_CHECKING:
     import torch
@@ -32,6 +42,9 @@ if TYPE_CHECKING:
 # Greedy tokens of an answer, and the longest prompt, in tokens.
 ANSWER = 64
 PROMPT = 256
+# Recordings of a speech model's samples, and the most tokens of a transcript.
+MOST_SOUNDS = 6
+SPOKEN = 200
 # Share of the agreement with its own base that an exit must reach with other weights. Of 0.64 with
 # its own, on prompts that the model wrote, smollm2-chat kept 0.90 with a fine-tune of the model and
 # 0.87 to 0.90 with weights rounded to 4 bits without offsets. With 3 bits, which leave
@@ -65,7 +78,7 @@ def open_with_exit(model: str, name: str | None) -> Checkpoint:
     if about.agreement is None or not about.samples:
         reason = f"{others}, and its file has no samples to measure its agreement on"
         raise CheckpointError(does_not_fit(about, base, reason))
-    found = agreement_of(applied, about.samples)
+    found = agreement_of(applied, about.samples, packed.sounds)
     measured = (
         f"with these it predicts {found.value:.1%} of {found.count} greedy tokens of "
         f"{len(about.samples)} samples, with its own {about.agreement:.1%}"
@@ -77,11 +90,18 @@ def open_with_exit(model: str, name: str | None) -> Checkpoint:
     return replace(applied, ready_made=replace(applied.ready_made, agreement=found.value))
 
 
-def agreement_of(checkpoint: Checkpoint, samples: Sequence[SampleAnswer]) -> Share:
+def agreement_of(
+    checkpoint: Checkpoint, samples: Sequence[SampleAnswer], sounds: Sequence[np.ndarray] = ()
+) -> Share:
     """Return the share of the model's best tokens that its exit predicts, in the answers given.
 
     Measured with transformers in float32. The exit reads the model's true states, and predicts
     tokens of its vocabulary.
+
+    Args:
+        checkpoint: The model, with the exit.
+        samples: The answers.
+        sounds: For a speech model, the recording of each sample, float32 [n] at 16 kHz.
     """
     from freeexport.checkpoints.transformers_model import reference_model
     from freeexport.verification.reference import States
@@ -92,8 +112,9 @@ def agreement_of(checkpoint: Checkpoint, samples: Sequence[SampleAnswer]) -> Sha
     hits = list[int]()
     counts = list[int]()
     with progress("agreement of the exit", len(samples)) as advance:
-        for sample in samples:
-            batch, first = _forced(checkpoint, sample)
+        for number, sample in enumerate(samples):
+            sound = sounds[number] if sounds else None
+            batch, first = _forced(checkpoint, sample, sound)
             states = States.of(model, checkpoint.exit.exit_layer, batch, head)
             exits, full = (one[first:].argmax(-1) for one in (states.shallow, states.deep))
             hits.append(int((exits == full).sum()))
@@ -112,8 +133,6 @@ def samples_of(checkpoint: Checkpoint, data: Path) -> tuple[SampleAnswer, ...]:
     from freeexport.checkpoints.transformers_model import greedy_ids, reference_model
 
     description = describe(checkpoint.config, checkpoint)
-    if description.spectrogram is not None:
-        raise CheckpointError(f"{checkpoint.name} reads speech, of which no samples are packed")
     form = text_format(checkpoint, description, PROMPT + ANSWER)
     found = prompts_of(read_examples(data, 2 * MOST_SAMPLES), form, data)
     prompts = [np.asarray(ids) for ids in found if len(ids) <= PROMPT][:MOST_SAMPLES]
@@ -126,10 +145,46 @@ def samples_of(checkpoint: Checkpoint, data: Path) -> tuple[SampleAnswer, ...]:
     )
 
 
-def _forced(checkpoint: Checkpoint, sample: SampleAnswer) -> tuple[Batch, int]:
+def spoken_samples_of(
+    model: str, checkpoint: Checkpoint, data: Path
+) -> tuple[tuple[SampleAnswer, ...], tuple[np.ndarray, ...]]:
+    """Return a speech model's transcripts, and the recordings of the first lines of a JSONL file.
+
+    The transcripts are those of the model in 8 bits, of at most SPOKEN tokens.
+    """
+    from freeexport.conversion.own_outputs import own_outputs
+
+    speech = speech_of(checkpoint, describe(checkpoint.config, checkpoint))
+    assert speech is not None
+    positions = checkpoint.config["max_source_positions"]
+    start = checkpoint.generation_config.get("decoder_start_token_id") or 0
+    sounds = [
+        recording_of(request, speech, positions, data)
+        for request in read_examples(data, MOST_SOUNDS)
+    ]
+    longest = min(SPOKEN, checkpoint.config["max_target_positions"] // 2)
+    with TemporaryDirectory() as directory:
+        outputs = dict(own_outputs(model, checkpoint, sounds, longest, Path(directory)))
+    samples = tuple(
+        SampleAnswer((start, *speech.prefix(sound.language)), tuple(outputs[number].tolist()))
+        for number, sound in enumerate(sounds)
+    )
+    return samples, tuple(read_audio(sound.path) for sound in sounds)
+
+
+def _forced(
+    checkpoint: Checkpoint, sample: SampleAnswer, sound: np.ndarray | None
+) -> tuple[Batch, int]:
     """Return the batch that predicts the answer of a sample, and its first row that does."""
     prompt = list(sample.prompt)
     before = list(sample.answer[:-1])
+    if sound is not None:
+        positions = checkpoint.config["max_source_positions"]
+        features = log_mel(sound, checkpoint.config["num_mel_bins"])
+        prompts = window(features, 0, FRAMES_A_POSITION * positions)
+        return Batch(
+            *pad([prompt + before]), prompts=prompts, prompt_lengths=np.array([positions], np.int32)
+        ), len(prompt) - 1
     if not checkpoint.config.get("is_encoder_decoder"):
         return Batch(*pad([prompt + before])), len(prompt) - 1
     start = checkpoint.generation_config.get("decoder_start_token_id") or 0

@@ -10,11 +10,13 @@ import re
 from pathlib import Path
 
 import click
+import numpy as np
 
 from freeexport.checkpoints.checkpoint import open_checkpoint
-from freeexport.checkpoints.packed_exit import SUFFIX, pack
+from freeexport.checkpoints.packed_exit import SUFFIX, SampleAnswer, pack
 from freeexport.checkpoints.ready_made import READY_MADE
-from freeexport.verification.exit_agreement import agreement_of, samples_of
+from freeexport.verification.exit_agreement import agreement_of, samples_of, spoken_samples_of
+from graphs.families import describe
 from tools.data.splits import run_tool
 
 
@@ -30,8 +32,8 @@ from tools.data.splits import run_tool
     "--samples",
     type=click.Path(path_type=Path),
     help=(
-        "JSONL file with 'input': prompts of the task, of which the first are packed with the "
-        "model's answers. Without them, the exit fits no other weights."
+        "JSONL file with prompts of the task: 'input', or 'audio' for speech. The first are packed "
+        "with the model's answers. Without them, the exit fits no other weights."
     ),
 )
 @click.option(
@@ -57,7 +59,12 @@ def command(
         )
     out = out or READY_MADE / f"{name}{SUFFIX}"
     trained = open_checkpoint(checkpoint)
-    answers = () if samples is None else samples_of(trained, samples)
+    answers: tuple[SampleAnswer, ...] = ()
+    sounds: tuple[np.ndarray, ...] = ()
+    if samples is not None and describe(trained.config, trained).spectrogram is not None:
+        answers, sounds = spoken_samples_of(checkpoint, trained, samples)
+    elif samples is not None:
+        answers = samples_of(trained, samples)
     packed = pack(
         checkpoint,
         out,
@@ -68,7 +75,8 @@ def command(
         recipe,
         results,
         samples=answers,
-        agreement=agreement_of(trained, answers).value if answers else None,
+        agreement=agreement_of(trained, answers, sounds).value if answers else None,
+        sounds=sounds,
     )
     size = f"{out.stat().st_size / 1e6:.2f} MB"
     click.echo(f"{out}: {size}, for {packed.model} (sha256 {packed.weights_sha256[:12]}...)")
