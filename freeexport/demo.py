@@ -88,7 +88,7 @@ def smollm2(directory: Path) -> None:
         smollm2_checkpoint(), directory, ConvertOptions(EXIT_LAYER, overwrite=True)
     )
     click.echo(f"\nprompt: {QUESTION}")
-    with Session(bundle, slots=1) as session:
+    with Session(bundle, slots=1, prefix_cache_mb=0) as session:
         prompt = [{"role": "user", "content": QUESTION}]
         click.echo("mode full: ", nl=False)
         for token in session.stream(prompt, mode="full", max_new_tokens=TOKENS):

@@ -30,7 +30,7 @@ class SessionKeywords(TypedDict, total=False):
     device: str
     cuda_graphs: bool
     trust_templates: bool
-    prefix_cache_mb: int
+    prefix_cache_mb: int | None
     draft_memory_mb: int
     draft_corpus: Path | str | None
 

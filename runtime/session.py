@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as List
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self, Unpack, overload
 
@@ -19,7 +20,7 @@ from runtime.bundle.manifest import Manifest
 from runtime.decoding.decoder import Decoder
 from runtime.decoding.draft_memory import TextMemory
 from runtime.decoding.phrases import PhraseTable
-from runtime.engines.prefix_store import PrefixStore
+from runtime.engines.prefix_store import PrefixStore, default_limit_mb
 from runtime.errors import OptionError, shown
 from runtime.machine.device import Device, check_runnable
 from runtime.machine.machine import costs_here, usable_cores
@@ -83,7 +84,7 @@ class Session:
         on_event: Callable[[RequestEvent], None] | None = None,
         **keywords: Unpack[SessionKeywords],
     ) -> None:
-        self.options = options = merged(SessionOptions, options, keywords)
+        options = merged(SessionOptions, options, keywords)
         if on_event is not None and not callable(on_event):
             raise OptionError(
                 f"on_event is {shown(on_event)}; give a callable that takes a RequestEvent"
@@ -92,6 +93,9 @@ class Session:
         manifest = self.bundle.manifest
         device = Device.parse(options.device)
         check_runnable(manifest, device)
+        if options.prefix_cache_mb is None:
+            options = replace(options, prefix_cache_mb=default_limit_mb(manifest))
+        self.options = options
         self.capacity = capacity_of(manifest, options.capacity)
         self.threads = options.threads or usable_cores()
         costs = costs_here(manifest, self.threads)

@@ -82,10 +82,11 @@ class SessionOptions:
     """Load the bundle's tokenizer and chat template. If False, prompts must be token ids and the
     text of results is empty (docs/serving.md explains which bundles to trust)."""
 
-    prefix_cache_mb: Annotated[int, checks.Whole(0)] = 0
+    prefix_cache_mb: Annotated[int | None, checks.Whole(0)] = None
     """Memory limit for the prefix cache, in MB (1e6 bytes), in addition to the slots. The cache
     keeps keys and values of earlier requests for requests that begin with the same tokens
-    (docs/serving.md). 0 disables it. CPU only."""
+    (docs/serving.md). 0 disables it. CPU only. Default: 64 for a decoder-only bundle whose results
+    do not depend on the cache, otherwise 0."""
 
     draft_memory_mb: Annotated[int, checks.Whole(0, 1_000_000)] = 32
     """Memory limit for the draft memory, in MB (1e6 bytes). It counts what followed each n-gram in
@@ -106,7 +107,7 @@ class SessionOptions:
     @property
     def prefix_cache_bytes(self) -> int:
         """Memory limit for the prefix cache, in bytes."""
-        return int(self.prefix_cache_mb) * 1_000_000
+        return int(self.prefix_cache_mb or 0) * 1_000_000
 
     def __post_init__(self) -> None:
         checks.check_fields(self)

@@ -140,7 +140,7 @@ def measure_drafts(
         timers = []
         manifests = []
         for path in bundles:
-            opened = Session(path, slots=1, threads=threads, draft_memory_mb=0)
+            opened = Session(path, slots=1, threads=threads, draft_memory_mb=0, prefix_cache_mb=0)
             session = stack.enter_context(opened)
             decoder = stack.enter_context(session._scheduler.borrowed())
             manifests.append(session.manifest)

@@ -44,7 +44,7 @@ def main(
 ) -> None:
     lines = [json.loads(line) for line in prompts.read_text(encoding="utf-8").splitlines()]
     with (
-        Session(bundle, slots=1, threads=1, draft_memory_mb=0) as session,
+        Session(bundle, slots=1, threads=1, draft_memory_mb=0, prefix_cache_mb=0) as session,
         session._scheduler.borrowed() as decoder,
         replacing(traces) as partial,
         partial.open("w", encoding="utf-8") as file,

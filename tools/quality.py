@@ -121,7 +121,7 @@ def quality_rows(
     answers = list[list[Tokens]]()
     wanted = list[LogitsRecorder]()
     for path in paths:
-        with Session(path, threads=threads, slots=slots) as session:
+        with Session(path, threads=threads, slots=slots, prefix_cache_mb=0) as session:
             watches = [LogitsRecorder() for _ in prompts]
             options = [{"logits_processor": watch} for watch in watches]
             given = decode_prompts(
@@ -159,7 +159,7 @@ def quality_rows(
                 ),
             }
         )
-    with Session(paths[0], threads=threads, slots=slots) as session:
+    with Session(paths[0], threads=threads, slots=slots, prefix_cache_mb=0) as session:
         for row, each in zip(rows, answers, strict=True):
             others = [n for n, answer in enumerate(each) if answer != answers[0][n]]
             forced = force(session, [prompts[n] for n in others], [each[n] for n in others], slots)

@@ -149,7 +149,7 @@ def print_cost(url: str, bundle: Path, threads: int, rounds: int, tokens: int) -
         async with httpx.AsyncClient(base_url=url, timeout=600) as client:
             return len(await stream(client, PROMPTS[0], tokens)) - 1
 
-    with Session(bundle, threads=threads, slots=1) as session:
+    with Session(bundle, threads=threads, slots=1, prefix_cache_mb=0) as session:
         for turn in range(rounds + 1):
             began = time.perf_counter()
             ours = session.stream(PROMPTS[0], mode="full", max_new_tokens=tokens, ignore_eos=True)

@@ -157,7 +157,7 @@ def profile(path: Path, threads: int, context: int, tokens: int) -> BundleProfil
     prompt = [5 + number % 7 for number in range(context)]
     options: dict[str, Any] = {"mode": "full", "max_new_tokens": tokens, "ignore_eos": True}
     began = perf_counter()
-    with Session(path, slots=1, threads=threads, draft_memory_mb=0) as session:
+    with Session(path, slots=1, threads=threads, draft_memory_mb=0, prefix_cache_mb=0) as session:
         opened = perf_counter() - began
         rounds = [session.generate(prompt, **options).stats for _ in range(ROUNDS + 1)][1:]
     engines = {

@@ -208,7 +208,7 @@ def _check_calibration(directory: Path, manifest: Manifest, samples: list[Traced
             err=True,
         )
         return
-    with Session(directory, slots=1) as session:
+    with Session(directory, slots=1, prefix_cache_mb=0) as session:
         found = check_sample(session, samples, manifest.threshold)
     if found is not None:
         click.echo(f"calibration of the checkpoint, on {found}", err=True)

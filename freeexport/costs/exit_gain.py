@@ -99,7 +99,7 @@ def exit_gain(bundle: Path, prompts: Sequence[np.ndarray]) -> DraftGain | None:
     Returns:
         None with fewer than two prompts, or if other processes kept the machine busy.
     """
-    with Session(bundle, slots=1, draft_memory_mb=0) as session:
+    with Session(bundle, slots=1, draft_memory_mb=0, prefix_cache_mb=0) as session:
         tokens = min(TOKENS, session.capacity // 2)
         room = session.manifest.encoder_capacity or session.capacity - tokens
         speech = session.manifest.speech is not None

@@ -71,13 +71,14 @@ def _replaying(
 class ReplaySession(Session):
     """Session that replays the exits of `script` in mode free, unless the stack is full.
 
-    It has one slot and no overlap. Replays work with any threshold in (0, 1).
+    It has one slot, no overlap and no prefix cache. Replays work with any threshold in (0, 1).
     """
 
     def __init__(self, bundle: Path | str, **options: Any) -> None:
         self.script = Script()
         self._decoder_type = partial(_replaying, self.script)
-        super().__init__(bundle, **{**options, "overlap": False, "slots": 1})
+        fixed = {"overlap": False, "slots": 1, "prefix_cache_mb": 0}
+        super().__init__(bundle, **{**options, **fixed})
 
     def __enter__(self) -> ReplaySession:
         return self

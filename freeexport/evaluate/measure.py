@@ -103,7 +103,9 @@ def open_session(entry: Entry, options: EvaluateOptions, records: Records) -> Se
         threads=options.count,
         slots=1,
         device=options.device,
-        draft_memory_mb=0,  # a line must not draft from another setting's output of it
+        # A line must not use the output or the prompt of another setting.
+        draft_memory_mb=0,
+        prefix_cache_mb=0,
         **adaptive,
     )
 

@@ -145,7 +145,9 @@ def measured_speed(path: Path, threads: int | None, device: str = "cpu") -> str:
     settings = [
         {"mode": mode, "max_new_tokens": SPEED_TOKENS, "ignore_eos": True} for mode in modes
     ]
-    with Session(path, threads=threads, slots=1, device=device, draft_memory_mb=0) as session:
+    with Session(
+        path, threads=threads, slots=1, device=device, draft_memory_mb=0, prefix_cache_mb=0
+    ) as session:
         times = timed_requests(session, settings, prompts, rounds=SPEED_ROUNDS, limit=SPEED_SECONDS)
     full, lossless = times.tokens / times.seconds.sum(axis=0)
     low, high = times.interval(1, 0)

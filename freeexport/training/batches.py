@@ -188,22 +188,25 @@ class Collator:
             targets = [example.target for example in examples]
             shifted = [np.concatenate([[self.start], target[:-1]]) for target in targets]
             ids = [example.prompt for example in examples]
-            labels = [target.copy() for target in targets]
-            for example, label in zip(examples, labels, strict=True):
-                label[: example.given] = IGNORED
             extra = {"decoder_input_ids": _padded(shifted, 0)}
         else:
             whole = [np.concatenate([example.prompt, example.target]) for example in examples]
             ids = [one[:-1] for one in whole]
-            labels = [
-                np.concatenate([np.full_like(one.prompt[1:], IGNORED), one.target])
-                for one in examples
-            ]
             extra = {}
+        labels = [self.labels(example) for example in examples]
         mask = _padded([np.ones(len(one), np.int64) for one in ids], 0)
         sounds = [torch.from_numpy(one.features()) for one in ids if isinstance(one, Recording)]
         read = {"input_features": torch.stack(sounds)} if sounds else {"input_ids": _padded(ids, 0)}
         return {**read, "attention_mask": mask, "labels": _padded(labels, IGNORED), **extra}
+
+    def labels(self, example: Example) -> np.ndarray:
+        """Return the label of each position of the decoder, int32 [m]."""
+        if self.start is None:
+            unlabelled = np.full_like(example.prompt[1:], IGNORED)
+            return np.concatenate([unlabelled, example.target])
+        labels = example.target.copy()
+        labels[: example.given] = IGNORED
+        return labels
 
 
 def _padded(rows: Sequence[np.ndarray], fill: int) -> torch.Tensor:

@@ -161,8 +161,8 @@ def _write_teacher(
     known: KnownTokens | None,
 ) -> None:
     everywhere = not model.seq2seq or any(example.given for example in examples)
-    labels = [collate([example])["labels"] for example in examples]
-    rows = [one.numel() if everywhere else int((one != IGNORED).sum()) for one in labels]
+    labels = [collate.labels(example) for example in examples]
+    rows = [one.size if everywhere else int((one != IGNORED).sum()) for one in labels]
     counts = np.array([rows, [len(example.prompt) for example in examples]][: len(paths)])
     ends = counts.cumsum(axis=1)
     vocabulary, width = model.head.weight.shape

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -17,19 +16,17 @@ from freeexport.checkpoints.examples import (
     DataError,
     prompts_of,
     read_examples,
-    recording_of,
     text_format,
 )
 from freeexport.checkpoints.packed_exit import MOST_SAMPLES, SampleAnswer, read_packed
 from freeexport.checkpoints.ready_made import apply_exit, does_not_fit, find_exit
-from freeexport.checkpoints.special_tokens import speech_of
 from freeexport.checkpoints.weight_files import CheckpointError
 from freeexport.costs.verdict import Share, share
 from freeexport.system.progress import progress
 from freeexport.verification.batches import Batch, pad
 from graphs.exit_head import fused_layers
 from graphs.families import describe
-from runtime.audio import log_mel, read_audio, window
+from runtime.audio import log_mel, window
 from runtime.bundle.manifest import ConfidenceMeasure
 from runtime.speech import FRAMES_A_POSITION
 
@@ -42,9 +39,6 @@ if TYPE_CHECKING:
 # Greedy tokens of an answer, and the longest prompt, in tokens.
 ANSWER = 64
 PROMPT = 256
-# Recordings of a speech model's samples, and the most tokens of a transcript.
-MOST_SOUNDS = 6
-SPOKEN = 200
 # Share of the agreement with its own base that an exit must reach with other weights. Of 0.64 with
 # its own, on prompts that the model wrote, smollm2-chat kept 0.90 with a fine-tune of the model and
 # 0.87 to 0.90 with weights rounded to 4 bits without offsets. With 3 bits, which leave
@@ -143,33 +137,6 @@ def samples_of(checkpoint: Checkpoint, data: Path) -> tuple[SampleAnswer, ...]:
         SampleAnswer(tuple(prompt.tolist()), tuple(answer.tolist()))
         for prompt, answer in zip(prompts, answers, strict=True)
     )
-
-
-def spoken_samples_of(
-    model: str, checkpoint: Checkpoint, data: Path
-) -> tuple[tuple[SampleAnswer, ...], tuple[np.ndarray, ...]]:
-    """Return a speech model's transcripts, and the recordings of the first lines of a JSONL file.
-
-    The transcripts are those of the model in 8 bits, of at most SPOKEN tokens.
-    """
-    from freeexport.conversion.own_outputs import own_outputs
-
-    speech = speech_of(checkpoint, describe(checkpoint.config, checkpoint))
-    assert speech is not None
-    positions = checkpoint.config["max_source_positions"]
-    start = checkpoint.generation_config.get("decoder_start_token_id") or 0
-    sounds = [
-        recording_of(request, speech, positions, data)
-        for request in read_examples(data, MOST_SOUNDS)
-    ]
-    longest = min(SPOKEN, checkpoint.config["max_target_positions"] // 2)
-    with TemporaryDirectory() as directory:
-        outputs = dict(own_outputs(model, checkpoint, sounds, longest, Path(directory)))
-    samples = tuple(
-        SampleAnswer((start, *speech.prefix(sound.language)), tuple(outputs[number].tolist()))
-        for number, sound in enumerate(sounds)
-    )
-    return samples, tuple(read_audio(sound.path) for sound in sounds)
 
 
 def _forced(

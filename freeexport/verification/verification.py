@@ -87,7 +87,7 @@ def decoded_on(bundle: Bundle, device: str, extent: Extent = FULL) -> dict[str, 
     """Compare tokens decoded on a device in several settings, up to ties. Returns JSON values."""
     prompts = sample_ids(bundle)[: extent.prompts]
     longest = bundle.manifest.encoder_capacity or max(1, bundle.manifest.capacity // 2)
-    with Session(bundle.path, slots=max(BATCHES), device=device) as session:
+    with Session(bundle.path, slots=max(BATCHES), device=device, prefix_cache_mb=0) as session:
         report = compare_up_to_ties(session, [ids[:longest] for ids in prompts], extent.new_tokens)
     return {"device": device, **report.to_json()}
 
@@ -253,7 +253,9 @@ class _Verification:
         count = self.extent.new_tokens
         greedy = list[dict[str, Any]]()
         traces = list[Traces]()
-        with Session(self.decodes, slots=1, threads=self.threads, device=self.device) as session:
+        with Session(
+            self.decodes, slots=1, threads=self.threads, device=self.device, prefix_cache_mb=0
+        ) as session:
             for comparison in compare_greedy(
                 session, model, prompts, new_tokens=count, seconds=self._seconds_left
             ):

@@ -15,6 +15,8 @@ from runtime.kernels import prompt_differs_from
 
 # Tokens per block. Smaller blocks leave fewer tokens to compute, but need more copies.
 BLOCK = 16
+# Default memory limit in MB (1e6 bytes): 2,800 tokens of SmolLM2-135M.
+DEFAULT_MB = 64
 
 
 def hashes(tokens: np.ndarray, block: int, salt: str | None, own: bool = False) -> list[bytes]:
@@ -31,6 +33,18 @@ def hashes(tokens: np.ndarray, block: int, salt: str | None, own: bool = False) 
         key = sha256(key + tokens[end - block : end].tobytes()).digest()
         chain.append(key)
     return chain
+
+
+def default_limit_mb(manifest: Manifest) -> int:
+    """Return the memory limit of a session's prefix cache, in MB, unless its options give one.
+
+    0 for an encoder-decoder, which reuses only identical prompts, for ONNX Runtime's kernels, whose
+    results depend on what was cached, for GPUs, and for an exit whose layers every row of a cached
+    prefix must have read (Model.chooses_exit).
+    """
+    plain = not manifest.encoder_decoder and manifest.target == "cpu"
+    own_layers = bool(manifest.exit_layers) and not manifest.exit_engine
+    return DEFAULT_MB if plain and manifest.kernels is not None and not own_layers else 0
 
 
 def generated_limit(manifest: Manifest) -> int:

@@ -46,7 +46,7 @@ SESSION: dict[str, list[Any]] = {
     "queue": [None, 1.0],
     "overlap": [1, "yes"],
     "cuda_graphs": [None, 1, "no"],
-    "prefix_cache_mb": [-1, 1.5, "256", True, None, 2**70],
+    "prefix_cache_mb": [-1, 1.5, "256", True, 2**70],
     "draft_memory_mb": [-1, 1.5, None, 10**7],
     "draft_corpus": ["", 7, b"a"],
 }

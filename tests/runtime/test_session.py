@@ -208,11 +208,11 @@ def test_a_cache_that_does_not_fit_is_refused_before_anything_is_allocated(
     # 3 slots, 128 + 16 rows, 5 layers, key and value, 4 heads of 16 floats.
     need = 3 * 144 * 5 * 2 * 4 * 16 * 4
     monkeypatch.setattr("runtime.engines.kv_cache.available_memory", lambda: need)
-    open_session(slots=3)
+    open_session(slots=3, prefix_cache_mb=0)
     monkeypatch.setattr("runtime.engines.kv_cache.available_memory", lambda: need - 1)
     monkeypatch.setattr("runtime.engines.backend.KVCache", lambda *_: pytest.fail("allocated"))
     with pytest.raises(CapacityError, match=r"needs 0\.0 GB \(3 slots x 144 positions x 2560 bytes\).*lower capacity"):
-        open_session(slots=3)
+        open_session(slots=3, prefix_cache_mb=0)
 
 
 @pytest.mark.parametrize(

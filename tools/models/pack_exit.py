@@ -8,16 +8,49 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import click
 import numpy as np
 
-from freeexport.checkpoints.checkpoint import open_checkpoint
+from freeexport.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from freeexport.checkpoints.examples import read_examples, recording_of
 from freeexport.checkpoints.packed_exit import SUFFIX, SampleAnswer, pack
 from freeexport.checkpoints.ready_made import READY_MADE
-from freeexport.verification.exit_agreement import agreement_of, samples_of, spoken_samples_of
+from freeexport.checkpoints.special_tokens import speech_of
+from freeexport.conversion.own_outputs import own_outputs
+from freeexport.verification.exit_agreement import agreement_of, samples_of
 from graphs.families import describe
+from runtime.audio import read_audio
 from tools.data.splits import run_tool
+
+MOST_SOUNDS = 6  # recordings of a speech model's samples
+SPOKEN = 200  # tokens of a transcript
+
+
+def spoken_samples_of(
+    model: str, checkpoint: Checkpoint, data: Path
+) -> tuple[tuple[SampleAnswer, ...], tuple[np.ndarray, ...]]:
+    """Return a speech model's transcripts, and the recordings of the first lines of a JSONL file.
+
+    The transcripts are those of the model in 8 bits, of at most SPOKEN tokens.
+    """
+    speech = speech_of(checkpoint, describe(checkpoint.config, checkpoint))
+    assert speech is not None
+    positions = checkpoint.config["max_source_positions"]
+    start = checkpoint.generation_config.get("decoder_start_token_id") or 0
+    sounds = [
+        recording_of(request, speech, positions, data)
+        for request in read_examples(data, MOST_SOUNDS)
+    ]
+    longest = min(SPOKEN, checkpoint.config["max_target_positions"] // 2)
+    with TemporaryDirectory() as directory:
+        outputs = dict(own_outputs(model, checkpoint, sounds, longest, Path(directory)))
+    samples = tuple(
+        SampleAnswer((start, *speech.prefix(sound.language)), tuple(outputs[number].tolist()))
+        for number, sound in enumerate(sounds)
+    )
+    return samples, tuple(read_audio(sound.path) for sound in sounds)
 
 
 @click.command()

@@ -306,6 +306,7 @@ def open_paper_session(entry: Entry, options: EvaluateOptions, records: Records)
         slots=1,
         device=options.device,
         draft_memory_mb=0,
+        prefix_cache_mb=0,
     )
 
 

@@ -39,6 +39,7 @@ def load_ours(path: str, threads: int, options: dict[str, Any]) -> Loaded:
         slots=options.get("rows", 1),
         capacity=options.get("context"),
         draft_memory_mb=0,
+        prefix_cache_mb=0,
     )
 
     def generate(prompts: list[list[int]], count: int, beams: int, emit: Emit) -> Any:

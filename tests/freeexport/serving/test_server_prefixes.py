@@ -75,7 +75,7 @@ def test_the_next_turn_finds_an_answer_that_was_read_while_idle(rereading: Path)
         turn = [*PROMPT, *answer.token_ids, 5, 6, 7]
         return turn, await session.agenerate(turn, options)
 
-    with Session(rereading, prefix_cache_mb=64) as session, Session(rereading) as plain:
+    with Session(rereading, prefix_cache_mb=64) as session, Session(rereading, prefix_cache_mb=0) as plain:
         turn, ours = asyncio.run(talk(session))
         alone = plain.generate(turn, options)
     assert ours.stats.cached_tokens == 128

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from exit_layer_case import EXIT_CASES, EXIT_LAYER, with_feature
 
 from runtime import CapacityError, GenerationResult, OptionError, RequestEvent, Session, SessionOptions
 from runtime.decoding import decoder
-from runtime.engines.prefix_store import BLOCK
+from runtime.engines.prefix_store import BLOCK, DEFAULT_MB, default_limit_mb
 from runtime.engines.runner import Encoder
 
 FEATURES = with_feature("llama-tied", 0), with_feature("llama-tied", EXIT_LAYER, "fused")
@@ -316,7 +317,21 @@ def test_tokens_that_were_looked_up_and_found_are_counted(open_session: Open) ->
 def test_prefixes_are_refused_on_a_gpu() -> None:
     with pytest.raises(OptionError, match=r"prefix_cache_mb is 5 with device 'cuda:0'.* CPU only; leave it out"):
         SessionOptions(device="cuda:0", prefix_cache_mb=5)
-    assert SessionOptions(device="cuda:0").prefix_cache_mb == 0
+    assert SessionOptions(device="cuda:0").prefix_cache_bytes == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "limit"),
+    [(LLAMA, DEFAULT_MB), (FEATURES[0].name, DEFAULT_MB), (T5, 0), (EXIT_LAYERS, 0)],
+)
+def test_prefixes_are_stored_by_default_where_results_do_not_depend_on_it(
+    name: str, limit: int, open_session: Open
+) -> None:
+    session = open_session(name, prefix_cache_mb=None)
+    assert session.options.prefix_cache_mb == limit
+    plain = replace(session.manifest, kernels=None)
+    assert default_limit_mb(plain) == 0
+    assert open_session(name, prefix_cache_mb=0).options.prefix_cache_mb == 0
 
 
 def test_a_store_beyond_the_memory_is_refused_when_the_session_is_opened(open_session: Open) -> None:
