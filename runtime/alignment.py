@@ -10,6 +10,7 @@ from runtime.bundle.manifest import Manifest
 from runtime.engines.contract import contract
 from runtime.engines.kv_cache import KVCache
 from runtime.engines.onnx import OnnxEngine
+from runtime.products import product
 from runtime.text.sampler import softmax
 
 
@@ -73,6 +74,6 @@ class Aligner:
         for place, (layer, head) in enumerate(speech.alignment_heads):
             query = queries[f"query.{layer}"][:, head * size : (head + 1) * size]
             key = cross[f"cross.{layer}.key"][0, head]
-            scores = query.astype(np.float32) @ key.astype(np.float32).T
+            scores = product(query.astype(np.float32, order="C"), key.astype(np.float32).T)
             weights[place] = softmax(scores * np.float32(size**-0.5))
         return weights

@@ -20,6 +20,7 @@ import numpy as np
 
 from runtime.errors import PromptError, one_line
 from runtime.json_file import UnreadableError, opened
+from runtime.products import product
 
 RATE = 16_000  # samples per second
 HOP = 160  # samples from one frame to the next
@@ -292,12 +293,13 @@ def _decoded(frames: bytes, width: int, channels: int) -> np.ndarray:
         samples = whole.view("<i4")[:, 0].astype(np.float32) / 2**31
     else:
         samples = np.frombuffer(frames, f"<i{width}").astype(np.float32) / 2 ** (8 * width - 1)
-    # Numpy's mean is slow over such a short axis.
-    return (
-        samples.reshape(-1, channels) @ np.full(channels, 1 / channels, np.float32)
-        if channels > 1
-        else samples
-    )
+    # Numpy's mean is slow over such a short axis, and a product would start threads
+    # (runtime/products.py).
+    total = samples[::channels].copy()
+    for channel in range(1, channels):
+        total += samples[channel::channels]
+    total /= np.float32(channels)
+    return total
 
 
 def resampled(samples: np.ndarray, rate: int) -> np.ndarray:
@@ -320,7 +322,7 @@ def resampled(samples: np.ndarray, rate: int) -> np.ndarray:
         taper = np.where(abs(distance) < reach, np.cos(np.pi / 2 * distance / reach) ** 2, 0)
         kernel = (np.sinc(distance * narrow) * narrow * taper).astype(np.float32)
         windows = np.lib.stride_tricks.sliding_window_view(padded, width)[whole[0] :: down][:count]
-        result[:, phase : phase + _PHASES] = np.ascontiguousarray(windows) @ kernel
+        result[:, phase : phase + _PHASES] = product(np.ascontiguousarray(windows), kernel)
     return result.reshape(-1)[:size]
 
 
@@ -346,7 +348,7 @@ def log_mel(samples: np.ndarray, bins: int, until: float = math.inf) -> np.ndarr
             raise LateError
         spectrum = np.fft.rfft(windows[start : start + _BLOCK] * hann, axis=1)
         power = spectrum.real.astype(np.float32) ** 2 + spectrum.imag.astype(np.float32) ** 2
-        mels[:, start : start + _BLOCK] = filters @ power.T
+        mels[:, start : start + _BLOCK] = product(power, filters.T).T
     np.log10(np.maximum(mels, np.float32(LEAST_POWER), out=mels), out=mels)
     np.maximum(mels, np.max(mels) - np.float32(RANGE), out=mels)
     mels += 4

@@ -18,11 +18,12 @@ PACKAGES = ("runtime", "graphs", "freeexport")
 BLOCK = 10  # lines of a block that must not be duplicated
 
 # A room is a folder or file at the top of a package. Every room may import those in EVERYWHERE.
-EVERYWHERE = {"runtime": {"errors", "json_file"}, "graphs": {"errors"}, "freeexport": set[str]()}
+EVERYWHERE = {"runtime": {"errors", "json_file", "products"}, "graphs": {"errors"}, "freeexport": set[str]()}
 ALLOWED: dict[str, dict[str, str]] = {
     "runtime": {
         "errors": "",
         "json_file": "",
+        "products": "",
         "kernels": "",
         "bundle": "",
         "hub": "bundle",
