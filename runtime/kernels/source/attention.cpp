@@ -12,8 +12,9 @@ namespace {
 constexpr int64_t kFewPlaces = 8, kManyPlaces = 64;
 // Number of tasks per KV head for many rows, until tasks have kManyPlaces rows.
 constexpr int64_t kTasksOfMany = 16;
-// The same for a prompt's rows in tiles.
-constexpr int64_t kBlocksOfPrompt = 4, kPromptPlaces = 128;
+// The same for a prompt's rows in tiles. A task may have more rows until it has kPromptQueries
+// queries, because it converts the keys and values.
+constexpr int64_t kBlocksOfPrompt = 4, kPromptPlaces = 128, kPromptQueries = 384;
 // Rows per task of an encoder: whole tiles of all instruction sets, and at most.
 constexpr int64_t kEncoderStep = 12, kEncoderPlaces = 96;
 // Minimum number of queries, or of rows, that share keys for which a piece of keys is transposed.
@@ -257,7 +258,8 @@ bool attend_places(const Kernels& kernels, const Attention& a, const Place* plac
   const auto blocks_of = [&](int64_t step, int64_t most_places) {
     return most(step, least(count / kBlocksOfPrompt / step * step, most_places));
   };
-  const int64_t task_places = tiles       ? blocks_of(16, kPromptPlaces)
+  const int64_t prompt_places = most(kPromptPlaces, kPromptQueries * a.kv_heads / a.heads);
+  const int64_t task_places = tiles       ? blocks_of(16, prompt_places)
                               : a.encoder ? blocks_of(kEncoderStep, kEncoderPlaces)
                               : count < kTasksOfMany * kFewPlaces
                                   ? kFewPlaces

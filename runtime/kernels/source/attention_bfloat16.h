@@ -1,12 +1,14 @@
 // Attention of a prompt's rows in bfloat16: queries, keys, values and weights are rounded to it, and
 // sums are fp32. The including file defines `Products`, with
 //
-//   template <int P, bool kAdds>
-//   static void multiply(const uint16_t* a, int64_t apart, const uint16_t* b, int64_t count, float* sums);
+//   static constexpr int kTiles;  // of queries that are multiplied together
+//   template <int P, int T, bool kAdds>
+//   static void multiply(const uint16_t* a, int64_t a_apart, const uint16_t* b, int64_t b_apart, int64_t count,
+//                        float* sums, int64_t sums_apart);
 //
-// which multiplies P tiles of rows, each `count` tiles [16 rows][32 values], with `count` tiles
-// [16 pairs of values][16 queries][2] to sums [P][16 rows][16 queries], or adds the products to
-// them. A Products object exists while they are used.
+// which multiplies P tiles of rows, each `count` tiles [16 rows][32 values], with T times `count` tiles
+// [16 pairs of values][16 queries][2] to T times sums [P][16 rows][16 queries], or adds the products
+// to them. T is 1 or kTiles. A Products object exists while they are used.
 //
 // The rows of a tile are keys. Its columns are 16 queries, the heads of a group for one row after
 // the other. A register then has one score per query, and needs no horizontal sum. A query joins
@@ -82,8 +84,8 @@ struct Memory {
   uint16_t* queries;  // [tiles][steps][16 pairs of values][16 queries][2]
   uint16_t* keys;     // [key tiles][steps][16 keys][32 values]
   uint16_t* values;   // [parts][key steps][16 values][32 keys]
-  float* scores;      // [64 keys][16 queries]
-  uint16_t* weights;  // [key steps][16 pairs of keys][16 queries][2]
+  float* scores;      // [kTiles][64 keys][16 queries]
+  uint16_t* weights;  // [kTiles][key steps][16 pairs of keys][16 queries][2]
   bool odd;           // a value is infinite or NaN
 };
 
@@ -128,16 +130,16 @@ struct Sight {
 
 // Converts scores to weights, 2^(score - largest score so far). Returns the factors by which
 // earlier results shrink.
-__m512 weigh(const Attention& a, const Sight& sight, Memory& room, Lanes& lanes) {
+__m512 weigh(const Attention& a, const Sight& sight, float* scores, uint16_t* weights, Lanes& lanes) {
   constexpr float kLog2E = 1.44269504088896341f;
   float by = a.scale * kLog2E;
   if (a.softcap > 0.0f) {
     const __m512 cap = _mm512_set1_ps(a.softcap), twice = _mm512_set1_ps(2.0f * a.scale / a.softcap);
     const __m512 one = _mm512_set1_ps(1.0f);
     for (int64_t t = 0; t < kPieceRows; t++) {  // softcap tanh(score / softcap)
-      const __m512 power = exponential(_mm512_mul_ps(_mm512_load_ps(room.scores + t * 16), twice));
+      const __m512 power = exponential(_mm512_mul_ps(_mm512_load_ps(scores + t * 16), twice));
       const __m512 share = _mm512_div_ps(_mm512_sub_ps(power, one), _mm512_add_ps(power, one));
-      _mm512_store_ps(room.scores + t * 16, _mm512_mul_ps(cap, share));
+      _mm512_store_ps(scores + t * 16, _mm512_mul_ps(cap, share));
     }
     by = kLog2E;
   }
@@ -147,18 +149,18 @@ __m512 weigh(const Attention& a, const Sight& sight, Memory& room, Lanes& lanes)
 #pragma GCC unroll 4
     for (int64_t i = 0; i < 4; i++)
       most[i] = _mm512_mask_max_ps(most[i], sight.of(t + i), most[i],
-                                   _mm512_mul_ps(_mm512_load_ps(room.scores + (t + i) * 16), times));
+                                   _mm512_mul_ps(_mm512_load_ps(scores + (t + i) * 16), times));
   const __m512 largest = _mm512_max_ps(_mm512_max_ps(most[0], most[1]), _mm512_max_ps(most[2], most[3]));
   for (int64_t t = 0; t < kPieceRows; t += 4) {
     __m512 powers[4];
 #pragma GCC unroll 4
     for (int64_t i = 0; i < 4; i++) {
-      const __m512 score = _mm512_load_ps(room.scores + (t + i) * 16);
+      const __m512 score = _mm512_load_ps(scores + (t + i) * 16);
       powers[i] = _mm512_maskz_mov_ps(sight.of(t + i), Vec::power_of_two(_mm512_fmsub_ps(score, times, largest)));
       sums[i] = _mm512_add_ps(sums[i], powers[i]);
     }
-    _mm512_store_si512(room.weights + t * 16, paired(powers[0], powers[1]));
-    _mm512_store_si512(room.weights + (t + 2) * 16, paired(powers[2], powers[3]));
+    _mm512_store_si512(weights + t * 16, paired(powers[0], powers[1]));
+    _mm512_store_si512(weights + (t + 2) * 16, paired(powers[2], powers[3]));
   }
   const __m512 shrink = Vec::power_of_two(_mm512_sub_ps(before, largest));
   const __m512 sum = _mm512_add_ps(_mm512_add_ps(sums[0], sums[1]), _mm512_add_ps(sums[2], sums[3]));
@@ -181,27 +183,63 @@ void see_odd(const Attention& a, int64_t at, int64_t count, const Sight& sight, 
     }
 }
 
-void attend_tile(const Attention& a, int64_t begin, int64_t at, int64_t count, int64_t tile, Memory& room) {
-  Lanes& lanes = room.lanes[tile];
+// Returns what the queries of a tile see of a piece that starts at `begin`.
+Sight sight_of(const Lanes& lanes, int64_t begin) {
   const __m512i first = _mm512_load_si512(lanes.first), last = _mm512_load_si512(lanes.last);
-  if (_mm512_reduce_max_epi32(last) < begin || _mm512_reduce_min_epi32(first) >= begin + kPieceRows) return;
   const __m512i from = _mm512_set1_epi32(static_cast<int32_t>(begin));
-  const bool whole = _mm512_reduce_min_epi32(last) >= begin + kPieceRows - 1 && _mm512_reduce_max_epi32(first) <= begin;
-  const Sight sight = {_mm512_sub_epi32(first, from), _mm512_sub_epi32(last, from), whole};
-  Products::multiply<kKeyTiles, false>(room.keys, room.steps * kTileValues, room.queries + tile * room.steps * kTileValues,
-                                       room.steps, room.scores);
-  const __m512 shrink = weigh(a, sight, room, lanes);
-  float* outputs = room.outputs + tile * room.parts * kTileSums;
-  if (_mm512_cmpneq_ps_mask(shrink, _mm512_set1_ps(1.0f)))
-    for (int64_t i = 0; i < room.parts * 16; i++)
-      _mm512_store_ps(outputs + i * 16, _mm512_mul_ps(_mm512_load_ps(outputs + i * 16), shrink));
-  constexpr int64_t kApart = kKeySteps * kTileValues;
+  const int32_t least_last = _mm512_reduce_min_epi32(last), most_first = _mm512_reduce_max_epi32(first);
+  const bool whole = least_last >= begin + kPieceRows - 1 && most_first <= begin;
+  return {_mm512_sub_epi32(first, from), _mm512_sub_epi32(last, from), whole};
+}
+
+// Returns true if a query of a tile sees the piece.
+bool sees(const Lanes& lanes, int64_t begin) {
+  return _mm512_reduce_max_epi32(_mm512_load_si512(lanes.last)) >= begin &&
+         _mm512_reduce_min_epi32(_mm512_load_si512(lanes.first)) < begin + kPieceRows;
+}
+
+// Attends to a piece with T tiles of queries, which see it.
+template <int T>
+void attend_tiles(const Attention& a, int64_t begin, int64_t at, int64_t count, int64_t tile, Memory& room) {
+  constexpr int64_t kScores = kKeyTiles * kTileSums, kWeights = kKeySteps * kTileValues;
+  const int64_t queries = room.steps * kTileValues, sums = room.parts * kTileSums;
+  float* outputs = room.outputs + tile * sums;
+  Products::multiply<kKeyTiles, T, false>(room.keys, queries, room.queries + tile * queries, queries, room.steps,
+                                          room.scores, kScores);
+  Sight sights[T];
+  for (int t = 0; t < T; t++) {
+    Lanes& lanes = room.lanes[tile + t];
+    sights[t] = sight_of(lanes, begin);
+    const __m512 shrink = weigh(a, sights[t], room.scores + t * kScores, room.weights + t * kWeights, lanes);
+    if (_mm512_cmpneq_ps_mask(shrink, _mm512_set1_ps(1.0f)))
+      for (float* value = outputs + t * sums; value < outputs + (t + 1) * sums; value += kPanel)
+        _mm512_store_ps(value, _mm512_mul_ps(_mm512_load_ps(value), shrink));
+  }
   int64_t part = 0;
   for (; part + 4 <= room.parts; part += 4)
-    Products::multiply<4, true>(room.values + part * kApart, kApart, room.weights, kKeySteps, outputs + part * kTileSums);
+    Products::multiply<4, T, true>(room.values + part * kWeights, kWeights, room.weights, kWeights, kKeySteps,
+                                   outputs + part * kTileSums, sums);
   for (; part < room.parts; part++)
-    Products::multiply<1, true>(room.values + part * kApart, kApart, room.weights, kKeySteps, outputs + part * kTileSums);
-  if (room.odd) see_odd(a, at, count, sight, outputs);
+    Products::multiply<1, T, true>(room.values + part * kWeights, kWeights, room.weights, kWeights, kKeySteps,
+                                   outputs + part * kTileSums, sums);
+  if (!room.odd) return;
+  for (int t = 0; t < T; t++) see_odd(a, at, count, sights[t], outputs + t * sums);
+}
+
+// Attends to a piece with all tiles.
+void attend_piece(const Attention& a, int64_t begin, int64_t at, int64_t count, Memory& room) {
+  constexpr int kTiles = Products::kTiles;
+  for (int64_t tile = 0; tile < room.tiles; tile += kTiles) {
+    const int64_t end = least(tile + kTiles, room.tiles);
+    int64_t seeing = 0;
+    for (int64_t one = tile; one < end; one++) seeing += sees(room.lanes[one], begin);
+    if (seeing == kTiles) {
+      attend_tiles<kTiles>(a, begin, at, count, tile, room);
+      continue;
+    }
+    for (int64_t one = tile; one < end; one++)
+      if (sees(room.lanes[one], begin)) attend_tiles<1>(a, begin, at, count, one, room);
+  }
 }
 
 inline bool attend_in_bfloat16(const Attention& a, const Place* places, int64_t count, int64_t kv_head) {
@@ -211,14 +249,15 @@ inline bool attend_in_bfloat16(const Attention& a, const Place* places, int64_t 
   const auto bytes = [&](int64_t lanes, int64_t sums, int64_t tiles) {
     return lanes * static_cast<int64_t>(sizeof(Lanes)) + (sums + tiles) * 1024;
   };
-  const int64_t tiles = room.tiles * room.steps + kKeyTiles * room.steps + room.parts * kKeySteps + kKeySteps;
-  const int64_t sums = room.tiles * room.parts + kKeyTiles;
+  constexpr int64_t kTiles = Products::kTiles;
+  const int64_t tiles = room.tiles * room.steps + kKeyTiles * room.steps + (room.parts + kTiles) * kKeySteps;
+  const int64_t sums = room.tiles * room.parts + kTiles * kKeyTiles;
   auto* memory = static_cast<char*>(allocate(static_cast<size_t>(bytes(room.tiles, sums, tiles))));
   if (memory == nullptr) return false;
   room.lanes = reinterpret_cast<Lanes*>(memory);
   room.outputs = reinterpret_cast<float*>(memory + bytes(room.tiles, 0, 0));
   room.scores = room.outputs + room.tiles * room.parts * kTileSums;
-  room.queries = reinterpret_cast<uint16_t*>(room.scores + kKeyTiles * kTileSums);
+  room.queries = reinterpret_cast<uint16_t*>(room.scores + kTiles * kKeyTiles * kTileSums);
   room.keys = room.queries + room.tiles * room.steps * kTileValues;
   room.values = room.keys + kKeyTiles * room.steps * kTileValues;
   room.weights = room.values + room.parts * kKeySteps * kTileValues;
@@ -252,7 +291,7 @@ inline bool attend_in_bfloat16(const Attention& a, const Place* places, int64_t 
       const int64_t begin = piece * kPieceRows, here = end - begin < kPieceRows ? end - begin : kPieceRows;
       const int64_t at = keys_at(a, places[0], kv_head, begin);
       a.cache == kHalves ? read_piece<uint16_t>(a, at, here, room) : read_piece<float>(a, at, here, room);
-      for (int64_t tile = 0; tile < room.tiles; tile++) attend_tile(a, begin, at, here, tile, room);
+      attend_piece(a, begin, at, here, room);
     }
   }
   for (int64_t tile = 0; tile < room.tiles; tile++) {
