@@ -260,7 +260,8 @@ class EngineBuilder:
         embedding = encoder.embedding
         if isinstance(embedding, Spectrogram):
             shape: list[Dimension] = ["B", embedding.bins, 2 * embedding.positions.count]
-            x = embed_sound(graph, graph.input("features", FLOAT, shape), embedding)
+            features = graph.input("features", FLOAT, shape)
+            x = embed_sound(graph, features, embedding, self._rounding.products.own)
             call = CallInputs(_size(graph, x), None)
             dialect = self._dialect(graph, call)
             x = flat(graph, x, self.description.hidden_size)

@@ -121,7 +121,8 @@ def test_kernels_attend_to_a_window_as_transformers_does(tmp_path: Path) -> None
     nodes = onnx.load(path / "encoder.onnx", load_external_data=False).graph.node
     assert sum(node.op_type == "EncoderAttention" for node in nodes) == 2
     ours = OnnxEngine(path / "encoder.onnx", 1, kernels=VERSION).run(["hidden"], {"features": features})[0]
-    assert np.abs(ours - theirs).max() < 0.06 * np.abs(theirs).max()  # 0.042, by weights and activations in 8 bits
+    # By weights and activations in 8 bits. 0.042 without the convolutions.
+    assert np.abs(ours - theirs).max() < 0.12 * np.abs(theirs).max()
 
 
 @pytest.mark.parametrize("asked", [("cuda", "fp32"), ("cuda", "int8"), ("tensorrt", "fp16")], ids=str)

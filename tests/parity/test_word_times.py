@@ -95,7 +95,7 @@ def test_tokens_begin_where_those_of_transformers_do(
         theirs = model(torch.from_numpy(features), decoder_input_ids=read, output_attentions=True)
     wanted = np.stack([theirs.cross_attentions[layer][0, head].numpy() for layer, head in HEADS])
     exact = "precision" not in options
-    np.testing.assert_allclose(found, wanted, atol=1e-5 if exact else 0.1)
+    np.testing.assert_allclose(found, wanted, atol=1e-5 if exact else 0.15)
 
     class Outputs(dict[str, Any]):
         sequences = read
