@@ -253,7 +253,7 @@ def test_an_exit_of_a_gguf_file(tmp_path: Path) -> None:
             r"does not fit: it was trained on other weights, of llama-tied \(sha256 000000.* has no samples to measure",
         ),
         ({"family": "t5"}, "does not fit: it is for t5 models, of llama-tied, and llama-tied is a llama model"),
-        ({"format": 3, "more": 1}, "has format 3, this freeexport reads 2; upgrade freeexport"),
+        ({"format": 4, "more": 1}, "has format 4, this freeexport reads 3; upgrade freeexport"),
         ({"format": "x"}, "format is 'x', expected int"),
         ({"tensors_sha256": "0" * 64}, "is damaged: its tensors have another sha256"),
         ({"exit": {"exit_layer": 2}}, "exit lacks"),
