@@ -49,6 +49,36 @@ class Speed:
         self.time.observe(time)
 
 
+class ExitDrafts:
+    """Average outcome of the exit's drafts.
+
+    Their speed is computed from these and from the present costs of calls. Averages of times would
+    stay high for many drafts after other work has slowed a few.
+
+    Attributes:
+        made: Final tokens of a draft.
+        rows: Rows of its deep pass.
+        heads: Rows with the exit's head.
+        slowness: Time of a draft, relative to the costs of its calls.
+        tried: A draft was observed.
+    """
+
+    def __init__(self) -> None:
+        self.made = Average(RULE.first_exit_draft[0])
+        self.rows = Average(2.0)
+        self.heads = Average(2.0)
+        self.slowness = Average(1.0)
+        self.tried = False
+
+    def observe(self, made: int, rows: int, heads: int, slowness: float) -> None:
+        """Add a draft."""
+        self.tried = True
+        self.made.observe(made)
+        self.rows.observe(rows)
+        self.heads.observe(heads)
+        self.slowness.observe(slowness)
+
+
 class ExitSaving:
     """Time that an exit with layers of its own saves, net. Decides which requests draft from it.
 
@@ -94,7 +124,7 @@ class Acceptance:
         # mode "full".
         self.search_seconds = Average(0.0)
         self.search_saved = Average()
-        self._exit_drafts: dict[int, Speed] = {}
+        self._exit_drafts: dict[int, ExitDrafts] = {}
         self._by_evidence: dict[Evidence, Average] = {}
 
     def observe_pass(self, made: int, seconds: float) -> None:
@@ -104,12 +134,12 @@ class Acceptance:
         else:
             self.passes.observe(made, seconds)
 
-    def exit_drafts(self, sequences: int) -> Speed:
-        """Return the speed of the exit's drafts in calls that `sequences` sequences share."""
-        speed = self._exit_drafts.get(sequences)
-        if speed is None:
-            speed = self._exit_drafts[sequences] = Speed(*RULE.first_exit_draft)
-        return speed
+    def exit_drafts(self, sequences: int) -> ExitDrafts:
+        """Return the exit's drafts in calls that `sequences` sequences share."""
+        drafts = self._exit_drafts.get(sequences)
+        if drafts is None:
+            drafts = self._exit_drafts[sequences] = ExitDrafts()
+        return drafts
 
     def of_confidence(self, confidence: float) -> Average:
         """Return the acceptance rate of exit predictions with this confidence."""

@@ -302,8 +302,9 @@ class Drafts:
             own_rows = min(rows, outcome.proposed + 1)
             made = min(made, outcome.proposed + 1)
             own_seconds = self._draft_seconds(plan, own_rows, heads)
+            drafts = acceptance.exit_drafts(self._sequences)
+            drafts.observe(made, own_rows, heads, seconds / expected)
             seconds -= expected - own_seconds
-            acceptance.exit_drafts(self._sequences).observe(made, seconds / token_seconds)
             self._count_loss("exit", own_seconds * self._alternative, made)
             saved = self._own_share * made - self._alternative * seconds / token_seconds
         if not shared:
@@ -405,12 +406,24 @@ class Drafts:
 
     def _draft_seconds(self, plan: DraftPlan, rows: int, heads: int) -> float:
         """Return the expected seconds of the engine calls of a draft."""
+        if not plan.tokens:
+            return self._exit_seconds(rows, heads)
         together = self._sequences + rows - 1
-        seconds = self._costs.seconds("pass", together)
-        if plan.tokens:
-            return seconds + self._costs.seconds("step", together)
+        return self._costs.seconds("pass", together) + self._costs.seconds("step", together)
+
+    def _exit_seconds(self, rows: float, heads: float) -> float:
+        """Return the expected seconds of the engine calls of a draft of the exit.
+
+        Interpolates between whole numbers of rows.
+        """
+        costs = self._costs
+        together = self._sequences + rows - 1
+        whole = int(together)
+        seconds = costs.seconds("pass", whole)
+        if whole < together:
+            seconds += (together - whole) * (costs.seconds("pass", whole + 1) - seconds)
         # All but one of the rows without the head are read together with others, in one call.
-        prices = self._costs.prices(self._sequences)
+        prices = costs.prices(self._sequences)
         return seconds + min(rows, heads + 1) * prices.step + heads * prices.head
 
     def _candidates(self, sources: DraftSources, most: int) -> Iterator[Candidates]:
@@ -507,5 +520,11 @@ class Drafts:
         """Speed of the exit's drafts relative to mode "full". 0 if they do not pay."""
         if not self.exits or not self._may_lose("exit"):
             return 0.0
-        gain = self._acceptance.exit_drafts(self._sequences).value
+        drafts = self._acceptance.exit_drafts(self._sequences)
+        if drafts.tried:
+            seconds = self._exit_seconds(drafts.rows.value, drafts.heads.value)
+            time = drafts.slowness.value * seconds / self._token_seconds
+        else:
+            time = RULE.first_exit_draft[1]
+        gain = drafts.made.value / time
         return gain if gain > RULE.margin else 0.0
