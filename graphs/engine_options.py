@@ -28,6 +28,7 @@ from runtime.bundle.costs import MAX_PENDING
 from runtime.bundle.manifest import (
     ACTIVATION_KERNELS,
     FLOAT_KERNELS,
+    PROMPT_KERNELS,
     Activations,
     CacheType,
     ChosenCache,
@@ -156,10 +157,6 @@ class EngineOptions:
 
     def _check_cache(self, description: Description) -> None:
         option = f"--kv-cache {self.kv_cache}"
-        if description.encoder is not None:
-            raise GraphError(
-                f"{option} is for decoder-only models, not for {description.family}; leave it out"
-            )
         self._check_quantized(option)
         if not self.own_attention(description):
             raise GraphError(
@@ -230,11 +227,13 @@ class EngineOptions:
         halves = self.own_attention(description) and self.precision != "fp32"
         return self.kv_cache or ("fp16" if halves else self.float_type)
 
-    @property
-    def kernels_version(self) -> int | None:
-        """Version of our operators that the graphs need. None: only ONNX Runtime's."""
+    def kernels_version(self, description: Description) -> int | None:
+        """Return the version of our operators that the graphs need. None: only ONNX Runtime's."""
         if self.kernels != "freeexport":
             return None
+        prompts = description.encoder is not None and self.own_attention(description)
+        if prompts and self.cache_type(description) != "fp32":
+            return PROMPT_KERNELS
         if self.in_floats:
             return FLOAT_KERNELS
         return ACTIVATION_KERNELS[self.activations]

@@ -30,8 +30,6 @@ from graphs.dialects.base import (
     embed,
     embed_sound,
     flat,
-    head_norm,
-    in_heads,
     in_rows,
     key_value_outputs,
     linear,
@@ -277,29 +275,20 @@ class EngineBuilder:
     def prologue(self) -> None:
         """Build prologue.onnx: keys and values for cross-attention.
 
-        `hidden` [B, E, d] -> `cross.{layer}.key|value` [B, kv_heads, E, head_dim] of all decoder
+        `hidden` [B, E, d] -> `cross.{layer}.key|value` [B, kv_heads, E, cache width] of all decoder
         layers and the exit's layers.
         """
         graph = self._graph("prologue")
         width = self.description.hidden_size
         hidden = graph.input("hidden", graph.compute, ["B", "E", width])
-        call = CallInputs(_size(graph, hidden), hidden)
-        x = graph.op("Reshape", [hidden, graph.constant([-1, width])])
+        dialect = self._dialect(graph, CallInputs(_size(graph, hidden), hidden))
+        x = flat(graph, hidden, width)
         decoder = self.description.decoder
         names = [*range(len(decoder.layers)), *exit_names(decoder)]
         for name, layer in zip(names, decoder.layers + decoder.exit_layers, strict=True):
             cross = layer.cross
             assert cross is not None
-            key, value = (linear(graph, x, part) for part in (cross.key, cross.value))
-            if cross.key_norm is not None:
-                dialect = self._dialect(graph, call)
-                sizes = (cross.kv_heads, cross.head_dim)
-                key = head_norm(graph, dialect, key, cross.key_norm, *sizes)
-            parts = (key, value)
-            values = [in_heads(graph, part, call, cross.kv_heads, cross.head_dim) for part in parts]
-            if graph.cache != graph.compute:
-                values = [graph.cast(value, graph.cache) for value in values]
-            key_value_outputs(graph, "cross", name, cross, "E", values)
+            key_value_outputs(graph, "cross", name, cross, "E", dialect.prompt_cache(x, cross))
         self._save(graph)
 
     def _save(self, graph: Graph) -> None:

@@ -32,7 +32,8 @@ class Aligner:
 
         Args:
             tokens: Tokens that the decoder reads, at most as many as a slot has positions.
-            cross: Keys and values of a window, `cross.{layer}.key|value` [1, heads, E, head_dim].
+            cross: Keys and values of a window, `cross.{layer}.key|value` [1, heads, E, cache
+                width].
         """
         manifest = self._manifest
         speech = manifest.speech
@@ -59,7 +60,12 @@ class Aligner:
             layers = manifest.shallow_caches if name == "shallow" else manifest.deep_layers
             kind = cross["cross.0.key"].dtype
             cache = KVCache(
-                layers, slots=1, kv_heads=manifest.kv_heads, rows=count, width=size, dtype=kind
+                layers,
+                slots=1,
+                kv_heads=manifest.kv_heads,
+                rows=count,
+                width=manifest.cache_width,
+                dtype=kind,
             ).arrays
             read = {part: array for part, array in given.items() if part in inputs}
             read |= {f"past.{part}": array for part, array in cache.items()}
@@ -73,7 +79,15 @@ class Aligner:
         )
         for place, (layer, head) in enumerate(speech.alignment_heads):
             query = queries[f"query.{layer}"][:, head * size : (head + 1) * size]
-            key = cross[f"cross.{layer}.key"][0, head]
-            scores = product(query.astype(np.float32, order="C"), key.astype(np.float32).T)
+            key = in_floats(cross[f"cross.{layer}.key"][0, head], size)
+            scores = product(query.astype(np.float32, order="C"), key.T)
             weights[place] = softmax(scores * np.float32(size**-0.5))
         return weights
+
+
+def in_floats(keys: np.ndarray, size: int) -> np.ndarray:
+    """Return keys of a cache [E, cache width] as float32 [E, size]."""
+    if keys.dtype != np.int8:
+        return keys.astype(np.float32)
+    scales = np.ascontiguousarray(keys[:, size:]).view(np.float32)
+    return keys[:, :size] * scales

@@ -248,14 +248,19 @@ def attention_session(layer: Layer, packed: bool, threads: int = 1, **changes: o
 
 
 def cross_session(layer: Layer, packed: bool, threads: int = 1) -> ort.InferenceSession:
-    """Return a session of one CrossAttention, or of one with a cache in float16 and capped scores if the layer has."""
+    """Return a session of one CrossAttention for the cache of a layer, with capped scores if the layer has."""
     given = _types(["rows", "key", "value", "lengths", "query_lengths"], layer)
-    kind = "HalfCrossAttention" if layer.cache == np.float16 else "CrossAttention"
-    attributes = _attributes(layer, packed)
-    if layer.softcap:
-        kind = "CappedCrossAttention"
-        attributes["softcap"] = layer.softcap
+    kinds = {np.float32: "CrossAttention", np.float16: "HalfCrossAttention", np.int8: "Int8CrossAttention"}
+    kind = "CappedCrossAttention" if layer.softcap and layer.cache == np.float16 else kinds[layer.cache]
+    attributes = {**_attributes(layer, packed), "softcap": layer.softcap}
     return one_node(kind, given, ["y"], {}, threads=threads, **attributes)
+
+
+def prompt_session(layer: Layer, threads: int = 1, **changed: object) -> ort.InferenceSession:
+    """Return a session of one PromptCache for the cache of a layer."""
+    kind = "HalfPromptCache" if layer.cache == np.float16 else "Int8PromptCache"
+    attributes = {"kv_num_heads": layer.kv_heads, "head_size": layer.size, **changed}
+    return one_node(kind, _types(["rows"], layer), _types(["key", "value"], layer), {}, threads=threads, **attributes)
 
 
 def encoder_session(layer: Layer, threads: int = 1) -> ort.InferenceSession:

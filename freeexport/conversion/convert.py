@@ -386,7 +386,7 @@ def _new_manifest(
         weight_formats=written.formats,
         target=engines.target,
         exit_trained=checkpoint.exit is not None and checkpoint.exit.trained,
-        kernels=_kernels_version(engines, quantization),
+        kernels=_kernels_version(engines, description, quantization),
         kv_cache=cache
         if (cache := engines.cache_type(description)) != engines.float_type
         else None,
@@ -403,9 +403,11 @@ def _new_manifest(
     )
 
 
-def _kernels_version(engines: EngineOptions, quantization: Quantization | None) -> int | None:
+def _kernels_version(
+    engines: EngineOptions, description: Description, quantization: Quantization | None
+) -> int | None:
     """Return the version of our operators that the bundle needs. None: only ONNX Runtime's."""
-    version = engines.kernels_version
+    version = engines.kernels_version(description)
     if version is None or quantization is None:
         return version
     floats = any(weight.stored in FLOAT_DTYPES for weight in quantization.higher)

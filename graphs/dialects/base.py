@@ -75,6 +75,12 @@ class Dialect(Protocol):
         [M, d] -> [M, heads * head_dim].
         """
 
+    def prompt_cache(self, x: ir.Value, attention: Attention) -> Sequence[ir.Value]:
+        """Keys and values of prompts for cross-attention.
+
+        [M, d] -> twice [B, kv_heads, rows, cache width].
+        """
+
     def encoder_attention(self, x: ir.Value, attention: Attention) -> ir.Value:
         """Bidirectional attention over the prompt. [M, d] -> [M, heads * head_dim]."""
 
@@ -155,6 +161,29 @@ def in_heads(graph: Graph, x: ir.Value, call: CallInputs, heads: int, head_dim: 
     """Split into heads: [M, heads * head_dim] -> [B, heads, rows, head_dim]."""
     shape = graph.op("Concat", [call.size, graph.constant([heads, head_dim])], axis=0)
     return graph.op("Transpose", [graph.op("Reshape", [x, shape])], perm=[0, 2, 1, 3])
+
+
+def prompt_keys_and_values(
+    graph: Graph, dialect: Dialect, x: ir.Value, attention: Attention
+) -> tuple[ir.Value, ir.Value]:
+    """Project to normed keys and values. [M, d] -> twice [M, kv_heads * head_dim]."""
+    key, value = (linear(graph, x, part) for part in (attention.key, attention.value))
+    if attention.key_norm is not None:
+        sizes = (attention.kv_heads, attention.head_dim)
+        key = head_norm(graph, dialect, key, attention.key_norm, *sizes)
+    return key, value
+
+
+def prompt_cache_in_heads(
+    graph: Graph, dialect: Dialect, x: ir.Value, attention: Attention, call: CallInputs
+) -> list[ir.Value]:
+    """Implement `Dialect.prompt_cache` with standard operators, for a cache of floats."""
+    sizes = (attention.kv_heads, attention.head_dim)
+    parts = prompt_keys_and_values(graph, dialect, x, attention)
+    values = [in_heads(graph, part, call, *sizes) for part in parts]
+    if graph.cache != graph.compute:
+        values = [graph.cast(value, graph.cache) for value in values]
+    return values
 
 
 def in_rows(graph: Graph, x: ir.Value, call: CallInputs) -> ir.Value:

@@ -6,9 +6,8 @@ Attention reads and extends the KV cache in place. See docs/precision.md for the
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -27,9 +26,12 @@ from graphs.dialects.base import (
     key_value_outputs,
     norm_weights,
     normalized,
+    prompt_cache_in_heads,
+    prompt_keys_and_values,
     query_key_value,
     query_positions,
     rotary_tables,
+    stacked_linear,
 )
 from graphs.dialects.standard import StandardDialect
 from graphs.graph import MICROSOFT, Graph
@@ -178,6 +180,9 @@ class OrtDialect:
         out = self._standard.joined_attention(rows, attention, cross, layer)
         return self._flat(in_rows(graph, out, self.call), attention)
 
+    def prompt_cache(self, x: ir.Value, attention: Attention) -> Sequence[ir.Value]:
+        return prompt_cache_in_heads(self.graph, self, x, attention, self.call)
+
     def encoder_attention(self, x: ir.Value, attention: Attention) -> ir.Value:
         if not fits_fused_attention(attention):
             return self._standard.encoder_attention(x, attention)
@@ -320,10 +325,10 @@ class KernelDialect(OrtDialect):
         call = self.call
         rows = cross_query(graph, x, attention, layer)
         prompt = key_value_inputs(graph, "cross", layer, attention, "E", "P")
-        capped: dict[str, Any] = {} if attention.softcap is None else {"softcap": attention.softcap}
-        in_halves = "CappedCrossAttention" if capped else "HalfCrossAttention"
+        in_halves = "CappedCrossAttention" if attention.softcap else "HalfCrossAttention"
+        operators = {ir.DataType.INT8: "Int8CrossAttention", ir.DataType.FLOAT: "CrossAttention"}
         out = graph.op(
-            "CrossAttention" if graph.cache == ir.DataType.FLOAT else in_halves,
+            operators.get(graph.cache, in_halves),
             [rows, *prompt, call.cross_lengths, call.query_lengths],
             DOMAIN,
             num_heads=attention.heads,
@@ -331,9 +336,27 @@ class KernelDialect(OrtDialect):
             head_size=attention.head_dim,
             scale=attention.scale,
             packed=int(self._packing is not None),
-            **capped,
+            softcap=attention.softcap or 0.0,
         )
         return self._typed(out, attention)
+
+    def prompt_cache(self, x: ir.Value, attention: Attention) -> Sequence[ir.Value]:
+        graph = self.graph
+        if graph.cache == ir.DataType.FLOAT:
+            return super().prompt_cache(x, attention)
+        if attention.key_norm is None:
+            rows = stacked_linear(graph, x, [attention.key, attention.value])
+        else:
+            parts = prompt_keys_and_values(graph, self, x, attention)
+            rows = graph.op("Concat", list(parts), axis=-1)
+        return graph.ops(
+            "Int8PromptCache" if graph.cache == ir.DataType.INT8 else "HalfPromptCache",
+            [in_rows(graph, rows, self.call)],
+            2,
+            DOMAIN,
+            kv_num_heads=attention.kv_heads,
+            head_size=attention.head_dim,
+        )
 
     def encoder_attention(self, x: ir.Value, attention: Attention) -> ir.Value:
         # Its heads may differ from those of the decoder.

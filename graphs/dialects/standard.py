@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from graphs.dialects.base import (
     in_heads,
     key_value_inputs,
     normalized,
+    prompt_cache_in_heads,
     query_key_value,
     query_positions,
     rotary_tables,
@@ -104,6 +106,9 @@ class StandardDialect:
             graph.op("Concat", parts, axis=2) for parts in zip(own, prompt, strict=True)
         )
         return self._attend(query, keys, values, mask, attention)
+
+    def prompt_cache(self, x: ir.Value, attention: Attention) -> Sequence[ir.Value]:
+        return prompt_cache_in_heads(self.graph, self, x, attention, self.call)
 
     def encoder_attention(self, x: ir.Value, attention: Attention) -> ir.Value:
         graph = self.graph

@@ -50,6 +50,8 @@ Activations = Literal["int8", "int16"]
 ACTIVATION_KERNELS: dict[Activations, int] = {"int8": 9, "int16": 10}
 # The same for a bundle with weights of floats that these operators read.
 FLOAT_KERNELS = 11
+# The same for a bundle whose prologue they write, as 16 or 8 bits.
+PROMPT_KERNELS = 12
 # Operators that multiply with weights on a CPU.
 Kernels = Literal["onnxruntime", "freeexport"]
 # Format of a quantized model's head. "int8" is in blocks.
@@ -255,8 +257,8 @@ class Manifest:
         exit_trained: The checkpoint was trained for this exit. None if unknown.
         kernels: Version of this project's operators that the graphs need. None: ONNX Runtime's
             only.
-        kv_cache: Type of keys and values, if it is not `float_type`. int8 only for decoder-only
-            models with this project's operators.
+        kv_cache: Type of keys and values, if it is not `float_type`. int8 only with this project's
+            operators, for encoder-decoders from version 12 on.
         activations: Type of activations in products with quantized weights on a CPU, if it is
             not int8. Only with this project's operators, from version 10 on.
         exit_layers: Number of layers of the exit itself, after the exit layer. If `packed`, they
@@ -459,7 +461,8 @@ class Manifest:
             (1 <= (tuned or 1) <= self.max_pending, "tuned_max_pending", tuned),
             (start is not None or not self.encoder_decoder, "decoder_start_token_id", start),
         ]
-        own = self.kernels is not None and not self.encoder_decoder
+        least = PROMPT_KERNELS if self.encoder_decoder else ACTIVATION_KERNELS["int8"]
+        own = (self.kernels or 0) >= least
         rules.append((self.kv_cache != "int8" or own, "kv_cache", self.kv_cache))
         needed = 0 if self.activations is None else ACTIVATION_KERNELS[self.activations]
         rules.append(((self.kernels or 0) >= needed, "activations", self.activations))

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 # Domain of the operators in a graph, and version of operators and weights, as in source/version.h.
 DOMAIN = "freeexport"
-VERSION = 11
+VERSION = 12
 _SUFFIX = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
 LIBRARY = Path(__file__).with_name(f"libfreeexport_kernels{_SUFFIX}")
 _warned: dict[str, object] = {}

@@ -149,7 +149,7 @@ def test_options_out_of_range_are_refused_with_the_range(
             {"target": "cuda", "dialect": "standard", "kernels": "onnxruntime"},
             "not .* int8 of target cuda",
         ),
-        ("t5-relu-tied", {}, "decoder-only models, not for t5; leave it out"),
+        ("t5-relu-tied", {"kernels": "onnxruntime"}, "needs freeexport's own kernels and quantized weights"),
         ("gpt2", {}, "a multiple of 8, from 16 on, not 8; leave it out"),
     ],
 )

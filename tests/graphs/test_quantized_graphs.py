@@ -264,11 +264,15 @@ def test_attention_computes_what_onnx_runtimes_does(
 
 
 @with_kernels
-@pytest.mark.parametrize("name", ["mistral-window", "qwen3", "gemma2"])
+@pytest.mark.parametrize("name", ["mistral-window", "qwen3", "gemma2", "mt5", "t5gemma"])
 def test_a_cache_in_8_bits_gives_nearly_the_logits_of_one_in_16(name: str, bundle: Bundles) -> None:
     halves, eights = (bundle(BY_NAME[name], 1, precision="int8", kv_cache=kind, **OWN) for kind in (None, "int8"))
     assert "Int8Attention" in kinds(eights, "deep")
-    assert "HalfAttention" not in kinds(eights, "deep")
+    assert not {"HalfAttention", "HalfCrossAttention", "CappedCrossAttention"} & kinds(eights, "deep")
+    if Bundle.open(eights).manifest.encoder_decoder:
+        assert "HalfPromptCache" in kinds(halves, "prologue")
+        assert "Int8PromptCache" in kinds(eights, "prologue")
+        assert Bundle.open(eights).manifest.kernels == 12
     check_rows_are_exact(eights)
     ids, lengths = tokens(60, 8, 21)
     found = []
@@ -285,7 +289,8 @@ def test_a_cache_in_8_bits_gives_nearly_the_logits_of_one_in_16(name: str, bundl
 def test_activations_in_16_bits_are_those_of_every_product_and_nearer_to_fp32(name: str, bundle: Bundles) -> None:
     given: dict[str, Any] = {"precision": "int8", **OWN}
     narrow, wide = (bundle(BY_NAME[name], 1, **given, activations=kind) for kind in ("int8", "int16"))
-    assert [Bundle.open(path).manifest.kernels for path in (narrow, wide)] == [9, 10]
+    version = 12 if name == "mt5" else 9
+    assert [Bundle.open(path).manifest.kernels for path in (narrow, wide)] == [version, max(version, 10)]
     assert [Bundle.open(path).manifest.activations for path in (narrow, wide)] == [None, "int16"]
     for path, bits in ((narrow, None), (wide, 16)):
         for engine in path.glob("*.onnx"):

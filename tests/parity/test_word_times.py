@@ -26,6 +26,7 @@ from runtime.alignment import Aligner
 from runtime.audio import log_mel, window
 from runtime.engines.onnx import OnnxEngine
 from runtime.engines.runner import Encoder
+from runtime.kernels import missing
 from runtime.speech import Transcriber
 from runtime.words import Span, first_columns, spans_of, timed, token_starts
 
@@ -33,6 +34,7 @@ SOUND = sound(0.9)
 # Random weights say nothing likely.
 RAW: dict[str, Any] = {"logprob_threshold": None, "compression_ratio_threshold": None, "no_speech_threshold": None}
 HEADS = [[0, 1], [2, 3], [2, 0]]
+ENGINES = ("encoder", "prologue", "shallow", "deep")
 
 
 @pytest.fixture(scope="module")
@@ -79,9 +81,8 @@ def test_tokens_begin_where_those_of_transformers_do(
     import torch
 
     opened = Bundle.open(converted(checkpoint, tmp_path / "b", **options) if options else bundle)
-    names = ("encoder", "prologue", "shallow", "deep")
     kernels = opened.manifest.kernels
-    encoder, prologue, shallow, deep = (OnnxEngine(opened.engine(name), 1, kernels=kernels) for name in names)
+    encoder, prologue, shallow, deep = (OnnxEngine(opened.engine(name), 1, kernels=kernels) for name in ENGINES)
     features = window(log_mel(SOUND, 80), 0, 2 * POSITIONS)
     prefix = [START, 203, 206, 210]
     tokens = np.random.default_rng(3).integers(0, 199, 24).tolist()
@@ -107,6 +108,20 @@ def test_tokens_begin_where_those_of_transformers_do(
         ours = token_starts((found if exact else wanted)[:, len(prefix) - 1 :, : frames // 2]) * 0.02
         assert len(ours) == len(tokens) + 1
         np.testing.assert_allclose(ours, seconds.numpy(), atol=0.0201)
+
+
+@pytest.mark.skipif(missing() is not None, reason="needs our kernels")
+def test_a_cache_in_8_bits_gives_nearly_the_weights_of_one_in_16(tmp_path: Path) -> None:
+    path = with_heads(write_whisper(tmp_path / "whisper", heads=2), [[0, 1], [2, 0]])
+    features = window(log_mel(SOUND, 80), 0, 2 * POSITIONS)
+    found = []
+    for name, options in (("halves", {}), ("eights", {"kv_cache": "int8"})):
+        opened = Bundle.open(converted(path, tmp_path / name, precision="int8", **options))
+        engines = [OnnxEngine(opened.engine(engine), 1, kernels=12) for engine in ENGINES]
+        aligner = Aligner(opened.manifest, *engines[2:])
+        found.append(aligner.weights([START, 203, 206, 210, 9, 8, 7], Encoder(*engines[:2]).run(features)))
+    assert found[0].shape == (2, 7, POSITIONS)
+    assert 0 < np.abs(found[0] - found[1]).max() < 0.05
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 6), (6, 1), (7, 40), (40, 7), (30, 100)], ids=str)

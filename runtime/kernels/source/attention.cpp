@@ -296,15 +296,31 @@ void store(const Kernels& kernels, const Attention& a, const Place* places, int6
   run(parallel, context, store_task, (count + step - 1) / step, call);
 }
 
+Place* places_of(const Attention& a) {
+  return static_cast<Place*>(std::malloc(static_cast<size_t>(2 * a.rows + 1) * sizeof(Place)));
+}
+
+constexpr const char* kNoPlaces = "no memory for the rows of a call";
+
 }  // namespace
+
+const char* store_prompts(const Kernels& kernels, const Attention& a, Parallel parallel, void* context) {
+  Place* places = places_of(a);
+  if (places == nullptr) return kNoPlaces;
+  for (int64_t row = 0; row < a.rows; row++) places[row] = {row, row / a.capacity, row % a.capacity};
+  store(kernels, a, places, a.rows, parallel, context);
+  std::free(places);
+  return nullptr;
+}
 
 const char* attention(const Kernels& kernels, const Attention& a, Parallel parallel, void* context) {
   if (const char* problem = check_lengths(a)) return problem;
-  auto* places = static_cast<Place*>(std::malloc(static_cast<size_t>(2 * a.rows + 1) * sizeof(Place)));
-  if (places == nullptr) return "no memory for the rows of a call";
+  Place* places = places_of(a);
+  if (places == nullptr) return kNoPlaces;
   const int64_t count = find_places(a, places);
   if (!a.cross_lengths) copy_past(a);
-  if (!a.cross_lengths || a.encoder) store(kernels, a, places, count, parallel, context);
+  // Queries of a cache in 8 bits are quantized.
+  if (!a.cross_lengths || a.encoder || a.cache == kBytes) store(kernels, a, places, count, parallel, context);
   Place* late = places + count;
   const int64_t early = split_places(places, count, first_in_tiles(kernels, a), late);
   bool done = early == 0 || attend_places(kernels, a, places, early, false, parallel, context);

@@ -23,7 +23,7 @@ enum Cache : int32_t {
 struct Attention {
   int64_t batch, rows;  // number of sequences, and of their rows
   int64_t prompts;      // of cross-attention: batch / prompts sequences share each. Otherwise batch
-  int64_t heads, kv_heads, size, capacity;
+  int64_t heads, kv_heads, size, capacity;  // no heads: keys and values are only stored
   int64_t width;              // of input rows: (heads + 2 kv_heads) * size, or heads * size (cross)
   float scale;
   float softcap;              // scores become softcap * tanh(score / softcap). 0: none
@@ -120,6 +120,10 @@ FREEEXPORT_ATTENTION int64_t attention_room(const Attention& a, int64_t slots) {
 struct Kernels;
 // Calls task(data, i) for i in 0..total, in any order and on any threads.
 using Parallel = void (*)(void* context, void (*task)(void*, size_t), size_t total, void* data);
+
+// Stores the keys and values of prompts of `capacity` rows each. Returns null, or an error about
+// the memory.
+const char* store_prompts(const Kernels& kernels, const Attention& attention, Parallel parallel, void* context);
 
 // Returns null, or an error about the lengths or the memory.
 const char* attention(const Kernels& kernels, const Attention& attention, Parallel parallel, void* context);

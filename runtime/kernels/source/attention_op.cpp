@@ -1,5 +1,6 @@
 // ONNX Runtime operators for attention: CachedAttention, its variants with capped scores and with a
-// cache in float16 or in 8 bits, CrossAttention, and EncoderAttention.
+// cache in float16 or in 8 bits, CrossAttention and its variants, PromptCache, which stores the keys
+// and values for it, and EncoderAttention.
 #include "operators.h"
 #include "platform.h"
 
@@ -15,6 +16,8 @@ enum Output : size_t { kY, kKey, kValue, kOutputs };
 constexpr size_t kCrossLengths = kPastLengths, kCrossInputs = kQueryLengths + 1;
 // Inputs of EncoderAttention, which also has kRows.
 constexpr size_t kLengths = 1, kDistances = 2, kEncoderInputs = 3;
+// Inputs and outputs of PromptCache.
+constexpr size_t kPromptInputs = 1, kPromptOutputs = 2;
 
 // One node of a session: its attributes, without tensors.
 struct Kernel {
@@ -25,18 +28,27 @@ struct Kernel {
   bool exact;  // prompts have the bits of other rows
 };
 
+constexpr int64_t kMostHeads = 1 << 16;
+
+// Reads the sizes of keys and values.
+ort::Status* read_key_sizes(const ort::Api* api, const ort::KernelInfo* info, Attention* a) {
+  RETURN_IF_ERROR(api->KernelInfoGetAttribute_int64(info, "kv_num_heads", &a->kv_heads));
+  RETURN_IF_ERROR(api->KernelInfoGetAttribute_int64(info, "head_size", &a->size));
+  if (a->kv_heads < 1 || a->kv_heads > kMostHeads)
+    return fail(api, ort::kInvalidGraph, "kv_num_heads is out of range");
+  if (a->size < 16 || a->size > kMostHeads || a->size % 8 != 0)
+    return fail(api, ort::kInvalidGraph, "head_size is no multiple of 8 from 16 on");
+  return nullptr;
+}
+
 ort::Status* read_sizes(const ort::KernelInfo* info, Kernel* kernel) {
   const ort::Api* api = kernel->api;
   Attention& a = kernel->attention;
+  RETURN_IF_ERROR(read_key_sizes(api, info, &a));
   RETURN_IF_ERROR(api->KernelInfoGetAttribute_int64(info, "num_heads", &a.heads));
-  RETURN_IF_ERROR(api->KernelInfoGetAttribute_int64(info, "kv_num_heads", &a.kv_heads));
-  RETURN_IF_ERROR(api->KernelInfoGetAttribute_int64(info, "head_size", &a.size));
   RETURN_IF_ERROR(api->KernelInfoGetAttribute_float(info, "scale", &a.scale));
-  constexpr int64_t kMost = 1 << 16;
-  if (a.heads < 1 || a.kv_heads < 1 || a.heads > kMost || a.heads % a.kv_heads != 0)
+  if (a.heads < 1 || a.heads > kMostHeads || a.heads % a.kv_heads != 0)
     return fail(api, ort::kInvalidGraph, "num_heads is no multiple of kv_num_heads");
-  if (a.size < 16 || a.size > kMost || a.size % 8 != 0)
-    return fail(api, ort::kInvalidGraph, "head_size is no multiple of 8 from 16 on");
   return nullptr;
 }
 
@@ -63,13 +75,13 @@ ort::Status* begin_kernel(const ort::Api* api, const ort::KernelInfo* info, size
   const char* problem = nullptr;
   *kernel = {api, choose_kernels(&problem), {}, {}, integer_of(api, info, "exact") != 0};
   if (kernel->kernels == nullptr) return fail(api, ort::kEngineError, "%s", problem);
-  RETURN_IF_ERROR(find_inputs(api, info, inputs, kernel->given));
-  return read_sizes(info, kernel);
+  return find_inputs(api, info, inputs, kernel->given);
 }
 
 ort::Status* create_cached(const ort::CustomOp*, const ort::Api* api, const ort::KernelInfo* info, void** out) {
   Kernel kernel;
   RETURN_IF_ERROR(begin_kernel(api, info, kInputs, &kernel));
+  RETURN_IF_ERROR(read_sizes(info, &kernel));
   RETURN_IF_ERROR(read_attributes(info, &kernel));
   return keep(api, kernel, out);
 }
@@ -77,6 +89,7 @@ ort::Status* create_cached(const ort::CustomOp*, const ort::Api* api, const ort:
 ort::Status* create_capped(const ort::CustomOp*, const ort::Api* api, const ort::KernelInfo* info, void** out) {
   Kernel kernel;
   RETURN_IF_ERROR(begin_kernel(api, info, kInputs, &kernel));
+  RETURN_IF_ERROR(read_sizes(info, &kernel));
   RETURN_IF_ERROR(read_attributes(info, &kernel));
   RETURN_IF_ERROR(api->KernelInfoGetAttribute_float(info, "softcap", &kernel.attention.softcap));
   if (!(kernel.attention.softcap > 0.0f)) return fail(api, ort::kInvalidGraph, "softcap is not above 0");
@@ -87,6 +100,7 @@ ort::Status* create_capped(const ort::CustomOp*, const ort::Api* api, const ort:
 ort::Status* create_typed(const ort::Api* api, const ort::KernelInfo* info, Cache cache, void** out) {
   Kernel kernel;
   RETURN_IF_ERROR(begin_kernel(api, info, kInputs, &kernel));
+  RETURN_IF_ERROR(read_sizes(info, &kernel));
   RETURN_IF_ERROR(read_attributes(info, &kernel));
   RETURN_IF_ERROR(api->KernelInfoGetAttribute_float(info, "softcap", &kernel.attention.softcap));
   if (!(kernel.attention.softcap >= 0.0f)) return fail(api, ort::kInvalidGraph, "softcap is negative");
@@ -105,6 +119,7 @@ ort::Status* create_int8(const ort::CustomOp*, const ort::Api* api, const ort::K
 ort::Status* create_cross(const ort::CustomOp*, const ort::Api* api, const ort::KernelInfo* info, void** out) {
   Kernel kernel;
   RETURN_IF_ERROR(begin_kernel(api, info, kCrossInputs, &kernel));
+  RETURN_IF_ERROR(read_sizes(info, &kernel));
   RETURN_IF_ERROR(read_packed(info, &kernel));
   kernel.attention.width = kernel.attention.heads * kernel.attention.size;
   return keep(api, kernel, out);
@@ -113,6 +128,16 @@ ort::Status* create_cross(const ort::CustomOp*, const ort::Api* api, const ort::
 ort::Status* create_half_cross(const ort::CustomOp* op, const ort::Api* api, const ort::KernelInfo* info, void** out) {
   RETURN_IF_ERROR(create_cross(op, api, info, out));
   static_cast<Kernel*>(*out)->attention.cache = kHalves;
+  return nullptr;
+}
+
+ort::Status* create_int8_cross(const ort::CustomOp* op, const ort::Api* api, const ort::KernelInfo* info, void** out) {
+  float softcap = 0.0f;
+  RETURN_IF_ERROR(api->KernelInfoGetAttribute_float(info, "softcap", &softcap));
+  if (!(softcap >= 0.0f)) return fail(api, ort::kInvalidGraph, "softcap is negative");
+  RETURN_IF_ERROR(create_cross(op, api, info, out));
+  static_cast<Kernel*>(*out)->attention.cache = kBytes;
+  static_cast<Kernel*>(*out)->attention.softcap = softcap;
   return nullptr;
 }
 
@@ -126,9 +151,20 @@ ort::Status* create_capped_cross(const ort::CustomOp* op, const ort::Api* api, c
   return nullptr;
 }
 
+ort::Status* create_prompt(const ort::Api* api, const ort::KernelInfo* info, Cache cache, void** out) {
+  Kernel kernel;
+  RETURN_IF_ERROR(begin_kernel(api, info, kPromptInputs, &kernel));
+  Attention& a = kernel.attention;
+  RETURN_IF_ERROR(read_key_sizes(api, info, &a));
+  a.width = 2 * a.kv_heads * a.size;
+  a.cache = cache;
+  return keep(api, kernel, out);
+}
+
 ort::Status* create_encoder(const ort::CustomOp*, const ort::Api* api, const ort::KernelInfo* info, void** out) {
   Kernel kernel;
   RETURN_IF_ERROR(begin_kernel(api, info, kEncoderInputs, &kernel));
+  RETURN_IF_ERROR(read_sizes(info, &kernel));
   Attention& a = kernel.attention;
   a.width = (a.heads + 2 * a.kv_heads) * a.size;
   a.encoder = true;
@@ -275,6 +311,31 @@ ort::Status* compute_encoder(void* op, ort::KernelContext* context) {
   return status;
 }
 
+ort::Status* compute_prompt(void* op, ort::KernelContext* context) {
+  const Kernel& kernel = *static_cast<Kernel*>(op);
+  Attention a = kernel.attention;
+  int64_t rows[3] = {-1, -1, a.width};
+  RETURN_IF_ERROR(check_shape(kernel, context, kRows, "rows", 3, rows));
+  a.batch = a.prompts = rows[0];
+  a.capacity = rows[1];
+  a.rows = a.batch * a.capacity;
+  const void* input = nullptr;
+  RETURN_IF_ERROR(input_of(kernel.api, context, kRows, true, &input));
+  a.input = static_cast<const float*>(input);
+  const int64_t cache[4] = {a.batch, a.kv_heads, a.capacity, cache_width(a)};
+  void** const data[kPromptOutputs] = {&a.key, &a.value};
+  for (size_t output = 0; output < kPromptOutputs; output++) {
+    ort::Value* value = nullptr;
+    RETURN_IF_ERROR(kernel.api->KernelContext_GetOutput(context, output, cache, 4, &value));
+    if (value == nullptr) return fail(kernel.api, ort::kInvalidGraph, "an output is missing");
+    RETURN_IF_ERROR(kernel.api->GetTensorMutableData(value, data[output]));
+  }
+  Session session = {kernel.api, context, nullptr};
+  const char* problem = store_prompts(*kernel.kernels, a, parallel_for, &session);
+  if (problem != nullptr) return fail(kernel.api, ort::kEngineError, "%s", problem);
+  return session.status;
+}
+
 constexpr ort::CustomOp common_attention() {
   ort::CustomOp op = common_callbacks();
   op.GetInputType = [](const ort::CustomOp*, size_t input) {
@@ -322,13 +383,17 @@ constexpr ort::CustomOp half_attention_op() {
 }
 
 // Keys and values in 8 bits, each position and head followed by its scale.
-constexpr ort::CustomOp int8_attention_op() {
-  ort::CustomOp op = cached_attention_op();
-  op.GetName = [](const ort::CustomOp*) { return "Int8Attention"; };
+constexpr ort::CustomOp with_bytes(ort::CustomOp op) {
   op.GetInputType = [](const ort::CustomOp*, size_t input) {
     if (input == kPastKey || input == kPastValue) return ort::kInt8;
     return input == kPastLengths || input == kQueryLengths ? ort::kInt32 : ort::kFloat;
   };
+  return op;
+}
+
+constexpr ort::CustomOp int8_attention_op() {
+  ort::CustomOp op = with_bytes(cached_attention_op());
+  op.GetName = [](const ort::CustomOp*) { return "Int8Attention"; };
   op.GetOutputType = [](const ort::CustomOp*, size_t output) { return output == kY ? ort::kFloat : ort::kInt8; };
   op.CreateKernelV2 = create_int8;
   return op;
@@ -351,11 +416,45 @@ constexpr ort::CustomOp half_cross_op() {
   return op;
 }
 
+constexpr ort::CustomOp int8_cross_op() {
+  ort::CustomOp op = with_bytes(cross_attention_op());
+  op.GetName = [](const ort::CustomOp*) { return "Int8CrossAttention"; };
+  op.CreateKernelV2 = create_int8_cross;
+  return op;
+}
+
 // Scores are capped, and keys and values float16.
 constexpr ort::CustomOp capped_cross_op() {
   ort::CustomOp op = half_cross_op();
   op.GetName = [](const ort::CustomOp*) { return "CappedCrossAttention"; };
   op.CreateKernelV2 = create_capped_cross;
+  return op;
+}
+
+// Stores keys and values of prompts, [B, E, 2 kv_heads * size], as cross-attention reads them.
+constexpr ort::CustomOp half_prompt_op() {
+  ort::CustomOp op = common_callbacks();
+  op.GetName = [](const ort::CustomOp*) { return "HalfPromptCache"; };
+  op.GetInputTypeCount = [](const ort::CustomOp*) -> size_t { return kPromptInputs; };
+  op.GetInputType = [](const ort::CustomOp*, size_t) { return ort::kFloat; };
+  op.GetInputCharacteristic = [](const ort::CustomOp*, size_t) { return ort::kRequired; };
+  op.GetOutputTypeCount = [](const ort::CustomOp*) -> size_t { return kPromptOutputs; };
+  op.GetOutputType = [](const ort::CustomOp*, size_t) { return ort::kFloat16; };
+  op.GetOutputCharacteristic = [](const ort::CustomOp*, size_t) { return ort::kRequired; };
+  op.CreateKernelV2 = [](const ort::CustomOp*, const ort::Api* api, const ort::KernelInfo* info, void** out) {
+    return create_prompt(api, info, kHalves, out);
+  };
+  op.KernelComputeV2 = compute_prompt;
+  return op;
+}
+
+constexpr ort::CustomOp int8_prompt_op() {
+  ort::CustomOp op = half_prompt_op();
+  op.GetName = [](const ort::CustomOp*) { return "Int8PromptCache"; };
+  op.GetOutputType = [](const ort::CustomOp*, size_t) { return ort::kInt8; };
+  op.CreateKernelV2 = [](const ort::CustomOp*, const ort::Api* api, const ort::KernelInfo* info, void** out) {
+    return create_prompt(api, info, kBytes, out);
+  };
   return op;
 }
 
@@ -378,7 +477,8 @@ constexpr ort::CustomOp encoder_attention_op() {
 constexpr ort::CustomOp kCachedAttentionOp = cached_attention_op(), kCappedAttentionOp = capped_attention_op();
 constexpr ort::CustomOp kHalfAttentionOp = half_attention_op(), kInt8AttentionOp = int8_attention_op();
 constexpr ort::CustomOp kCrossAttentionOp = cross_attention_op(), kHalfCrossAttentionOp = half_cross_op();
-constexpr ort::CustomOp kCappedCrossAttentionOp = capped_cross_op();
+constexpr ort::CustomOp kCappedCrossAttentionOp = capped_cross_op(), kInt8CrossAttentionOp = int8_cross_op();
+constexpr ort::CustomOp kHalfPromptCacheOp = half_prompt_op(), kInt8PromptCacheOp = int8_prompt_op();
 constexpr ort::CustomOp kEncoderAttentionOp = encoder_attention_op();
 
 }  // namespace freeexport

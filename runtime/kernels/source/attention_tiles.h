@@ -74,20 +74,26 @@ inline void put_in_cache(int8_t* to, const float* from, int64_t size) {
   std::memcpy(to + size, &scale, sizeof(scale));
 }
 
-// Stores keys and values of a row in the cache, which has type C, and its queries in y.
+// Stores keys and values of a row in the cache, which has type C, and its queries in y. Rows of
+// cross-attention have queries only, those of a prompt keys and values only.
 template <typename C>
 inline void store_row_as(const Attention& a, const Place& place) {
   const size_t bytes = static_cast<size_t>(a.size) * sizeof(float);
   const float* keys = a.input + place.row * a.width + a.heads * a.size;
   float* queries = a.y + place.row * a.heads * a.size;
-  for (int64_t head = 0; head < a.kv_heads; head++) {
+  const bool stores = !a.cross_lengths || a.encoder, turns = a.key_norm != nullptr || a.cosine != nullptr;
+  for (int64_t head = 0; stores && head < a.kv_heads; head++) {
     const int64_t at = keys_at(a, place, head, place.position);
-    std::memcpy(queries, keys + head * a.size, bytes);  // temporary memory for a key
-    norm_and_turn(a, a.key_norm, place.position, queries);
-    put_in_cache(static_cast<C*>(a.key) + at, queries, a.size);
+    const float* key = keys + head * a.size;
+    if (turns) {
+      std::memcpy(queries, key, bytes);  // temporary memory for a key
+      norm_and_turn(a, a.key_norm, place.position, queries);
+      key = queries;
+    }
+    put_in_cache(static_cast<C*>(a.key) + at, key, a.size);
     put_in_cache(static_cast<C*>(a.value) + at, keys + (a.kv_heads + head) * a.size, a.size);
   }
-  if (!turned(a)) return;
+  if (!turned(a) || a.heads == 0) return;
   std::memcpy(queries, a.input + place.row * a.width, bytes * static_cast<size_t>(a.heads));
   for (int64_t head = 0; head < a.heads; head++) {
     norm_and_turn(a, a.query_norm, place.position, queries + head * a.size);

@@ -44,6 +44,9 @@ EXPORT freeexport::ort::Status* RegisterCustomOps(freeexport::ort::SessionOption
   RETURN_IF_ERROR(api->CustomOpDomain_Add(domain, &kInt8AttentionOp));
   RETURN_IF_ERROR(api->CustomOpDomain_Add(domain, &kHalfCrossAttentionOp));
   RETURN_IF_ERROR(api->CustomOpDomain_Add(domain, &kCappedCrossAttentionOp));
+  RETURN_IF_ERROR(api->CustomOpDomain_Add(domain, &kInt8CrossAttentionOp));
+  RETURN_IF_ERROR(api->CustomOpDomain_Add(domain, &kHalfPromptCacheOp));
+  RETURN_IF_ERROR(api->CustomOpDomain_Add(domain, &kInt8PromptCacheOp));
   RETURN_IF_ERROR(api->CustomOpDomain_Add(domain, &kEncoderAttentionOp));
   RETURN_IF_ERROR(api->CustomOpDomain_Add(domain, &kBestTwoOp));
   RETURN_IF_ERROR(api->CustomOpDomain_Add(domain, &kPredictOp));

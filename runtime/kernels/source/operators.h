@@ -13,6 +13,7 @@ namespace freeexport {
 extern const ort::CustomOp kPackedLinearOp, kPackedRowsOp, kCachedAttentionOp, kCappedAttentionOp;
 extern const ort::CustomOp kHalfAttentionOp, kInt8AttentionOp;
 extern const ort::CustomOp kCrossAttentionOp, kHalfCrossAttentionOp, kCappedCrossAttentionOp;
+extern const ort::CustomOp kInt8CrossAttentionOp, kHalfPromptCacheOp, kInt8PromptCacheOp;
 extern const ort::CustomOp kBestTwoOp, kPredictOp, kWholeVocabularyOp;
 extern const ort::CustomOp kCountedRowsOp, kEncoderAttentionOp;
 

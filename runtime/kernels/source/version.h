@@ -2,4 +2,4 @@
 // runtime/kernels/__init__.py.
 #pragma once
 
-#define FREEEXPORT_KERNELS_VERSION 11
+#define FREEEXPORT_KERNELS_VERSION 12

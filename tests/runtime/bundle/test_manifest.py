@@ -241,7 +241,9 @@ def test_a_cache_in_8_bits_is_for_decoders_with_our_operators() -> None:
     assert (manifest.cache_type, manifest.cache_width) == ("int8", 16 + 4)
     assert manifest.kv_bytes_per_token == 2 * 5 * 2 * 20
     assert "kv_cache = 'int8'" in refusal(**{**own, "kernels": None})
-    assert "kv_cache = 'int8'" in refusal(**own, encoder_capacity=64, decoder_start_token_id=0)
+    encodes = {"encoder_capacity": 64, "decoder_start_token_id": 0}
+    assert "kv_cache = 'int8'" in refusal(**own, **encodes)
+    assert Manifest.from_json(changed(MANIFEST, **{**own, **encodes, "kernels": 12})).cache_width == 20
     assert "kv_cache is 'int4'" in refusal(**{**own, "kv_cache": "int4"})
 
 

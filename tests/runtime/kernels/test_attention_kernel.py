@@ -13,6 +13,8 @@ from attention_cases import (
     exact_encoder,
     feeds,
     from_cache,
+    in_cache,
+    prompt_session,
     random_call,
     random_layer,
 )
@@ -180,7 +182,7 @@ def test_inputs_that_contradict_each_other_are_an_error(message):
     ("message", "attributes"),
     [
         ("no multiple of kv_num_heads", {"kv_num_heads": 3}),
-        ("no multiple of kv_num_heads", {"kv_num_heads": 0}),
+        ("kv_num_heads is out of range", {"kv_num_heads": 0}),
         ("head_size is no multiple of 8 from 16 on", {"head_size": 20}),
         ("head_size is no multiple of 8 from 16 on", {"head_size": 8}),
         ("window is negative", {"window": -1}),
@@ -199,7 +201,14 @@ def crossed(session, rows, key, value, lengths, counts):
 
 @pytest.mark.parametrize(
     ("size", "cache", "softcap"),
-    [(40, np.float32, 0.0), (48, np.float32, 0.0), (40, np.float16, 0.0), (40, np.float16, 0.7)],
+    [
+        (40, np.float32, 0.0),
+        (48, np.float32, 0.0),
+        (40, np.float16, 0.0),
+        (40, np.float16, 0.7),
+        (40, np.int8, 0.0),
+        (40, np.int8, 0.7),
+    ],
 )
 @pytest.mark.parametrize("name", list(filter(here, ["scalar", *INSTRUCTIONS])))
 def test_cross_attention_is_that_of_float64_and_a_row_is_what_it_is_alone(name, size, cache, softcap, monkeypatch):
@@ -208,7 +217,8 @@ def test_cross_attention_is_that_of_float64_and_a_row_is_what_it_is_alone(name, 
     layer = Layer(6, 3, size, cache=cache, softcap=softcap)
     counts, lengths = np.array([4, 1, 9], np.int32), np.array([17, 30, 1], np.int32)
     rows = rng.standard_normal((3, 9, 6, size)).astype(np.float32)
-    key, value = (rng.standard_normal((3, 3, 30, size)).astype(cache) for _ in range(2))
+    key, value = (in_cache(layer, rng.standard_normal((3, 3, 30, size)).astype(np.float32)) for _ in range(2))
+    keys, values = from_cache(layer, key), from_cache(layer, value)
     valid = np.arange(9) < counts[:, None]
     padded = crossed(cross_session(layer, False, 2), rows.reshape(27, -1), key, value, lengths, counts)
     packed = crossed(cross_session(layer, True, 2), rows[valid].reshape(-1, 6 * size), key, value, lengths, counts)
@@ -216,23 +226,25 @@ def test_cross_attention_is_that_of_float64_and_a_row_is_what_it_is_alone(name, 
     np.testing.assert_array_equal(padded.reshape(3, 9, -1)[~valid], 0)
     alone, one = cross_session(layer, True), np.ones(1, np.int32)
     for place, (b, row) in enumerate(np.argwhere(valid)):
-        scores = np.einsum("hd,hed->he", rows[b, row], np.repeat(key[b, :, : lengths[b]], 2, 0).astype(float)) * 0.2
+        scores = np.einsum("hd,hed->he", rows[b, row], np.repeat(keys[b, :, : lengths[b]], 2, 0)) * 0.2
         scores = softcap * np.tanh(scores / softcap) if softcap else scores
         weights = np.exp(scores - scores.max(-1, keepdims=True))
         weights /= weights.sum(-1, keepdims=True)
-        expected = np.einsum("he,hed->hd", weights, np.repeat(value[b, :, : lengths[b]], 2, 0))
-        np.testing.assert_allclose(packed[place], expected.reshape(-1), atol=2e-5)
+        expected = np.einsum("he,hed->hd", weights, np.repeat(values[b, :, : lengths[b]], 2, 0))
+        # Queries of a cache in 8 bits are rounded to 16.
+        np.testing.assert_allclose(packed[place], expected.reshape(-1), atol=1e-3 if cache is np.int8 else 2e-5)
         given = rows[b, row].reshape(1, -1), key[b : b + 1], value[b : b + 1], lengths[b : b + 1], one
         np.testing.assert_array_equal(crossed(alone, *given)[0], packed[place])
 
 
+@pytest.mark.parametrize("cache", [np.float16, np.int8])
 @pytest.mark.parametrize("name", list(filter(here, ["scalar", *INSTRUCTIONS])))
-def test_sequences_that_share_a_prompt_have_the_bits_that_they_have_with_copies_of_it(name, monkeypatch):
+def test_sequences_that_share_a_prompt_have_the_bits_that_they_have_with_copies_of_it(name, cache, monkeypatch):
     monkeypatch.setenv("FREEEXPORT_INSTRUCTIONS", name)
     rng = np.random.default_rng(7)
-    layer = Layer(4, 4, 40, cache=np.float16)
+    layer = Layer(4, 4, 40, cache=cache)
     rows = rng.standard_normal((16, 160)).astype(np.float32)
-    key, value = (rng.standard_normal((2, 4, 150, 40)).astype(np.float16) for _ in range(2))
+    key, value = (in_cache(layer, rng.standard_normal((2, 4, 150, 40)).astype(np.float32)) for _ in range(2))
     lengths, counts = np.array([150, 70], np.int32), np.full(16, 1, np.int32)
     session = cross_session(layer, True, 2)
     copies = crossed(session, rows, key.repeat(8, 0), value.repeat(8, 0), lengths.repeat(8), counts)
@@ -283,6 +295,33 @@ def test_an_encoder_with_other_shapes_is_an_error():
     biased = Layer(2, 2, 16, tables={"bias": np.ones((4, 2), np.float32)})
     with pytest.raises(Exception, match="bias has an even number of distances"):
         encoder_session(biased).run(None, {**given, **biased.tables})
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("cache", [np.float16, np.int8])
+@pytest.mark.parametrize("name", list(filter(here, ["scalar", *INSTRUCTIONS])))
+def test_keys_and_values_of_a_prompt_are_stored_as_cross_attention_reads_them(name, cache, threads, monkeypatch):
+    monkeypatch.setenv("FREEEXPORT_INSTRUCTIONS", name)
+    layer = Layer(6, 3, 40, cache=cache)
+    rows = np.random.default_rng(9).standard_normal((2, 70, 2, 3, 40)).astype(np.float32)
+    stored = prompt_session(layer, threads).run(None, {"rows": rows.reshape(2, 70, -1)})
+    for found, wanted in zip(stored, np.moveaxis(rows, 2, 0), strict=True):
+        wanted = in_cache(layer, wanted.transpose(0, 2, 1, 3))
+        if cache is np.float16:
+            np.testing.assert_array_equal(found, wanted)
+        else:  # a value between two steps may be rounded either way
+            np.testing.assert_allclose(from_cache(layer, found), from_cache(layer, wanted), atol=0.04)
+
+
+def test_a_prompt_cache_with_other_shapes_is_an_error():
+    layer = Layer(2, 2, 16, cache=np.int8)
+    with pytest.raises(Exception, match="dimension 2 of rows is 60, not 64"):
+        prompt_session(layer).run(None, {"rows": np.ones((1, 5, 60), np.float32)})
+    for message, changed in (("head_size is no multiple", {"head_size": 12}), ("out of range", {"kv_num_heads": 0})):
+        with pytest.raises(Exception, match=message):
+            prompt_session(layer, **changed)
+    nothing = prompt_session(layer).run(None, {"rows": np.ones((0, 5, 64), np.float32)})
+    assert [part.shape for part in nothing] == [(0, 2, 5, 20)] * 2
 
 
 def test_cross_attention_to_nothing_is_0_and_beyond_the_keys_an_error():
