@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import faulthandler
 import json
 import os
 import re
@@ -90,13 +91,17 @@ def running(
     *bundles: Path, slots: int = 4, queue: int = 64, buffer: int | None = None, prefix_cache_mb: int = 0, **options: Any
 ) -> Iterator[Running]:
     session = SessionOptions(threads=1, slots=slots, queue=queue, prefix_cache_mb=prefix_cache_mb)
+    # Requests that a test left running end before the thread must have ended.
+    options = {"shutdown_timeout": 10.0, **options}
     server = Running(ServerOptions(bundles, session=session, **options), buffer)
     try:
         yield server
     finally:
         server.stop()
         server.thread.join(30)
-        assert not server.thread.is_alive()
+        if server.thread.is_alive():
+            faulthandler.dump_traceback(all_threads=True)
+        assert not server.thread.is_alive(), [request.line for request in server.service.running]
 
 
 def read(connection: socket.socket) -> bytes:
