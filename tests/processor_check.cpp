@@ -9,7 +9,7 @@ using namespace freeexport;
 namespace {
 
 void print(const Processor& found) {
-  std::printf("%s%s%s%s%s%s%s\n", found.intel ? "intel" : "other", found.avx2 ? " avx2" : "",
+  std::printf("%s%s%s%s%s%s%s\n", found.intel ? "intel" : found.zen5 ? "zen5" : "other", found.avx2 ? " avx2" : "",
               found.avx_vnni ? " avx2-vnni" : "", found.avx512 ? " avx512" : "",
               found.avx512_vnni ? " avx512-vnni" : "", found.avx512_bf16 ? " avx512-bf16" : "",
               found.amx ? " amx" : "");

@@ -92,6 +92,7 @@ Processor detect(const Identity& is) {
   const bool vbmi = bit(is.c, 1), bf16 = bit(is.part_a, 5), tile_bf16 = bit(is.d, 22), tiles = bit(is.d, 24);
   found.avx512_bf16 = found.avx512_vnni && bf16;
   found.amx = found.avx512_bf16 && all(is.saved, kTiles) && vbmi && tile_bf16 && tiles;
+  found.zen5 = !found.intel && found.avx512_bf16 && found.avx_vnni;  // Zen 4 has no AVX-VNNI
   return found;
 }
 

@@ -8,6 +8,7 @@ namespace freeexport {
 // Instruction sets that both the processor and the system support, and that kernels are built for.
 struct Processor {
   bool intel = false;
+  bool zen5 = false;  // or a later one
 #if defined(__x86_64__)
   bool avx2 = false;         // with FMA and F16C
   bool avx_vnni = false;     // AVX2 with dot products of bytes

@@ -49,7 +49,7 @@ RECORDED = {
     "Zen 4, Genoa": ("68747541 7efa320b f1bf97a9 415fce 10000010 20 2e7", "other avx2 avx512 avx512-vnni avx512-bf16"),
     "Zen 5": (
         "68747541 7ed8320b f1bf97ab 19405fce 10000110 30 2e7",
-        "other avx2 avx2-vnni avx512 avx512-vnni avx512-bf16",
+        "zen5 avx2 avx2-vnni avx512 avx512-vnni avx512-bf16",
     ),
 }
 
