@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from freeexport.checkpoints.examples import read_examples
+from freeexport.checkpoints.examples import DataError, read_examples
 from freeexport.system.progress import progress
 from runtime.decoding.phrases import PhraseTable
 from runtime.errors import OptionError, PromptError
@@ -51,13 +51,22 @@ def ready_made_phrases(bundle: Path, ends: Sequence[int]) -> np.ndarray | None:
     Args:
         bundle: Directory with the tokenizer.
         ends: Tokens that end a sequence.
+
+    Raises:
+        DataError: If the file in the package is missing or damaged.
     """
     tokenizer = Tokenizer.load(bundle)
     if tokenizer is None or tokenizer.vocab_size < LEAST_VOCABULARY:
         return None
-    with lzma.open(READY_MADE, "rt", encoding="utf-8") as file:
-        answers = map(json.loads, file)
-        texts = [(answer["target"], answer["complete"]) for answer in answers]
+    try:
+        with lzma.open(READY_MADE, "rt", encoding="utf-8") as file:
+            answers = map(json.loads, file)
+            texts = [(answer["target"], answer["complete"]) for answer in answers]
+    except (OSError, EOFError, lzma.LZMAError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{READY_MADE} cannot be read ({type(error).__name__}); install freeexport again, or "
+            "leave phrases out (--phrases none)"
+        ) from None
     return _table(texts, tokenizer, ends)
 
 

@@ -33,7 +33,8 @@ CONVERT_LIMIT = 1800.0
 ENVIRONMENT_MARKER = "environment.json"
 MODEL_MARKER = "converted"
 SCRIPT = Path(__file__).with_name("decoders.py")
-OWN = [sys.executable, "-m", "tools.peers.own_decoders"]
+# -E: PYTHONDONTWRITEBYTECODE would let only our processes compile all modules again.
+OWN = [sys.executable, "-E", "-m", "tools.peers.own_decoders"]
 OURS = [*OWN, "ours"]
 
 _TRANSFORMERS = ("torch>=2.6,<3", "transformers>=5,<6")

@@ -33,6 +33,7 @@ ORDINARY = tuple(
         "ordinary_prompts_3.jsonl",
         "ordinary_prompts_4.jsonl",
         "ordinary_prompts_5.jsonl",
+        "ordinary_prompts_6.jsonl",
     )
 )
 SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"

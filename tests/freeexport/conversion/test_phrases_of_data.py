@@ -103,6 +103,20 @@ def test_a_small_vocabulary_gets_no_answers(checkpoint: Callable[[Case], Path], 
     assert not (tmp_path / "out" / PHRASES).exists()
 
 
+@pytest.mark.parametrize("content", [None, b"no archive", lzma.compress(b'{"target": 3\n'), lzma.compress(b"{}")[:-5]])
+def test_a_damaged_file_in_the_package_is_one_line(
+    content: bytes | None, answers: Path, checkpoint: Callable[[Case], Path], tmp_path: Path
+) -> None:
+    if content is None:
+        answers.unlink()
+    else:
+        answers.write_bytes(content)
+    failed = invoke("convert", checkpoint(BY_NAME["llama-tied"]), tmp_path / "out", *FAST)
+    assert f"{answers} cannot be read" in error(failed)
+    assert "install freeexport again" in error(failed)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_chat_ends_with_the_token_of_its_template(checkpoint: Callable[[Case], Path], tmp_path: Path) -> None:
     succeed("convert", checkpoint(BY_NAME["llama-tied"]), tmp_path / "out", *FAST)
     tokenizer = Tokenizer.load(tmp_path / "out")
