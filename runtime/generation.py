@@ -319,7 +319,19 @@ class Generation:
         costs = learned.costs if reads_exit else learned.costs_without_exit
         acceptance = learned.acceptance(self._threshold, options.samples)
         without_exit = learned.costs_without_exit if model.chooses_exit else None
-        return Drafts(costs, acceptance, sources, exits=self._exits, without_exit=without_exit)
+        exit_first = None
+        # A text that the caller gives is tried first.
+        given = options.draft_source is not None or options.predicted_output is not None
+        if self._exits and sources is not None and not given:
+            exit_first = acceptance.order.next()
+        return Drafts(
+            costs,
+            acceptance,
+            sources,
+            exits=self._exits,
+            without_exit=without_exit,
+            exit_first=exit_first,
+        )
 
     def _beam(self, decoder: Decoder, number: int) -> Loop:
         """Yield the tokens of one of the best beams. The first call runs the search."""

@@ -105,6 +105,38 @@ class ExitSaving:
         self._saved = self._saved * max(0.0, 1 - tokens / RULE.saving_tokens) + saved
 
 
+class DraftOrder:
+    """Speeds of requests that draft from the exit first, and of those that search the text first.
+
+    Decides which of both the next request does. What the exit's drafts would gain at a token cannot
+    be told from the tokens for which the text has no draft, which are the hard ones.
+    """
+
+    def __init__(self) -> None:
+        self._requests = 0
+        # By whether the exit is first. Older tokens fade.
+        self._tokens = {True: 0.0, False: 0.0}
+        self._time = {True: 0.0, False: 0.0}
+
+    def next(self) -> bool:
+        """Return True if the next request drafts from the exit first."""
+        self._requests += 1
+        if self._requests <= RULE.alternating:
+            return self._requests % 2 == 0
+        faster = self._speed(True) > self._speed(False)
+        return faster != (self._requests % RULE.retry == 0)
+
+    def observe(self, exit_first: bool, tokens: int, time: float) -> None:
+        """Add a pass: its final tokens, and its time in tokens of mode "full"."""
+        fade = max(0.0, 1 - tokens / RULE.order_tokens)
+        self._tokens[exit_first] = self._tokens[exit_first] * fade + tokens
+        self._time[exit_first] = self._time[exit_first] * fade + time
+
+    def _speed(self, exit_first: bool) -> float:
+        time = self._time[exit_first]
+        return self._tokens[exit_first] / time if time else 0.0
+
+
 class Acceptance:
     """Acceptance rates and speeds of drafts over many requests.
 
@@ -116,6 +148,7 @@ class Acceptance:
         self.by_confidence = [Average((low + high) / 2) for low, high in bounds]
         self.exit = Average()
         self.saving = ExitSaving()
+        self.order = DraftOrder()
         # Final tokens and seconds. In seconds, because the price of a token is measured rarely.
         self.passes: Speed | None = None
         # Seconds outside the engines of a token without a draft.

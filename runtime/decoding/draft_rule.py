@@ -127,13 +127,17 @@ class DraftRule:
     first_exit_draft: tuple[float, float] = (2.0, 1.5)
     """Final tokens and time assumed of a draft from an exit that was never tried."""
 
-    # An exit with layers of its own, chosen once for each request
+    # Chosen once for each request: the order of drafts, and an exit with layers of its own
 
     alternating: int = 6
-    """First requests of a setting, which alternate between drafting from the exit and not."""
+    """First requests of a setting, which alternate between both choices."""
 
     retry: int = 16
-    """One request in this many drafts from an exit that does not pay, as it may pay now."""
+    """One request in this many makes the choice that was slower, as it may be faster now."""
+
+    order_tokens: int = 4096
+    """Tokens after which the speed of an order has faded. Requests differ in speed, so many are
+    needed."""
 
     compare: int = 64
     """One request in this many skips an exit that pays, to measure a token without its layers."""

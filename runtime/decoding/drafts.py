@@ -145,6 +145,8 @@ class Drafts:
         acceptance: Measured acceptance rates, for the setting of the request.
         sources: Sources of drafts from text.
         exits: Also draft from the exit.
+        exit_first: Search the text only where the exit does not pay, and after its drafts. None:
+            no, and the speed of this request is not compared with that of others.
         without_exit: Measured costs of requests that skip the exit's own layers. None if there are
             no such requests.
 
@@ -162,12 +164,14 @@ class Drafts:
         sources: DraftSources | None = None,
         exits: bool = True,
         without_exit: CallCosts | None = None,
+        exit_first: bool | None = None,
     ) -> None:
         self._costs = costs
         self._without_exit = without_exit if exits else None
         self._acceptance = acceptance
         self._sources = sources
         self.exits = exits
+        self._exit_first = exit_first
         self._open: list[Candidates] = []  # candidates for the next tokens
         self._looked = False  # the sources have read all final tokens
         self._continuation: Candidates | None = None  # continues a draft of the exit
@@ -201,6 +205,8 @@ class Drafts:
         if most == 0 or (sequences == 1 and not self._costs.measured("pass", 1)):
             self._timed_at = 0
             return NO_DRAFT
+        if self._exit_first and self._exit_gain:
+            return self._plan_exit(most)
         if self.rest:
             self.rest -= 1
         elif self._sources is not None:
@@ -243,7 +249,7 @@ class Drafts:
         Calls that are `shared` with other sequences are not measured.
         """
         if self.exits:
-            self._acceptance.observe_pass(1, self._token_seconds)
+            self._observe_speed(1, self._token_seconds, shared)
             self._after_exit = False
         if not shared and self._tokens >= self._timed_at:
             self._timed_at = self._tokens + RULE.timed
@@ -290,7 +296,7 @@ class Drafts:
         made = outcome.made
         token_seconds = self._token_seconds
         if self.exits:
-            acceptance.observe_pass(made, seconds)
+            self._observe_speed(made, seconds, shared)
         # Losses are counted at average costs: one slow call says nothing about the next draft.
         if plan.tokens:
             self._count_loss("text", expected, made)
@@ -354,6 +360,13 @@ class Drafts:
         count = draft.extension(map(self._acceptance.rate, found.evidence[: len(tokens)]))
         self._continuation = found._replace(tokens=tokens[:count], evidence=found.evidence[:count])
         return self._continuation
+
+    def _observe_speed(self, made: int, seconds: float, shared: bool) -> None:
+        """Record the final tokens and the seconds of a pass."""
+        self._acceptance.observe_pass(made, seconds)
+        if self._exit_first is not None and not shared:
+            time = seconds / self._token_seconds
+            self._acceptance.order.observe(self._exit_first, made, time)
 
     def _observe_saving(self, made: int, saved: float) -> None:
         """Record what the exit saved by the last `made` tokens.
