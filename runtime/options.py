@@ -77,8 +77,9 @@ class GenerationOptions:
     drafts: Drafts | None = None
     """Source of drafts in "lossless". "exit": the shallow decoder. "lookup": text repeated from the
     prompt, the output or earlier outputs (draft_memory_mb). "phrases": also the bundle's table of
-    the model's frequent phrases. "none": no drafts, as "full". "auto": phrases, then the exit
-    unless `convert` measured that it does not pay (docs/decoding.md). Default: "auto"."""
+    the model's frequent phrases. "none": no drafts, as "full". "auto": phrases and the exit, or
+    phrases alone if `convert` measured that the exit does not pay (docs/decoding.md). Default:
+    "auto"."""
 
     predicted_output: Annotated[str | Sequence[int] | None, checks.expected_output] = None
     """Text or token ids that the output is expected to resemble, such as the earlier version of an
