@@ -123,8 +123,11 @@ class DraftOrder:
         self._requests += 1
         if self._requests <= RULE.alternating:
             return self._requests % 2 == 0
+        if not self._time[False]:  # no request ran alone
+            return False
         faster = self._speed(True) > self._speed(False)
-        return faster != (self._requests % RULE.retry == 0)
+        sure = self._tokens[not faster] >= RULE.order_tokens / 4
+        return faster != (self._requests % (RULE.retry if sure else RULE.early_retry) == 0)
 
     def observe(self, exit_first: bool, tokens: int, time: float) -> None:
         """Add a pass: its final tokens, and its time in tokens of mode "full"."""

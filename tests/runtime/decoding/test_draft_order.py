@@ -31,12 +31,24 @@ def observed(order: DraftOrder, speed_of: Callable[[bool], float], requests: int
 def test_the_faster_order_is_used_after_both_were_tried(faster: bool) -> None:
     chosen = observed(DraftOrder(), lambda first: 2.0 if first == faster else 1.9, 6 + 160)
     assert chosen[:6] == [False, True] * 3
-    assert chosen[6:].count(not faster) == 160 // RULE.retry
+    early = (RULE.order_tokens // 4 - 300) // 100 + 1
+    assert chosen[6:].index(not faster) == 1  # the eighth request
+    assert early < chosen[6:].count(not faster) < early + 160 // RULE.retry
+    assert chosen[-64:].count(not faster) == 64 // RULE.retry
+
+
+def test_a_wrong_first_impression_is_soon_corrected() -> None:
+    order = DraftOrder()
+    for _ in range(RULE.alternating):
+        first = order.next()
+        order.observe(first, 100, 100 / (1.0 if first else 1.1))
+    corrected = observed(order, lambda first: 1.2 if first else 1.0, 30)
+    assert corrected[-4:].count(True) >= 3
 
 
 def test_the_order_follows_the_newest_requests() -> None:
     order = DraftOrder()
-    assert observed(order, lambda first: 2.0 if first else 1.0, 40)[-1]
+    assert observed(order, lambda first: 2.0 if first else 1.0, 41)[-1]
     changed = observed(order, lambda first: 1.0 if first else 2.0, 200)
     assert changed[-20:].count(False) >= 18
 
