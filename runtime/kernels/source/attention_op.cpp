@@ -365,17 +365,18 @@ constexpr ort::CustomOp capped_attention_op() {
   return op;
 }
 
-// Changes the types of keys and values to float16.
-constexpr ort::CustomOp with_halves(ort::CustomOp op) {
-  op.GetInputType = [](const ort::CustomOp*, size_t input) {
-    if (input == kPastKey || input == kPastValue) return ort::kFloat16;
+// Changes the type of the keys and values that are read.
+template <int Type>
+constexpr ort::CustomOp with_cache(ort::CustomOp op) {
+  op.GetInputType = [](const ort::CustomOp*, size_t input) -> int {
+    if (input == kPastKey || input == kPastValue) return Type;
     return input == kPastLengths || input == kQueryLengths ? ort::kInt32 : ort::kFloat;
   };
   return op;
 }
 
 constexpr ort::CustomOp half_attention_op() {
-  ort::CustomOp op = with_halves(cached_attention_op());
+  ort::CustomOp op = with_cache<ort::kFloat16>(cached_attention_op());
   op.GetName = [](const ort::CustomOp*) { return "HalfAttention"; };
   op.GetOutputType = [](const ort::CustomOp*, size_t output) { return output == kY ? ort::kFloat : ort::kFloat16; };
   op.CreateKernelV2 = create_half;
@@ -383,16 +384,8 @@ constexpr ort::CustomOp half_attention_op() {
 }
 
 // Keys and values in 8 bits, each position and head followed by its scale.
-constexpr ort::CustomOp with_bytes(ort::CustomOp op) {
-  op.GetInputType = [](const ort::CustomOp*, size_t input) {
-    if (input == kPastKey || input == kPastValue) return ort::kInt8;
-    return input == kPastLengths || input == kQueryLengths ? ort::kInt32 : ort::kFloat;
-  };
-  return op;
-}
-
 constexpr ort::CustomOp int8_attention_op() {
-  ort::CustomOp op = with_bytes(cached_attention_op());
+  ort::CustomOp op = with_cache<ort::kInt8>(cached_attention_op());
   op.GetName = [](const ort::CustomOp*) { return "Int8Attention"; };
   op.GetOutputType = [](const ort::CustomOp*, size_t output) { return output == kY ? ort::kFloat : ort::kInt8; };
   op.CreateKernelV2 = create_int8;
@@ -410,14 +403,14 @@ constexpr ort::CustomOp cross_attention_op() {
 }
 
 constexpr ort::CustomOp half_cross_op() {
-  ort::CustomOp op = with_halves(cross_attention_op());
+  ort::CustomOp op = with_cache<ort::kFloat16>(cross_attention_op());
   op.GetName = [](const ort::CustomOp*) { return "HalfCrossAttention"; };
   op.CreateKernelV2 = create_half_cross;
   return op;
 }
 
 constexpr ort::CustomOp int8_cross_op() {
-  ort::CustomOp op = with_bytes(cross_attention_op());
+  ort::CustomOp op = with_cache<ort::kInt8>(cross_attention_op());
   op.GetName = [](const ort::CustomOp*) { return "Int8CrossAttention"; };
   op.CreateKernelV2 = create_int8_cross;
   return op;
