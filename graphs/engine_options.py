@@ -158,10 +158,14 @@ class EngineOptions:
     def _check_cache(self, description: Description) -> None:
         option = f"--kv-cache {self.kv_cache}"
         self._check_quantized(option)
-        if not self.own_attention(description):
+        if not has_attention_kernel(description.attention):
             raise GraphError(
                 f"{option} needs attention heads whose size is a multiple of 8, from 16 on, not "
                 f"{description.attention.head_dim}; leave it out"
+            )
+        if not self.own_attention(description):
+            raise GraphError(
+                f"{option} does not support the attention of {description.family}; leave it out"
             )
 
     def _check_target(self, description: Description) -> None:

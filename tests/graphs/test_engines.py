@@ -151,6 +151,7 @@ def test_options_out_of_range_are_refused_with_the_range(
         ),
         ("t5-relu-tied", {"kernels": "onnxruntime"}, "needs freeexport's own kernels and quantized weights"),
         ("gpt2", {}, "a multiple of 8, from 16 on, not 8; leave it out"),
+        ("t5gemma2", {}, "does not support the attention of t5gemma; leave it out"),
     ],
 )
 def test_a_cache_in_8_bits_that_the_kernels_do_not_support_is_refused(
