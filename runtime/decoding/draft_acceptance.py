@@ -126,7 +126,7 @@ class DraftOrder:
         if not self._time[False]:  # no request ran alone
             return False
         faster = self._speed(True) > self._speed(False)
-        sure = self._tokens[not faster] >= RULE.order_tokens / 4
+        sure = self._tokens[not faster] >= RULE.early_tokens
         return faster != (self._requests % (RULE.retry if sure else RULE.early_retry) == 0)
 
     def observe(self, exit_first: bool, tokens: int, time: float) -> None:

@@ -136,12 +136,15 @@ class DraftRule:
     """One request in this many makes the choice that was slower, as it may be faster now."""
 
     order_tokens: int = 4096
-    """Tokens after which the speed of an order has faded. Requests differ in speed, so many are
-    needed."""
+    """Tokens after which the speed of an order has faded. An average needs many requests, because
+    their speeds differ."""
 
     early_retry: int = 4
-    """One request in this many uses the slower order until that has generated a quarter of
-    `order_tokens`. On records in int4, three requests of each order often chose the slower one."""
+    """One request in this many uses the order that seems slower, until it has `early_tokens`."""
+
+    early_tokens: int = 1024
+    """Tokens before which the speed of an order is uncertain. After three requests of each order,
+    the wrong one was chosen for records in int4."""
 
     compare: int = 64
     """One request in this many skips an exit that pays, to measure a token without its layers."""

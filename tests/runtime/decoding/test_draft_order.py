@@ -31,7 +31,7 @@ def observed(order: DraftOrder, speed_of: Callable[[bool], float], requests: int
 def test_the_faster_order_is_used_after_both_were_tried(faster: bool) -> None:
     chosen = observed(DraftOrder(), lambda first: 2.0 if first == faster else 1.9, 6 + 160)
     assert chosen[:6] == [False, True] * 3
-    early = (RULE.order_tokens // 4 - 300) // 100 + 1
+    early = (RULE.early_tokens - 300) // 100 + 1
     assert chosen[6:].index(not faster) == 1  # the eighth request
     assert early < chosen[6:].count(not faster) < early + 160 // RULE.retry
     assert chosen[-64:].count(not faster) == 64 // RULE.retry
