@@ -78,7 +78,8 @@ def test_no_ordinary_prompt_resembles_one_of_another_version() -> None:
     versions = [[grams(text) for text in ordinary(path)[0]] for path in ORDINARY]
     for first, second in combinations(versions, 2):
         shared = max(len(one & other) / min(len(one), len(other)) for one in first for other in second)
-        assert shared < 0.3
+        # Version 6 was measured before its 12 prompts with 20 to 30 % were noticed.
+        assert shared < (0.3 if second is versions[5] else 0.2)
     assert len(ordinary(ORDINARY[1])[1] - ordinary(ORDINARY[0])[1]) >= 12
 
 
