@@ -16,7 +16,7 @@ inline void wide_tile(const Group* rows, const int16_t* wide, Factors<8, Where> 
     typename V::Int dots[2][kRows];
 #pragma GCC unroll 2
     for (int w = 0; w < 2; w++) {
-      factors[w].next();
+      factors[w].next(false);
 #pragma GCC unroll 8
       for (int m = 0; m < kRows; m++) dots[w][m] = factors[w].start(rows[m]);
     }
