@@ -186,8 +186,12 @@ class Stats:
 
     def count_draft(self, source: str, proposed: int, accepted: int) -> None:
         """Add a draft of a source."""
-        if proposed:
-            self.drafts.setdefault(source, DraftStats()).outcomes[proposed, accepted] += 1
+        if not proposed:
+            return
+        counts = self.drafts.get(source)
+        if counts is None:
+            counts = self.drafts[source] = DraftStats()
+        counts.outcomes[proposed, accepted] += 1
 
     def count_pass(self, rows: int, seconds: float) -> None:
         """Add a deep pass over `rows` tokens."""

@@ -14,6 +14,7 @@ from runtime.bundle.costs import NEUTRAL, Costs
 Kind = Literal["step", "head", "pass"]
 RECENT = 8  # calls in a median
 SPARSELY = 4  # then only one call in so many is measured, as measuring takes Python's time
+REFRESH = 8  # measurements after which the estimates of other sizes follow
 PRIOR = 2  # calls that an estimate before the first one counts as
 # Calls after which an old measurement is dropped: of one row, and of more rows. The machine may
 # have been busy then, and drafts of a size that seemed expensive are not made again.
@@ -53,7 +54,8 @@ class CallCosts:
         """Drop all measurements."""
         self._seen: dict[Kind, dict[int, _Recent]] = {"step": {}, "head": {}, "pass": {}}
         self._count = 0
-        # Estimates since the last measurement: the rule of drafts reads them before every token.
+        self._measured = 0
+        # Known estimates: the rule of drafts reads them before every token.
         self._prices: dict[int, Prices] = {}  # by sequences
         self._seconds: dict[tuple[Kind, int], float] = {}
 
@@ -63,14 +65,20 @@ class CallCosts:
         seen = self._seen[kind].get(rows)
         if seen is not None and seen.passes_over(self._count):
             return
-        self._prices.clear()
-        self._seconds.clear()
+        self._measured += 1
         if seen is None:
             self._seen[kind][rows] = _Recent(MEMORY if rows == 1 else MEMORY_OF_ROWS)
+            return
+        settled = seen.settled(self._count)
+        # Other kinds say little about this one: an exit's layers may be few or many.
+        expected = None if seen.known(self._count) else self._scaled(kind, rows, (kind,))
+        seen.add(seconds, expected, self._count)
+        if settled and self._measured % REFRESH:
+            self._seconds[kind, rows] = seen.seconds
+            self._prices.pop(rows, None)
         else:
-            # Other kinds say little about this one: an exit's layers may be few or many.
-            expected = None if seen.known(self._count) else self._scaled(kind, rows, (kind,))
-            seen.add(seconds, expected, self._count)
+            self._seconds.clear()
+            self._prices.clear()
 
     def seconds(self, kind: Kind, rows: int) -> float:
         """Return the cost of a call, in seconds."""
@@ -181,9 +189,13 @@ class _Recent:
     def known(self, now: int) -> bool:
         return bool(self._values) and now - self.last <= self._memory
 
+    def settled(self, now: int) -> bool:
+        """Return True if there are RECENT measurements."""
+        return len(self._values) == RECENT and self.known(now)
+
     def passes_over(self, now: int) -> bool:
         """Return True if a call need not be measured, because RECENT ones were."""
-        if len(self._values) < RECENT or not self.known(now):
+        if not self.settled(now):
             return False
         self._passed_over = (self._passed_over + 1) % SPARSELY
         if self._passed_over:

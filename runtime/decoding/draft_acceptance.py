@@ -23,7 +23,8 @@ class Average:
 
     def observe(self, value: float) -> None:
         """Add an observation."""
-        self.count = min(self.count + 1, RULE.recent)
+        if self.count < RULE.recent:
+            self.count += 1
         self.value += (value - self.value) / self.count
 
 
@@ -197,7 +198,8 @@ class Acceptance:
 
     def rate(self, evidence: Evidence) -> float:
         """Return the value of `of_text`."""
-        return self.of_text(evidence).value
+        average = self._by_evidence.get(evidence)
+        return (average or self.of_text(evidence)).value
 
 
 class LearnedDrafts:

@@ -231,9 +231,9 @@ class TextMemory:
             self._texts.append(_Text(salt, encoded, start, size))
 
     def expected(self, salt: str | None, newest: Sequence[int]) -> Expectation | None:
-        """Return the likeliest token after the tokens `newest`, at most LONGEST, of this user."""
+        """Return the likeliest token after the tokens `newest` of this user."""
         index = self._indexes.get(salt)
-        return None if index is None else index.expected(self._encoded(newest))
+        return None if index is None else index.expected(self._encoded(newest[-LONGEST:]))
 
     def _encoded(self, tokens: Sequence[int]) -> bytes:
         """Return tokens as bytes, as in the keys of an index."""

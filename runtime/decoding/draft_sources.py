@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import takewhile
 from numbers import Integral
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from runtime.decoding.draft_memory import LEVELS, ORDERS, Expectation, TextMemory
+from runtime.decoding.draft_memory import LEVELS, ORDERS, TextMemory
 from runtime.decoding.draft_memory import LONGEST as MEMORY_LONGEST
 from runtime.decoding.draft_rule import RULE
 from runtime.decoding.phrases import PhraseTable
@@ -299,9 +300,10 @@ class DraftSources:
         self.own = None if own is None else Own(own, vocab_size)
         self._repetition = repetition = Repetition(vocab_size)
         self._expected = None if predicted is None else Expected(predicted)
-        self._memory = memory
-        self._salt = salt
-        self._phrases = phrases
+        # Names of memory and tables, and functions that return what they expect after some tokens.
+        self._counted = [("phrases", table.expected) for table in phrases]
+        if memory is not None:
+            self._counted.insert(0, ("memory", partial(memory.expected, salt)))
         for part in filter(len, (predicted or (), text)):
             repetition.push([*part, GAP])
         repetition.read(prompt)
@@ -352,12 +354,12 @@ class DraftSources:
             place = repetition.place
             agrees = repetition.agrees
         begins = agrees
-        if self._memory is None and not self._phrases:
+        if not self._counted:
             if not agrees:
                 return NO_CANDIDATES
             found = repetition.tokens[place : place + most]
             return agreeing("lookup", agrees, found[: found.index(GAP)] if GAP in found else found)
-        newest = [*self.context[-MEMORY_LONGEST:], *drafted][-MEMORY_LONGEST:]
+        newest = [*self.context[-MEMORY_LONGEST:], *drafted]
         tokens: list[int] = []
         evidence: list[Evidence] = []
         probability = 1.0
@@ -367,7 +369,10 @@ class DraftSources:
             if token != GAP:
                 kind = "lookup", min(agrees, RULE.most_agreement)
                 likely = rate(kind)
-            for source, expected in self._expected_after(newest):
+            for source, expected_after in self._counted:
+                expected = expected_after(newest)
+                if expected is None:
+                    continue
                 agreed = expected.token == token and agrees < RULE.most_agreement
                 other = source, expected.level + (AGREED if agreed else 0)
                 other_rate = rate(other)
@@ -382,20 +387,10 @@ class DraftSources:
             tokens.append(token)
             evidence.append(kind)
             probability *= likely
-            newest = [*newest, token][-MEMORY_LONGEST:]
+            newest.append(token)
             if agrees >= 0:
                 place += 1
                 agrees += 1
             if agrees <= 0:
                 place, agrees = repetition.match([*drafted, *tokens])
         return Candidates(evidence[0][0], begins, tokens, evidence) if tokens else NO_CANDIDATES
-
-    def _expected_after(self, newest: Sequence[int]) -> Iterator[tuple[str, Expectation]]:
-        """Yield what memory and tables expect after the tokens `newest`, and the source."""
-        found = None if self._memory is None else self._memory.expected(self._salt, newest)
-        if found is not None:
-            yield "memory", found
-        for table in self._phrases:
-            found = table.expected(newest)
-            if found is not None:
-                yield "phrases", found

@@ -271,49 +271,61 @@ class Drafts:
 
         The shallow seconds of a sequence that drafts alone include the Python between the calls.
         """
+        if not shared:
+            self._costs.observe("pass", outcome.rows, deep)
+        if plan.tokens:
+            self._observe_text(plan.source, outcome, shallow, deep, shared)
+        else:
+            self._observe_exit(outcome, shallow, deep, shared)
+
+    def _observe_text(
+        self, source: str, outcome: Outcome, shallow: float, deep: float, shared: bool
+    ) -> None:
+        costs = self._costs
+        rows = outcome.rows
+        if not shared:
+            costs.observe("step", rows, shallow)
+        in_full = outcome.accept_length == outcome.proposed
+        longest = 2 * outcome.proposed + 1 if in_full else max(1, outcome.accept_length)
+        self._next[source] = longest, in_full
+        self._after_exit = False
+        together = self._sequences + rows - 1
+        expected = costs.seconds("pass", together) + costs.seconds("step", together)
+        seconds = expected if shared else self._taken(shallow + deep, expected)
+        token_seconds = self._token_seconds
+        # Losses are counted at average costs: one slow call says nothing about the next draft.
+        self._count_loss("text", expected / token_seconds, outcome.made)
+        time = seconds / token_seconds
+        self._acceptance.search_saved.observe(outcome.made - (self._exit_gain or 1.0) * time)
+        if self.exits:
+            self._observe_speed(outcome.made, seconds, shared)
+            if not shared:
+                self._observe_saving(outcome.made, (self._own_share - 1) * time)
+
+    def _observe_exit(self, outcome: Outcome, shallow: float, deep: float, shared: bool) -> None:
         costs = self._costs
         acceptance = self._acceptance
         rows = outcome.rows
         heads = sum(confidence is not None for confidence in outcome.confidences)
-        if not shared:
-            costs.observe("pass", rows, deep)
-            if plan.tokens:
-                costs.observe("step", rows, shallow)
-            elif heads and self._after_exit:
-                # A step with the head takes at least as long as one without.
-                rest = shallow - (costs.seconds("step", rows - heads) if rows > heads else 0.0)
-                costs.observe("head", 1, max(rest / heads, shallow / rows))
-        if plan.tokens:
-            in_full = outcome.accept_length == outcome.proposed
-            longest = 2 * outcome.proposed + 1 if in_full else max(1, outcome.accept_length)
-            self._next[plan.source] = longest, in_full
-        self._after_exit = not plan.tokens
-        expected = self._draft_seconds(plan, rows, heads)
-        seconds = expected
-        if not shared:
-            taken = max(shallow + deep, self.clock() - self._began)
-            seconds = min(taken, RULE.stray * expected)
-        made = outcome.made
+        if not shared and heads and self._after_exit:
+            # A step with the head takes at least as long as one without.
+            rest = shallow - (costs.seconds("step", rows - heads) if rows > heads else 0.0)
+            costs.observe("head", 1, max(rest / heads, shallow / rows))
+        self._after_exit = True
+        expected = self._exit_seconds(rows, heads)
+        seconds = expected if shared else self._taken(shallow + deep, expected)
         token_seconds = self._token_seconds
-        if self.exits:
-            self._observe_speed(made, seconds, shared)
-        # Losses are counted at average costs: one slow call says nothing about the next draft.
-        if plan.tokens:
-            self._count_loss("text", expected, made)
-            saved = (self._own_share - 1) * seconds / token_seconds
-            replaced = self._exit_gain or 1.0
-            acceptance.search_saved.observe(made - replaced * seconds / token_seconds)
-        else:
-            # Without the exit, the text would have been drafted, too, at the next token.
-            own_rows = min(rows, outcome.proposed + 1)
-            made = min(made, outcome.proposed + 1)
-            own_seconds = self._draft_seconds(plan, own_rows, heads)
-            drafts = acceptance.exit_drafts(self._sequences)
-            drafts.observe(made, own_rows, heads, seconds / expected)
-            seconds -= expected - own_seconds
-            self._count_loss("exit", own_seconds * self._alternative, made)
-            saved = self._own_share * made - self._alternative * seconds / token_seconds
+        self._observe_speed(outcome.made, seconds, shared)
+        # Without the exit, the text would have been drafted, too, at the next token.
+        own_rows = min(rows, outcome.proposed + 1)
+        made = min(outcome.made, outcome.proposed + 1)
+        own_seconds = self._exit_seconds(own_rows, heads)
+        drafts = acceptance.exit_drafts(self._sequences)
+        drafts.observe(made, own_rows, heads, seconds / expected)
+        seconds -= expected - own_seconds
+        self._count_loss("exit", own_seconds * self._alternative / token_seconds, made)
         if not shared:
+            saved = self._own_share * made - self._alternative * seconds / token_seconds
             self._observe_saving(outcome.made, saved)
         # Rows with the head, up to the first rejected one.
         for row, confidence in enumerate(outcome.confidences[: outcome.accept_length + 1]):
@@ -327,6 +339,10 @@ class Drafts:
             accepted_here = outcome.accept_length - outcome.proposed
             for place, evidence in enumerate(self._continuation.evidence[: accepted_here + 1]):
                 acceptance.of_text(evidence).observe(place < accepted_here)
+
+    def _taken(self, engines: float, expected: float) -> float:
+        """Return the seconds of a draft whose engine calls took `engines` seconds."""
+        return min(max(engines, self.clock() - self._began), RULE.stray * expected)
 
     def exit_draft(self, threshold: float) -> ExitDraft:
         """Start a draft of the exit, of predictions with a confidence above `threshold`."""
@@ -394,9 +410,9 @@ class Drafts:
         share = without.seconds("step", 1) / without.seconds("pass", 1)
         return min(1.0, (1 + share) / (1 + share * step / deep))
 
-    def _count_loss(self, kind: str, seconds: float, made: int) -> None:
-        """Add the loss of a draft of a kind that took `seconds` for `made` tokens."""
-        lost = self._lost[kind] + seconds / self._token_seconds - made
+    def _count_loss(self, kind: str, time: float, made: int) -> None:
+        """Add the loss of a draft of a kind that took the time of `time` tokens for `made`."""
+        lost = self._lost[kind] + time - made
         self._lost[kind] = max(-RULE.most_saved, lost)
 
     def _may_lose(self, kind: str) -> bool:
@@ -416,13 +432,6 @@ class Drafts:
     def _token_seconds(self) -> float:
         """Seconds of a token without a draft."""
         return self._costs.prices(self._sequences).token + self._outside
-
-    def _draft_seconds(self, plan: DraftPlan, rows: int, heads: int) -> float:
-        """Return the expected seconds of the engine calls of a draft."""
-        if not plan.tokens:
-            return self._exit_seconds(rows, heads)
-        together = self._sequences + rows - 1
-        return self._costs.seconds("pass", together) + self._costs.seconds("step", together)
 
     def _exit_seconds(self, rows: float, heads: float) -> float:
         """Return the expected seconds of the engine calls of a draft of the exit.

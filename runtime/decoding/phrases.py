@@ -85,7 +85,9 @@ class PhraseTable:
         for order in _LONGEST_FIRST:
             if order > len(newest):
                 continue
-            wanted = _hash(newest[-order:])
+            wanted = order
+            for token in newest[-order:]:
+                wanted = (wanted * _FACTOR + token + 1) & _MASK
             bucket = wanted >> _BUCKET_SHIFT
             end = self._firsts[bucket + 1]
             row = bisect_left(ngrams, wanted, self._firsts[bucket], end)
@@ -109,15 +111,11 @@ def misfit(entries: np.ndarray, vocab_size: int) -> str | None:
     return None
 
 
-def _hash(tokens: Sequence[int]) -> int:
-    value = len(tokens)
-    for token in tokens:
-        value = (value * _FACTOR + token + 1) & _MASK
-    return value
-
-
 def _ngrams(tokens: np.ndarray, ends: np.ndarray, order: int) -> np.ndarray:
-    """Return the hashes of the `order` tokens before each place of `ends`, uint64 [n]."""
+    """Return the hashes of the `order` tokens before each place of `ends`, uint64 [n].
+
+    `PhraseTable.expected` computes the same for one place.
+    """
     ngrams = np.full(len(ends), order, np.uint64)
     for back in range(order, 0, -1):
         ngrams = ngrams * np.uint64(_FACTOR) + tokens[ends - back] + np.uint64(1)

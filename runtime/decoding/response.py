@@ -210,8 +210,11 @@ class Response:
 
     def within(self, drafts: list[int]) -> list[int]:
         """Cut `drafts` before a token the grammar rejects, and after one that ends the output."""
-        ends = (place + 1 for place, token in enumerate(drafts) if token in self.eos)
-        drafts = drafts[: min(next(ends, len(drafts)), self._end - self._length)]
+        drafts = drafts[: self._end - self._length]
+        for place, token in enumerate(drafts):
+            if token in self.eos:
+                drafts = drafts[: place + 1]
+                break
         if self._grammar is None or not drafts:
             return drafts
         return drafts[: self._grammar.allows(self._output(()), drafts)]

@@ -86,13 +86,16 @@ def write_conversation(
 @click.argument("bundle", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.argument("out", type=click.Path(dir_okay=False, path_type=Path))
 @click.option("--conversations", type=click.IntRange(1), default=1000, show_default=True)
+@click.option("--first-seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--turns", type=click.IntRange(1), default=1, show_default=True)
 @click.option("--threads", type=click.IntRange(1), help="Default: all cores.")
-def command(bundle: Path, out: Path, conversations: int, turns: int, threads: int | None) -> None:
+def command(
+    bundle: Path, out: Path, conversations: int, first_seed: int, turns: int, threads: int | None
+) -> None:
     """Append the prompts that the chat model in BUNDLE writes to the JSONL file OUT.
 
-    Conversation N has seed N. Seeds that are in OUT already are skipped, so an interrupted run
-    continues.
+    Each conversation has a seed of its own, from --first-seed on. Seeds that are in OUT already
+    are skipped, so an interrupted run continues.
     """
     if Bundle.open(bundle).manifest.encoder_decoder:
         raise DataError(f"{bundle} is an encoder-decoder; name a bundle of a chat model")
@@ -110,11 +113,12 @@ def command(bundle: Path, out: Path, conversations: int, turns: int, threads: in
             prompts = write_conversation(session, tokenizer, seed, turns)
             return [{"seed": seed, "input": prompt} for prompt in prompts]
 
-        seeds = [seed for seed in range(conversations) if seed not in done]
+        seeds = range(first_seed, first_seed + conversations)
+        left = [seed for seed in seeds if seed not in done]
         with (
             ThreadPoolExecutor(SLOTS) as pool,
             click.progressbar(
-                pool.map(write, seeds), length=len(seeds), label="conversations"
+                pool.map(write, left), length=len(left), label="conversations"
             ) as finished,
         ):
             for lines in finished:

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from runtime.decoding.draft_acceptance import Acceptance
 from runtime.decoding.draft_memory import LEVELS, LONGEST, ORDERS, TextMemory
 from runtime.decoding.draft_sources import DraftSources
-from runtime.decoding.phrases import ENTRY, MOST_ENTRIES, PhraseTable, misfit
-from runtime.decoding.phrases import _hash as hashed
+from runtime.decoding.phrases import ENTRY, MOST_ENTRIES, PhraseTable, _ngrams, misfit
 
 TEXTS = st.lists(st.lists(st.integers(0, 3), max_size=30), max_size=6)
 
@@ -60,7 +59,9 @@ def test_phrases_that_shorter_ones_make_unnecessary_are_left_out_first(texts: li
         found = whole.expected(ngram)
         other = whole.expected(ngram[-shorter[-1] :]) if shorter else None
         assert found is not None
-        gains[hashed(ngram)] = counts[found.token] - (0 if other is None else counts[other.token])
+        tokens = np.array(ngram, np.uint64)
+        (hashed,) = _ngrams(tokens, np.array([len(ngram)]), len(ngram)).tolist()
+        gains[hashed] = counts[found.token] - (0 if other is None else counts[other.token])
     chosen = sorted((gains[ngram] for ngram in kept.entries["ngram"].tolist()), reverse=True)
     assert chosen == sorted(gains.values(), reverse=True)[:most]
 
