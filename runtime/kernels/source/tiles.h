@@ -180,7 +180,7 @@ struct Factors {
 // newer instructions.
 template <int Bits, int M>
 inline int64_t bytes_ahead() {
-  if (Bits == 4 || Vec::kFetches || reads_once<M>()) return 4096;
+  if (Bits == 4 || Vec::kFetches || kProcessor.zen5) return 4096;
   if (kProcessor.intel) return 2048;
   return M > 4 ? 2048 : 0;
 }
