@@ -18,7 +18,7 @@ from runtime.text.tokenizer import Tokenizer
 # Texts of answers of chat models, one JSON object per line (phrases/README.md).
 READY_MADE = Path(__file__).parents[1] / "phrases" / "answers.jsonl.xz"
 # Entries of a table, 13 bytes each.
-MOST_PHRASES = 600_000
+MOST_PHRASES = 900_000
 # Smaller vocabularies are of letters, bytes or sounds.
 LEAST_VOCABULARY = 8192
 

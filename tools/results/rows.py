@@ -18,12 +18,12 @@ CALIBRATION_LINES = 200
 CALIBRATION = f"--rule risk --risk {RISK} --samples {CALIBRATION_LINES}"
 # Version of the test splits. Training after a measurement on test lines requires a new version, and
 # so does a change of the rule of drafts.
-TEST_VERSION = 3
-# The phrases of the chat exit were counted after version 5 of its prompts was measured.
-PROMPTS_VERSION = 6
+TEST_VERSION = 4
+# More answers were counted for the phrases after version 6 of the prompts was measured.
+PROMPTS_VERSION = 7
 PRONUNCIATIONS_VERSION = 4
 LINES = 150
-ORDINARY_LINES = 300
+ORDINARY_LINES = 278
 # Versions of the ordinary prompts. The rows measure the last one.
 ORDINARY = tuple(
     Path(__file__).parents[1] / "data" / name
@@ -34,6 +34,7 @@ ORDINARY = tuple(
         "ordinary_prompts_4.jsonl",
         "ordinary_prompts_5.jsonl",
         "ordinary_prompts_6.jsonl",
+        "ordinary_prompts_7.jsonl",
     )
 )
 SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -110,7 +110,8 @@ inline void exact_panels(const float* rows, const Weight& weight, int64_t panels
                          int64_t apart) {
   constexpr int kOne = kPanel / Vec::kLanes;
   if constexpr ((M == 1 && kOne <= 2) || (M <= 4 && kOne == 1)) {
-    if (panels == 2 && (M == 1 || kProcessor.zen5)) return exact_tile<Bits, M, 2 * kOne>(rows, weight, panel, 0, y, stride, apart);
+    if (panels == 2 && (M == 1 || kProcessor.zen5))
+      return exact_tile<Bits, M, 2 * kOne>(rows, weight, panel, 0, y, stride, apart);
   }
   for (int64_t p = 0; p < panels; p++)
     for (int lane = 0; lane < kPanel; lane += kFloatsWide * Vec::kLanes)

@@ -57,7 +57,8 @@ def ordinary(path: Path) -> tuple[list[str], set[str]]:
 
 
 @pytest.mark.parametrize(
-    ("version", "count", "subjects"), [(1, 150, 25), (2, 150, 30), (3, 300, 79), (4, 300, 207), (5, 300, 94)]
+    ("version", "count", "subjects"),
+    [(1, 150, 25), (2, 150, 30), (3, 300, 79), (4, 300, 207), (5, 300, 94), (7, 278, 2)],
 )
 def test_ordinary_prompts_follow_no_template(version: int, count: int, subjects: int) -> None:
     texts, found = ordinary(ORDINARY[version - 1])
