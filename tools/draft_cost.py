@@ -6,7 +6,8 @@ Each round runs a token of mode full, a chain of drafts after it, and a text dra
 of all bundles in turn. A deep pass comes before each of them, so the processor's caches are cold,
 as in decoding. Times are 10 % quantiles, because other processes only make calls slower. Those of
 one thread are processor time, and those of more are wall-clock time, on an idle machine. The file
-is also the `--costs` of tools.draft_replay. Run from the root of the repository.
+is also the `--costs` of tools.draft_replay. --against names a library of the kernels from another
+build: each bundle is opened with both, which take turns. Run from the root of the repository.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import ExitStack
+from itertools import product
 from pathlib import Path
 from time import perf_counter, thread_time
 from typing import Any
@@ -23,7 +25,7 @@ import click
 import numpy as np
 
 from freeexport.system.load import load_note, other_load
-from runtime import Session
+from runtime import Session, kernels
 from runtime.bundle.bundle import Bundle
 from runtime.decoding.decoder import Decoder
 from runtime.engines import runner
@@ -130,17 +132,22 @@ class DraftTimer:
 
 
 def measure_drafts(
-    bundles: tuple[Path, ...], rounds: int, chain: int, threads: int
+    bundles: tuple[Path, ...], rounds: int, chain: int, threads: int, against: Path | None = None
 ) -> list[dict[str, Any]]:
-    """Return a row for each bundle, of interleaved rounds."""
+    """Return a row for each bundle and library of the kernels, of interleaved rounds."""
+    libraries = {"this": kernels.LIBRARY} | ({"other": against} if against else {})
+    cases = [*product(bundles, libraries)]
     # One thread runs engines in its own time.
     clock = thread_time if threads == 1 else perf_counter
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(runner, "perf_counter", clock))
         timers = []
         manifests = []
-        for path in bundles:
-            opened = Session(path, slots=1, threads=threads, draft_memory_mb=0, prefix_cache_mb=0)
+        for path, library in cases:
+            with mock.patch.object(kernels, "LIBRARY", libraries[library]):
+                opened = Session(
+                    path, slots=1, threads=threads, draft_memory_mb=0, prefix_cache_mb=0
+                )
             session = stack.enter_context(opened)
             decoder = stack.enter_context(session._scheduler.borrowed())
             manifests.append(session.manifest)
@@ -152,10 +159,11 @@ def measure_drafts(
             for timer in timers:
                 timer.round()
     rows = []
-    for path, manifest, timer in zip(bundles, manifests, timers, strict=True):
+    for (path, library), manifest, timer in zip(cases, manifests, timers, strict=True):
         rows.append(
             {
                 "bundle": path.name,
+                **({"library": library} if against else {}),
                 "precision": manifest.precision,
                 "source_sha256": manifest.source_sha256,
                 **timer.report(),
@@ -169,9 +177,19 @@ def measure_drafts(
 @click.option("--rounds", default=250, type=click.IntRange(1), help="Rounds, of all bundles.")
 @click.option("--chain", default=3, type=click.IntRange(1, 8), help="Drafts after each other.")
 @click.option("--threads", default=1, type=click.IntRange(1), help="Threads of an engine call.")
+@click.option(
+    "--against",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False, resolve_path=True),
+    help="Library of the kernels to compare with.",
+)
 @click.option("--save", type=click.Path(path_type=Path), help="JSON file to write.")
 def main(
-    bundles: tuple[Path, ...], rounds: int, chain: int, threads: int, save: Path | None
+    bundles: tuple[Path, ...],
+    rounds: int,
+    chain: int,
+    threads: int,
+    against: Path | None,
+    save: Path | None,
 ) -> None:
     for path in bundles:
         manifest = Bundle.open(path, "sizes").manifest
@@ -180,10 +198,11 @@ def main(
                 f"{path} is an encoder-decoder; give bundles of decoder-only models"
             )
     with other_load() as load:
-        rows = measure_drafts(bundles, rounds, chain, threads)
+        rows = measure_drafts(bundles, rounds, chain, threads, against)
     for row in rows:
         click.echo(
-            f"{row['bundle']}, {row['precision']}: a token {row['token']:.3f} ms, "
+            f"{row['bundle']}, {row.get('library', row['precision'])}: "
+            f"a token {row['token']:.3f} ms, "
             f"a draft {row['draft']:.3f} ms ({row['draft'] / row['token']:.2f} of it): "
             f"shallow {row['shallow_of_draft']:.3f}, exit {row['exit_of_draft']:.3f}, "
             f"Python {row['python_of_draft']:.3f}"
@@ -193,6 +212,7 @@ def main(
     if save is not None:
         command = f"python -m tools.draft_cost {' '.join(path.name for path in bundles)}"
         command += f" --rounds {rounds} --chain {chain} --threads {threads}"
+        command += " --against OTHER" if against else ""
         clock = "processor time" if threads == 1 else "wall-clock time"
         save_timings(save, command, load.cores, rows, clock)
 

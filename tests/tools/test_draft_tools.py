@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from checkpoints import BY_NAME, PROMPTS, Bundles
 from click.testing import CliRunner
 
 from runtime.decoding.phrases import PhraseTable
+from runtime.kernels import LIBRARY
 from tools import draft_cost, draft_replay, draft_traces
 
 COSTS = {
@@ -46,6 +48,16 @@ def test_costs_and_traces_of_a_bundle_are_replayed(bundle: Bundles, tmp_path: Pa
     (replayed,) = json.loads(saved.read_text())["rows"]
     assert replayed["setting"] == "memory"
     assert 0 < replayed["passes_per_token"] <= 1
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_two_builds_of_the_kernels_take_turns(bundle: Bundles, tmp_path: Path) -> None:
+    other, costs = tmp_path / "other.so", tmp_path / "costs.json"
+    shutil.copy(LIBRARY, other)
+    run(draft_cost, bundle(BY_NAME["llama-tied"], 2), "--rounds", 1, "--against", other, "--save", costs)
+    saved = json.loads(costs.read_text())
+    assert [row["library"] for row in saved["rows"]] == ["this", "other"]
+    assert str(tmp_path) not in costs.read_text()
 
 
 def test_a_replay_accepts_what_the_trace_confirms(tmp_path: Path) -> None:
