@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from runtime.adaptation.call_costs import MEMORY, MEMORY_OF_ROWS, CallCosts, Kind
+from runtime.adaptation.call_costs import (
+    MEMORY,
+    MEMORY_OF_ROWS,
+    RECENT,
+    REFRESH,
+    SPARSELY,
+    CallCosts,
+    Kind,
+)
 from runtime.bundle.costs import Costs
 
 BASE = Costs(2.0, 1.0, {1: 10.0, 8: 17.0})
@@ -30,6 +38,15 @@ def test_what_was_not_measured_is_scaled_like_the_nearest_that_was() -> None:
     assert costs.seconds("step", 1) == pytest.approx(3.0)
     seen(costs, "pass", 4, 26.0, 30)  # nearer to 8: twice the base
     assert costs.seconds("pass", 8) == pytest.approx(34.0, rel=0.02)
+
+
+def test_other_sizes_follow_a_settled_cost_after_a_few_measurements() -> None:
+    costs = CallCosts(BASE)
+    seen(costs, "pass", 1, 10.0, 40)
+    assert costs.seconds("pass", 8) == pytest.approx(17.0)
+    seen(costs, "pass", 1, 20.0, SPARSELY * (RECENT + REFRESH))
+    assert costs.seconds("pass", 1) == costs.prices().deep == pytest.approx(20.0)
+    assert costs.seconds("pass", 8) == pytest.approx(34.0)
 
 
 def test_the_first_call_of_a_size_binds_and_does_not_count() -> None:
