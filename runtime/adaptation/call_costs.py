@@ -14,7 +14,7 @@ from runtime.bundle.costs import NEUTRAL, Costs
 Kind = Literal["step", "head", "pass"]
 RECENT = 8  # calls in a median
 SPARSELY = 4  # then only one call in so many is measured, as measuring takes Python's time
-REFRESH = 8  # measurements after which the estimates of other sizes follow
+REFRESH = 8  # measurements between updates of the estimates of other sizes
 PRIOR = 2  # calls that an estimate before the first one counts as
 # Calls after which an old measurement is dropped: of one row, and of more rows. The machine may
 # have been busy then, and drafts of a size that seemed expensive are not made again.
@@ -55,7 +55,7 @@ class CallCosts:
         self._seen: dict[Kind, dict[int, _Recent]] = {"step": {}, "head": {}, "pass": {}}
         self._count = 0
         self._measured = 0
-        # Known estimates: the rule of drafts reads them before every token.
+        # Estimates so far: the rule of drafts reads them before every token.
         self._prices: dict[int, Prices] = {}  # by sequences
         self._seconds: dict[tuple[Kind, int], float] = {}
 

@@ -198,8 +198,7 @@ class Acceptance:
 
     def rate(self, evidence: Evidence) -> float:
         """Return the value of `of_text`."""
-        average = self._by_evidence.get(evidence)
-        return (average or self.of_text(evidence)).value
+        return self.of_text(evidence).value
 
 
 class LearnedDrafts:

@@ -1,4 +1,4 @@
-"""A memory of recent outputs for drafts: what followed each n-gram, and how often.
+"""A memory of recent outputs for drafts: counts of the tokens after each n-gram.
 
 Each user (`cache_salt`) has an index of its own, so drafts depend only on texts of the same user.
 """
@@ -83,7 +83,7 @@ class Followers:
 
 
 class TextIndex:
-    """What followed each n-gram of ORDERS tokens in the texts of one user.
+    """Counts of the tokens after each n-gram of ORDERS tokens, in the texts of one user.
 
     Attributes:
         used: Upper bound of its memory, in bytes.

@@ -300,7 +300,7 @@ class DraftSources:
         self.own = None if own is None else Own(own, vocab_size)
         self._repetition = repetition = Repetition(vocab_size)
         self._expected = None if predicted is None else Expected(predicted)
-        # Names of memory and tables, and functions that return what they expect after some tokens.
+        # Names of the sources with counts, and functions that return the likeliest next token.
         self._counted = [("phrases", table.expected) for table in phrases]
         if memory is not None:
             self._counted.insert(0, ("memory", partial(memory.expected, salt)))
