@@ -120,7 +120,6 @@ bool packed_linear(const Kernels& kernels, const Product& product, Parallel para
     const int64_t share = panel_bytes * product.panels() / (kTasksOfCore * kCores);
     task_bytes = share < kTaskBytes ? kTaskBytes : least(share, kStreamBytes);
   }
-  if (call.row_blocks > 1) { static const int64_t kb = std::getenv("FE_KB") ? std::atoi(std::getenv("FE_KB")) : 24; task_bytes = kb << 10; }
   call.task_panels = panel_bytes < task_bytes ? task_bytes / panel_bytes : 1;
   // Multiplied in pairs.
   if (quantized > 1 || tiles || weight.exact) call.task_panels += call.task_panels % 2;
