@@ -318,7 +318,7 @@ class Decoder:
                 prefix.keep(self.runners, self.slot)
             self.stats.prefill_seconds += perf_counter() - began
         self.begun()
-        return self._answer(heads - 1)._replace(
+        return self.answer(heads - 1)._replace(
             confidence=self._confidence_memory[0] if head else None
         )
 
@@ -379,7 +379,7 @@ class Decoder:
             self.stats.count_pass(call.rows, call.seconds)
             self._deep.cache.extend(self.slot, call.rows)
         self.stacked = 0
-        return [self._answer(row, row < self._drafts) for row in range(self._heads)]
+        return [self.answer(row, row < self._drafts) for row in range(self._heads)]
 
     def start_sync(self, least: int) -> None:
         """Start a background pass over the stacked rows that no pass has read.
@@ -395,7 +395,7 @@ class Decoder:
         fields = (self._best_memory[0], self._confidence_memory[0], None, self._step_logits)
         return tuple.__new__(Prediction, fields)
 
-    def _answer(self, row: int, drafted: bool = False) -> Prediction:
+    def answer(self, row: int, drafted: bool = False) -> Prediction:
         """Read the prediction of the last deep call at row `row` of its heads."""
         logits = self._logits[self._deep][row] if self._logits else None
         nll = self._nll.item(row) if drafted else None

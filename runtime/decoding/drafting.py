@@ -78,26 +78,35 @@ def text_at_once(
     shallow_seconds = stats.shallow_seconds
     deep_seconds = stats.deep_seconds
     deep = decoder.read_draft([response.newest, *_read(response, tokens)])
-    accept_length = 0
-    while accept_length < len(tokens) and tokens[accept_length] == deep[accept_length]:
-        accept_length += 1
-    made = min(accept_length + 1, len(deep))
+    rows = len(deep)
+    predictions: list[Prediction] | None = None
+    if response.plain and response.greedy:
+        accept_length = 0
+        while accept_length < len(tokens) and tokens[accept_length] == deep[accept_length]:
+            accept_length += 1
+        final = deep[: accept_length + 1]
+    else:
+        predictions = [decoder.answer(row) for row in range(rows)]
+        accept_length, correction = agreement(response, list(tokens), predictions)
+        final = [*tokens[:accept_length], *([] if correction is None else [correction])]
+    made = len(final)
     drafts.observe(
         plan,
-        Outcome(rows=len(deep), proposed=len(tokens), accept_length=accept_length, made=made),
+        Outcome(rows=rows, proposed=len(tokens), accept_length=accept_length, made=made),
         shallow=stats.shallow_seconds - shallow_seconds,
         deep=stats.deep_seconds - deep_seconds,
         shared=False,
     )
     stats.rejected += len(tokens) - accept_length
     stats.count_draft(plan.source, len(tokens), accept_length)
-    if made < len(deep):
-        decoder.trim(decoder.lengths()[1] - len(deep) + made)
-    for row in range(made):
+    if made < rows:
+        decoder.trim(decoder.lengths()[1] - rows + made)
+    for row, token in enumerate(final):
         if response.finished:
             return
         source = plan.source if row < accept_length else None
-        yield response.add(deep[row], False, None, source=source)
+        prediction = predictions[row] if predictions else None
+        yield response.add(token, False, None, prediction, source=source)
 
 
 def draft_continued(

@@ -33,9 +33,9 @@ Loop = Generator[Token | Waiting, None, None]
 def full(decoder: Decoder, response: Response) -> Loop:
     """Decode with the whole model: every token runs both engines, without the shallow head."""
     while not response.finished:
-        if decoder.alone and response.greedy:
+        if decoder.alone and not response.joins_forced:
             yield AT_ONCE
-            yield response.add(decoder.full_step(response.newest), False, None)
+            yield _token_at_once(decoder, response)
             continue
         unread = yield from _forced(decoder, response, decoder.max_pending)
         if not response.finished:
@@ -172,10 +172,10 @@ def lossless(
     """
     stats = decoder.stats
     while not response.finished:
-        if drafts.rest and not drafts.exits and decoder.alone and response.greedy:
+        if drafts.rest and not drafts.exits and decoder.alone and not response.joins_forced:
             drafts.rest -= 1
             yield AT_ONCE
-            yield response.add(decoder.full_step(response.newest), False, None)
+            yield _token_at_once(decoder, response)
             continue
         unread = (
             (yield from _forced(decoder, response, max_pending))
@@ -184,13 +184,14 @@ def lossless(
         )
         if response.finished:
             return
+        at_once = decoder.alone and len(unread) == 1
         plan = drafts.plan(response, max_pending - len(unread), decoder.batch_size)
         shallow_seconds = stats.shallow_seconds
         deep_seconds = stats.deep_seconds
         if plan is NO_DRAFT:
-            if decoder.alone and response.greedy:
+            if at_once:
                 yield AT_ONCE
-                token = response.add(decoder.full_step(response.newest), False, None)
+                token = _token_at_once(decoder, response)
             else:
                 prediction = yield from _deep_token(decoder, unread)
                 token = response.add(response.choose(prediction), False, None, prediction)
@@ -200,7 +201,7 @@ def lossless(
             drafts.observe_plain(shallow_seconds, stats.deep_seconds - deep_seconds, shared)
             yield token
             continue
-        if plan.tokens and decoder.alone and response.plain and response.greedy:
+        if plan.tokens and at_once:
             yield AT_ONCE
             yield from text_at_once(decoder, response, drafts, plan)
             continue
@@ -273,6 +274,15 @@ def _forced(
         unread.append(token)
         yield response.add(token, False, None, source="forced")
     return unread
+
+
+def _token_at_once(decoder: Decoder, response: Response) -> Token:
+    """Run both decoders on the newest token and add the next one. No other sequence may run."""
+    token = decoder.full_step(response.newest)
+    if response.greedy:
+        return response.add(token, False, None)
+    prediction = decoder.answer(0)
+    return response.add(response.choose(prediction), False, None, prediction)
 
 
 def _deep_token(decoder: Decoder, unread: Sequence[int]) -> Waits[Prediction]:

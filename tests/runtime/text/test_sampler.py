@@ -52,6 +52,14 @@ def cases() -> Iterator[np.ndarray]:
     yield forbidden
 
 
+def warped(warping: Warping, scores: np.ndarray) -> np.ndarray:
+    """Return the scores of all tokens, -inf for those that cannot be drawn."""
+    tokens, kept = warping(scores)
+    result = np.full_like(scores, -np.inf)
+    result[tokens] = kept
+    return result
+
+
 def assert_same(ours: np.ndarray, other: np.ndarray) -> None:
     assert ours.dtype == np.float32
     assert (np.isneginf(ours) == np.isneginf(other)).all()
@@ -83,9 +91,25 @@ def test_scores_are_those_of_transformers(ours: Warping | Sampler, processor: Lo
         before = scores.copy()
         if isinstance(processor, TopPLogitsWarper) and (scores == np.round(scores)).all():
             continue  # which of several tied tokens stay is up to the order of a sort
-        changed = ours(scores) if isinstance(ours, Warping) else ours.process(scores, CONTEXT)
+        changed = warped(ours, scores) if isinstance(ours, Warping) else ours.process(scores, CONTEXT)
         assert_same(changed, processor(torch.tensor(CONTEXT)[None], torch.tensor(scores)[None])[0].numpy())
         np.testing.assert_array_equal(scores, before)
+
+
+@given(
+    st.lists(st.integers(-20, 20), min_size=1, max_size=400),
+    st.integers(1, 12),
+    st.sampled_from([0.3, 0.7, 1.0, 1.7]),
+)
+def test_top_k_of_a_large_vocabulary_keeps_those_of_transformers(
+    values: list[int], count: int, temperature: float
+) -> None:
+    """Scores with many ties, some of which are ties only after the division by the temperature."""
+    scores = np.array(values * 5, np.float32)
+    scores[::3] = np.nextafter(scores[::3], np.float32(100))
+    given = torch.tensor(scores)[None]
+    expected = TopKLogitsWarper(count)(given, TemperatureLogitsWarper(temperature)(given, given))
+    assert_same(warped(Warping(temperature, count, 1.0, 0.0), scores), expected[0].numpy())
 
 
 @given(
@@ -112,7 +136,7 @@ def test_penalties_count_generated_tokens_only(
 @given(st.lists(st.floats(-50, 50, width=32), min_size=2, max_size=30), st.floats(0.01, 1.0))
 def test_top_p_keeps_the_fewest_best_that_reach_the_mass(values: list[float], mass: float) -> None:
     scores = np.array(values, np.float32)
-    kept = np.isfinite(Warping(1.0, 0, mass, 0.0)(scores))
+    kept = np.isfinite(warped(Warping(1.0, 0, mass, 0.0), scores))
     probabilities = softmax(scores)
     assert probabilities[kept].sum() >= mass - 1e-6
     assert probabilities[kept].min() >= probabilities[~kept].max(initial=0)
@@ -176,7 +200,8 @@ def test_warping_is_the_distribution_that_transformers_samples_from() -> None:
     warping = Warping(0.6, 20, 0.8, 0.05)
     assert len(out.scores) > 2
     for step, (logits, scores) in enumerate(zip(out.logits, out.scores, strict=True)):
-        ours = softmax(warping(sampler.process(logits[0].numpy(), out.sequences[0, : 3 + step].numpy())))
+        processed = sampler.process(logits[0].numpy(), out.sequences[0, : 3 + step].numpy())
+        ours = softmax(warped(warping, processed))
         np.testing.assert_allclose(ours, scores[0].double().softmax(-1).numpy(), atol=1e-6)
 
 
