@@ -13,7 +13,7 @@ from runtime.bundle.costs import NEUTRAL, Costs
 # "pass": a deep call.
 Kind = Literal["step", "head", "pass"]
 RECENT = 8  # calls in a median
-SPARSELY = 4  # then only one call in so many is measured, as measuring takes Python's time
+SPARSELY = 4  # then only one call in four is measured, because measuring takes time in Python
 REFRESH = 8  # measurements between updates of the estimates of other sizes
 PRIOR = 2  # calls that an estimate before the first one counts as
 # Calls after which an old measurement is dropped: of one row, and of more rows. The machine may

@@ -107,8 +107,8 @@ def test_top_k_of_a_large_vocabulary_keeps_those_of_transformers(
     """Scores with many ties, some of which are ties only after the division by the temperature."""
     scores = np.array(values * 5, np.float32)
     scores[::3] = np.nextafter(scores[::3], np.float32(100))
-    given = torch.tensor(scores)[None]
-    expected = TopKLogitsWarper(count)(given, TemperatureLogitsWarper(temperature)(given, given))
+    logits = torch.tensor(scores)[None]
+    expected = TopKLogitsWarper(count)(logits, TemperatureLogitsWarper(temperature)(logits, logits))
     assert_same(warped(Warping(temperature, count, 1.0, 0.0), scores), expected[0].numpy())
 
 
