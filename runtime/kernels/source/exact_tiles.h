@@ -136,46 +136,54 @@ inline void widen(const uint8_t* data, int64_t bytes, int64_t count, WideFactors
   }
 }
 
-// Multiplies whole tiles of rows first..last with a panel.
-template <int Bits>
+// Multiplies whole tiles of rows first..last with `Panels` panels, see `two_float_panels`.
+template <int Bits, int Panels>
 inline void exact_rows(const float* rows, int64_t first, int64_t last, const Weight& weight, int64_t panel, float* y,
-                       int64_t stride) {
-  constexpr int kOne = kPanel / Vec::kLanes, kRows = Vec::kRows;
+                       int64_t stride, int64_t apart) {
+  constexpr int kOne = kPanel / Vec::kLanes, kRows = Vec::kRows, kAll = Panels * kOne;
+  constexpr int kWide = Panels == 2 ? 2 : kFloatsWide;
+  static_assert(Panels == 1 || kOne == 1, "a register holds a panel");
+  constexpr int64_t kPart = kWidenedInputs * kPanel, kApart = Panels == 2 ? kPart : Vec::kLanes;
   const int64_t groups = weight.groups(), bytes = weight.group_bytes(), inputs = groups * kGroup;
-  alignas(64) float values[kWidenedInputs * kPanel];
-  Vec::Float sums[kTaskRows / kRows][kOne / kFloatsWide][kFloatsWide][kRows];
-  WideFactors factors[kOne];
-  for (int w = 0; w < kOne; w++) factors[w].begin(weight, panel, w * Vec::kLanes);
+  alignas(64) float values[Panels * kPart];
+  Vec::Float sums[kTaskRows / kRows][kAll / kWide][kWide][kRows];
+  WideFactors factors[kAll];
+  for (int w = 0; w < kAll; w++) factors[w].begin(weight, panel + w / kOne, w % kOne * Vec::kLanes);
   for (auto& tile : sums)
     for (auto& part : tile) clear(part);
   for (int64_t i = 0; i < inputs; i += kWidenedInputs) {
     const int64_t count = least(kWidenedInputs, inputs - i);
-    const uint8_t* data = weight.data + (panel * groups + i / kGroup) * bytes;
-    for (int w = 0; w < kOne; w++)
-      widen<Bits>(data + w * Vec::kLanes * 4, bytes, count, factors[w], values + w * Vec::kLanes);
+    for (int w = 0; w < kAll; w++) {
+      const uint8_t* data = weight.data + ((panel + w / kOne) * groups + i / kGroup) * bytes;
+      widen<Bits>(data + w % kOne * Vec::kLanes * 4, bytes, count, factors[w], values + w * kApart);
+    }
     for (int64_t m = first; m < last; m += kRows)
-      for (int part = 0; part < kOne / kFloatsWide; part++)
-        add_floats<Singles>(rows + m * inputs + i * kRows, values + part * kFloatsWide * Vec::kLanes, count, 0,
-                            sums[(m - first) / kRows][part]);
+      for (int part = 0; part < kAll / kWide; part++)
+        add_floats<Singles>(rows + m * inputs + i * kRows, values + part * kWide * Vec::kLanes, count, 0,
+                            sums[(m - first) / kRows][part], kApart);
   }
   for (int64_t m = first; m < last; m += kRows)
-    for (int part = 0; part < kOne / kFloatsWide; part++)
-      put_floats(sums[(m - first) / kRows][part], weight, panel, part * kFloatsWide * Vec::kLanes, y + (m - first) * stride,
-                 stride);
+    for (int w = 0; w < kAll; w++) {
+      const int lane = w % kOne * Vec::kLanes;
+      put(sums[(m - first) / kRows][w / kWide][w % kWide], weight, (panel + w / kOne) * kPanel + lane,
+          y + w / kOne * apart + (m - first) * stride + lane, stride, 0);
+    }
 }
 
 using ExactPanels = void (*)(const float*, const Weight&, int64_t, int64_t, float*, int64_t, int64_t);
+using ExactRows = void (*)(const float*, int64_t, int64_t, const Weight&, int64_t, float*, int64_t, int64_t);
 
-// Functions for 1 to Vec::kRows rows, and for whole tiles of many rows.
+// Functions for 1 to Vec::kRows rows, and for whole tiles of many rows with one panel and with two, or null.
 struct ExactTiles {
   ExactPanels of[Vec::kRows + 1] = {};
-  void (*of_many)(const float*, int64_t, int64_t, const Weight&, int64_t, float*, int64_t) = nullptr;
+  ExactRows of_many = nullptr, of_many_in_two = nullptr;
 };
 
 template <int Bits>
 struct ExactTilesOf : ExactTiles {
   constexpr ExactTilesOf() {
-    of_many = exact_rows<Bits>;
+    of_many = exact_rows<Bits, 1>;
+    if constexpr (Vec::kLanes == kPanel) of_many_in_two = exact_rows<Bits, 2>;
     fill<Vec::kRows>();
   }
   template <int M>
@@ -204,7 +212,11 @@ inline void multiply_exact(const float* rows, int64_t first, int64_t last, const
     int64_t m = first;
     if (last - first >= kWidenedRows) {
       m += (last - first) / Vec::kRows * Vec::kRows;
-      for (int64_t p = 0; p < panels; p++) tiles.of_many(rows, first, m, weight, panel + p, y + p * apart, stride);
+      if (panels == 2 && tiles.of_many_in_two && multiplies_in_two())
+        tiles.of_many_in_two(rows, first, m, weight, panel, y, stride, apart);
+      else
+        for (int64_t p = 0; p < panels; p++)
+          tiles.of_many(rows, first, m, weight, panel + p, y + p * apart, stride, 0);
     }
     for (; m < last; m += Vec::kRows)
       tiles.of[rows_of_tile(m, last)](rows + m * inputs, weight, panels, panel, y + (m - first) * stride, stride, apart);
@@ -214,10 +226,6 @@ inline void multiply_exact(const float* rows, int64_t first, int64_t last, const
 // Like `multiply` of quantized rows, for all weights with rows in fp32.
 inline void multiply(const float* rows, const int16_t*, int64_t first, int64_t last, const Weight& weight,
                      int64_t panel, int64_t end, float* y, int64_t stride, int64_t apart) {
-  if (weight.exact) return multiply_exact(rows, first, last, weight, panel, end, y, stride, apart);
-  const FloatTile* tiles = float_tiles_of(weight);
-  const int64_t inputs = weight.groups() * kGroup;
-  for (; panel < end; panel++, y += apart)
-    for (int64_t m = first; m < last; m += Vec::kRows)
-      tiles[rows_of_tile(m, last)](rows + m * inputs, weight, panel, y + (m - first) * stride, stride);
+  const auto multiply_all = weight.exact ? multiply_exact : multiply_floats;
+  multiply_all(rows, first, last, weight, panel, end, y, stride, apart);
 }

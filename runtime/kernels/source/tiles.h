@@ -315,10 +315,8 @@ inline void gated_panels(const Product& product, const Row* rows, const int16_t*
   }
   multiply(rows, wide, first, last, weight, panel, end, gate, kPanel, values);
   activate(product.activation, gate, all);
-  if (product.up.data != nullptr) {
-    multiply(rows, wide, first, last, product.up, panel, end, up, kPanel, values);
-    for (int64_t i = 0; i < all; i++) gate[i] *= up[i];
-  }
+  multiply(rows, wide, first, last, product.up, panel, end, up, kPanel, values);
+  for (int64_t i = 0; i < all; i++) gate[i] *= up[i];
   for (int64_t p = panel; p < end; p++) {
     const int64_t left = weight.outputs - p * kPanel;
     const size_t bytes = static_cast<size_t>(left < kPanel ? left : kPanel) * sizeof(float);
@@ -331,12 +329,15 @@ template <typename Row>
 inline void panels_of(const Product& product, const Row* rows, const int16_t* wide, int64_t first, int64_t last,
                       int64_t panel, int64_t end) {
   const Weight& weight = product.weight;
-  if (product.beside || (product.activation == kNone && product.up.data == nullptr)) {
-    float* y = product.y + first * product.outputs();
+  if (product.beside || product.up.data == nullptr) {
     const int64_t own = weight.panels(), stride = product.outputs(), behind = panel > own ? panel - own : 0;
+    float* y = product.y + first * stride;
     float* beside = y + weight.outputs + behind * kPanel;
-    multiply(rows, wide, first, last, weight, panel, end < own ? end : own, y + panel * kPanel, stride, kPanel);
+    multiply(rows, wide, first, last, weight, panel, least(end, own), y + panel * kPanel, stride, kPanel);
     multiply(rows, wide, first, last, product.up, behind, end - own, beside, stride, kPanel);
+    if (product.activation == kNone) return;
+    const int64_t count = least(end * kPanel, weight.outputs) - panel * kPanel;
+    for (int64_t m = 0; m < last - first; m++) activate(product.activation, y + m * stride + panel * kPanel, count);
     return;
   }
   const int64_t most = kGatedRows / (last - first);

@@ -72,6 +72,18 @@ def test_norms_activations_and_second_weights_are_those_of_single_products(shape
     np.testing.assert_array_equal(y, alone * multiply("scalar", x, up, **fused) if second else alone)
 
 
+@pytest.mark.parametrize("second", [None, "gate", "beside"])
+@pytest.mark.parametrize("format_", FORMATS)
+def test_many_rows_have_the_bits_of_each_alone(format_, second):
+    rng = np.random.default_rng(0)
+    case, up = (float_case(rng, 75, 600, format_, bias=True) for _ in range(2))
+    x = rows(rng, 91, 600)
+    fused = {"up": up if second else None, "beside": second == "beside"}
+    y = everywhere(x, case, **fused)
+    for row in (0, 7, 23, 64, 88, 90):
+        np.testing.assert_array_equal(multiply("scalar", x[row : row + 1], case, **fused)[0], y[row])
+
+
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("format_", FORMATS)
 def test_a_session_multiplies_with_floats_also_where_a_prompt_is_read(format_, threads):
