@@ -73,6 +73,11 @@ option = option_of(EvaluateOptions)
     ),
 )
 @option(
+    "temperature",
+    "Sampling temperature. Each line is sampled with its number as seed. 0 is greedy decoding.",
+    show_default="0",
+)
+@option(
     "thresholds",
     "Confidence above which a token exits, in method free, which also runs at the calibrated "
     "threshold. May be repeated.",

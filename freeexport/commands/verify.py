@@ -14,7 +14,6 @@ import click
 from freeexport.commands.verb_options import DEVICE, SectionedCommand, section
 from freeexport.system.child import PACKAGES
 from freeexport.system.environment import environment
-from freeexport.system.output import check_writable, write_whole
 from freeexport.system.page import print_page, table
 from freeexport.verification.batches import FULL, QUICK
 from freeexport.verification.checks import greedy_line, quality_line, sentence_of
@@ -86,12 +85,6 @@ def _sets(ctx: click.Context, parameter: click.Parameter, value: str | None) -> 
         "process."
     ),
 )
-@click.option(
-    "--save",
-    type=click.Path(path_type=Path, dir_okay=False),
-    metavar="FILE",
-    help="File to write the result of --equal to, as JSON, once it is complete.",
-)
 @section("Result")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def command(
@@ -103,7 +96,6 @@ def command(
     device: str,
     equal: int | None,
     instructions: tuple[str, ...],
-    save: Path | None,
     as_json: bool,
 ) -> None:
     """Check every byte of BUNDLE, and its engines.
@@ -128,9 +120,8 @@ def command(
         raise click.UsageError("--data requires --against MODEL or --equal N")
     if exit_file is not None and against is None:
         raise click.UsageError("--exit requires --against MODEL")
-    for option, given in (("--instructions", instructions), ("--save", save)):
-        if given and equal is None:
-            raise click.UsageError(f"{option} requires --equal N")
+    if instructions and equal is None:
+        raise click.UsageError("--instructions requires --equal N")
     if equal is not None and (against is not None or quick):
         raise click.UsageError(
             "--equal compares the bundle with itself; omit --against and --quick"
@@ -141,13 +132,12 @@ def command(
             "--equal compares bits, which passes over several rows do not keep on a GPU; leave it "
             "out, and --device compares tokens up to ties"
         )
-    check_writable(save, "--save")
     path = find_bundle(bundle)
     if place.index is not None:
         check_bundles([Bundle.open(path)], place, slots=max(BATCHES))
     opened = Bundle.open(path, verify="full")
     if equal is not None:
-        _compare(opened, equal, data, sets=instructions, save=save, as_json=as_json)
+        _compare(opened, equal, data, sets=instructions, as_json=as_json)
         return
     report = verify(
         opened,
@@ -183,7 +173,6 @@ def _compare(
     tokens: int,
     file: Path | None,
     sets: tuple[str, ...],
-    save: Path | None,
     as_json: bool,
 ) -> None:
     """Compare the bundle with itself, and show the result.
@@ -202,12 +191,9 @@ def _compare(
         raise
     if not as_json:
         _show(outcome, settings)
-    certificate = {**environment(), **_identity(bundle, file), **outcome.to_json()}
-    text = json.dumps(certificate, indent=2)
     if as_json:
-        click.echo(text)
-    if save is not None:
-        write_whole(save, text + "\n")
+        certificate = {**environment(), **_identity(bundle, file), **outcome.to_json()}
+        click.echo(json.dumps(certificate, indent=2))
     if not outcome.equal:
         first = next(row for row in outcome.rows if not row.equal)
         raise VerificationError(

@@ -32,20 +32,24 @@ OtherDecoders = Mapping[tuple[str, str], OtherDecoder]
 
 
 def decode(
-    session: Session, setting: Setting, prompt: Prompt, most: int, emit: Emit | None = None
+    session: Session,
+    setting: Setting,
+    prompt: Prompt,
+    options: Mapping[str, Any],
+    emit: Emit | None = None,
 ) -> dict[str, Any]:
     """Decode a prompt, and return the fields of its record that the decoder determines.
 
     Args:
         setting: How to decode.
         prompt: Token ids [n], or a window of speech.
-        most: Most tokens to generate.
+        options: Other options of the request.
         emit: Called with each token as it is generated. Ends of sequence are then ignored, and
             `times` is recorded.
     """
     adaptive = setting.method == "adaptive"
     threshold = session.threshold if adaptive else None
-    given = {"max_new_tokens": most, **setting.options}
+    given = {**options, **setting.options}
     if emit is None:
         result = session.generate(prompt, **given)
         stats = result.stats
@@ -126,12 +130,14 @@ class Work:
         prompts: Sequence[Mapping[int, Any]],
         speed_only: bool,
         others: OtherDecoders,
+        temperature: float = 0.0,
     ) -> None:
         self._names = [entry.name for entry in entries]
         self._sessions = sessions
         self._prompts = prompts
         self._speed_only = speed_only
         self._others = others
+        self._temperature = temperature
         self.lines = [line for line in prompts[0] if all(line in each for each in prompts)]
         # Number of the bundle, and a setting of it.
         self.settings = [
@@ -152,8 +158,12 @@ class Work:
         if other is not None:
             return other(setting, self._prompts[number][line], most)
         emit = (lambda token: None) if self._speed_only else None
+        options: dict[str, Any] = {"max_new_tokens": most}
+        if self._temperature:
+            # With one seed per line, every setting that decodes like `full` has its tokens.
+            options.update(temperature=self._temperature, seed=line)
         return decode(
-            self._sessions[number], setting, self._prompts[number][line], most=most, emit=emit
+            self._sessions[number], setting, self._prompts[number][line], options, emit=emit
         )
 
     def warm_up(self, most: int) -> None:
@@ -190,6 +200,7 @@ def measure(
             list(map(prompts_of, sessions)),
             speed_only=speed_only,
             others=others or {},
+            temperature=options.temperature,
         )
 
         def done(turn: int, place: int) -> bool:

@@ -14,7 +14,7 @@ from runtime.errors import OptionError
 from runtime.hub import bundle_name
 from runtime.machine.device import Device
 from runtime.machine.machine import usable_cores
-from runtime.options import Drafts, Mode
+from runtime.options import Drafts, GenerationOptions, Mode
 from runtime.placement import check_bundles
 
 Method = Literal[
@@ -134,10 +134,12 @@ class EvaluateOptions:
     threads: int | None = None
     device: str = "cpu"
     quality: float = 0.99
+    temperature: float = 0.0
     overwrite: bool = False
 
     def __post_init__(self) -> None:
         Device.parse(self.device)
+        GenerationOptions(temperature=self.temperature)
         if self.metrics and (self.data is None or self.output is None):
             raise OptionError(
                 "--metric scores outputs of a data file; give --data FILE and --output DIRECTORY, "
@@ -167,6 +169,13 @@ class EvaluateOptions:
     def count(self) -> int:
         """Threads per engine call."""
         return self.threads or usable_cores()
+
+    @property
+    def choice(self) -> str:
+        """How tokens are chosen, for tables."""
+        if not self.temperature:
+            return "greedy"
+        return f"sampled at temperature {self.temperature:g}, each line with its number as seed"
 
 
 @dataclass(frozen=True)

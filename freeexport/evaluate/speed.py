@@ -75,6 +75,7 @@ def measure_speed(options: EvaluateOptions) -> dict[str, Any]:
         prompts=len(prompts),
         tokens=options.max_new_tokens,
         rounds=options.rounds,
+        choice=options.choice,
         reference=reference,
         busy=busiest(found.values()),
     )

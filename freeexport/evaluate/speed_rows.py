@@ -148,6 +148,7 @@ def speed_facts(
     prompts: int,
     tokens: int,
     rounds: int,
+    choice: str,
     reference: str | None,
     busy: float,
 ) -> dict[str, Any]:
@@ -167,7 +168,7 @@ def speed_facts(
         "prompts": prompts,
         "tokens": tokens,
         "rounds": rounds,
-        "decoding": "greedy, ends of sequence ignored",
+        "decoding": f"{choice}, ends of sequence ignored",
         "compared_with": reference,
         "cpu": machine["processor"],
         "cpu_features": machine["features"],

@@ -116,7 +116,7 @@ def facts(found: Evaluation, shown: Sheet | None = None) -> list[tuple[str, str]
         *about(report, report["threads"]),
         (
             "decoding",
-            f"greedy, at most {options.max_new_tokens} tokens; "
+            f"{options.choice}, at most {options.max_new_tokens} tokens; "
             f"the median of {options.rounds} round(s) a line",
         ),
     ]

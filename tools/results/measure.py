@@ -65,6 +65,7 @@ def measure_row(
         thresholds=() if trial is None else (TRIAL_THRESHOLD,),
         samples=trial or row.lines,
         max_new_tokens=row.max_new_tokens,
+        temperature=row.temperature,
         overwrite=trial is not None,
     )
     report = evaluate(options).report

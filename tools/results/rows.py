@@ -23,6 +23,8 @@ TEST_VERSION = 4
 PROMPTS_VERSION = 7
 PRONUNCIATIONS_VERSION = 4
 LINES = 150
+# Chat services sample, often at about this temperature.
+TEMPERATURE = 0.7
 ORDINARY_LINES = 278
 # Versions of the ordinary prompts. The rows measure the last one.
 ORDINARY = tuple(
@@ -90,6 +92,7 @@ class ResultRow:
         max_new_tokens: Most tokens per line.
         seconds: Estimated seconds of a request in mode full at about 100 tokens/s.
         calibrated: Calibrate a threshold, for FREE.
+        temperature: Sampling temperature. 0 is greedy decoding.
     """
 
     name: str
@@ -102,6 +105,7 @@ class ResultRow:
     seconds: float
     lines: int = LINES
     calibrated: bool = False
+    temperature: float = 0.0
 
     @property
     def estimate(self) -> float:
@@ -182,6 +186,18 @@ def _rows() -> list[ResultRow]:
                     lines=60 if data is TEMPLATED else ORDINARY_LINES,
                 )
                 for data in (TEMPLATED, ORDINARY_PROMPTS)
+            ),
+            ResultRow(
+                name=f"sampled-chat-{precision}",
+                task=f"chat, ordinary prompts, sampled at temperature {TEMPERATURE}",
+                data=ORDINARY_PROMPTS,
+                engines=Engines(SMOLLM2, precision, "smollm2-chat"),
+                methods=("full", "lookup", "lossless"),
+                quality="chrf",
+                max_new_tokens=96,
+                seconds=1.0 * faster,
+                lines=ORDINARY_LINES,
+                temperature=TEMPERATURE,
             ),
             ResultRow(
                 name=f"repeat-{precision}",

@@ -233,10 +233,10 @@ def test_bundles_are_interleaved_as_settings_are(
     decoded: list[tuple[int, str, bytes]] = []
     decode = measure.decode
 
-    def noted(session: Any, setting: Any, prompt: Any, *, most: int, emit: Any) -> Any:
-        if most == 12:  # 16: warming up
+    def noted(session: Any, setting: Any, prompt: Any, options: Any, **given: Any) -> Any:
+        if options["max_new_tokens"] == 12:  # 16: warming up
             decoded.append((id(session), setting.name, prompt.tobytes()))
-        return decode(session, setting, prompt, most=most, emit=emit)
+        return decode(session, setting, prompt, options, **given)
 
     monkeypatch.setattr(measure, "decode", noted)
     other = bundle(CASE, 2)
@@ -258,12 +258,12 @@ def test_an_interrupted_run_goes_on_and_decodes_nothing_again(
 ) -> None:
     decode, lines = measure.decode, list[bytes]()
 
-    def counted(session: Any, setting: Any, prompt: Any, *, most: int, emit: Any) -> Any:
-        if most == 12:  # 16: warming up
+    def counted(session: Any, setting: Any, prompt: Any, options: Any, **given: Any) -> Any:
+        if options["max_new_tokens"] == 12:  # 16: warming up
             lines.append(prompt.tobytes())
         if len(lines) == 5:
             raise KeyboardInterrupt
-        return decode(session, setting, prompt, most=most, emit=emit)
+        return decode(session, setting, prompt, options, **given)
 
     monkeypatch.setattr(measure, "decode", counted)
     assert run("--methods", "full,lossless").exit_code == 130
@@ -278,6 +278,21 @@ def test_an_interrupted_run_goes_on_and_decodes_nothing_again(
         assert len(lines) == decoded
     assert lines[6] == lines[7] == lines[4]  # the line that was interrupted, anew in both settings
     assert outputs.read_text().startswith(before)
+
+
+def test_lines_are_sampled_with_their_numbers_as_seeds(run: Run, path: Path, data: Path, tmp_path: Path) -> None:
+    sampled = ("--methods", "full,lossless", "--temperature", 1.5)
+    found = figures(run(*sampled, "--json"))
+    assert found["lossless"]["same"] == 1
+    records = [json.loads(line) for line in (tmp_path / "out" / OUTPUTS).read_text().splitlines()]
+    inputs = [json.loads(line)["input"] for line in data.read_text().splitlines()]
+    with Session(path, slots=1) as session:
+        for record in records:
+            given = {"mode": "full", "max_new_tokens": 12, "temperature": 1.5, "seed": record["line"]}
+            assert tuple(record["token_ids"]) == session.generate(inputs[record["line"] - 1], **given).token_ids
+    assert "--output" in run("--methods", "full,lossless").stderr  # greedy: another run
+    told = run(*sampled).stdout
+    assert "sampled at temperature 1.5, each line with its number as seed, at most 12 tokens" in " ".join(told.split())
 
 
 def test_an_output_of_another_run_is_refused_by_what_differs(run: Run, tmp_path: Path) -> None:
@@ -319,6 +334,7 @@ def test_an_adaptive_threshold_is_learned_on_and_kept_for_the_next_run(
         (("--methods", "free"), "the first bundle has no method full"),
         (("--threshold", "1"), "--threshold 1 is out of range"),
         (("--target-quality", "0"), "target quality is 0.0"),
+        (("--temperature", "-1"), "temperature is -1.0"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_decoded(
