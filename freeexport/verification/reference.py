@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # Tolerance of the engines in fp32 and fp16: TIMES the error of transformers in the same precision,
-# at least LEAST. Errors are the largest difference from float64, relative to the largest value.
+# at least LEAST. Errors are the largest difference from float64, relative to the largest value, or
+# for an encoder in fp32 the root mean square.
 TIMES = 4.0
 LEAST = {"fp32": 2e-5, "fp16": 3e-2}
 # In bf16, and with weights in 8 or 4 bits, all values differ. There the error is the root mean
@@ -126,8 +127,6 @@ def state_checks(
     """
     # Ignore tokens that the exit cannot predict and suppressed ones.
     known = {name: getattr(ours, name)[0] > SUPPRESSED / 2 for name in ("shallow", "deep")}
-    measure: Measure = "largest" if precision in LEAST else "rms"
-    distance = _largest if precision in LEAST else _root_mean_square
     for name, tensor, field in (
         ("encoder", "encoder hidden", "encoded"),
         ("prefill", "shallow hidden", "hidden"),
@@ -142,6 +141,11 @@ def state_checks(
             values, wanted, reference = (
                 one[:, known[field]] for one in (values, wanted, reference)
             )
+        # Rounding may move one row of an encoder far more than all others: a row in 3,000 of Whisper
+        # tiny.en differs 60 times as much as the median. How far is chance, in transformers too.
+        coarse = precision not in LEAST or (precision == "fp32" and field == "encoded")
+        measure: Measure = "rms" if coarse else "largest"
+        distance = _root_mean_square if coarse else _largest
         itself = distance(reference, wanted)
         tolerance = max(LEAST.get(precision, COARSE_LEAST), TIMES * itself)
         yield Check(
