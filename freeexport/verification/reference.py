@@ -141,8 +141,9 @@ def state_checks(
             values, wanted, reference = (
                 one[:, known[field]] for one in (values, wanted, reference)
             )
-        # Rounding may move one row of an encoder far more than all others: a row in 3,000 of Whisper
-        # tiny.en differs 60 times as much as the median. How far is chance, in transformers too.
+        # Rounding may move one row of an encoder far more than all others: a row in 3,000 of
+        # Whisper tiny.en differs 60 times as much as the median. How far is chance, also in
+        # transformers.
         coarse = precision not in LEAST or (precision == "fp32" and field == "encoded")
         measure: Measure = "rms" if coarse else "largest"
         distance = _root_mean_square if coarse else _largest

@@ -34,13 +34,15 @@ inline void prepare_floats(const Product& product, int64_t row, float* normed, f
 }
 
 // Adds the products of M rows with `Wide` registers of outputs, which are `apart`, to `sums`. `data` has kPanel outputs
-// of each input, and is prefetched `ahead` bytes before it is read.
+// of each input, and is prefetched `ahead` bytes before it is read, in both panels if there are two.
 template <typename Type, int M, int Wide>
 inline void add_floats(const float* rows, const typename Type::Value* data, int64_t inputs, int64_t ahead,
                        Vec::Float (&sums)[Wide][M], int64_t apart = Vec::kLanes) {
   for (int64_t i = 0; i < inputs; i += 2) {
     const char* next = reinterpret_cast<const char*>(data) + ahead;
-    for (size_t at = 0; at < 2 * kPanel * sizeof(*data) && ahead; at += 64) __builtin_prefetch(next + at);
+    for (size_t at = 0; at < 2 * kPanel * sizeof(*data) && ahead; at += 64)
+      for (int64_t p = 0; p < (apart > kPanel ? Wide : 1); p++)
+        __builtin_prefetch(next + at + p * apart * static_cast<int64_t>(sizeof(*data)));
 #pragma GCC unroll 2
     for (int each = 0; each < 2; each++, data += kPanel, rows += M) {
       Vec::Float values[Wide];
@@ -144,7 +146,7 @@ inline void multiply_floats(const float* rows, int64_t first, int64_t last, cons
                             int64_t end, float* y, int64_t stride, int64_t apart) {
   const FloatTiles& tiles = float_tiles_of(weight);
   const int64_t inputs = weight.groups() * kGroup;
-  // With fewer rows, reading the weights takes longer than multiplying, and is faster one panel after another.
+  // With fewer rows, reading the weights takes longer than multiplying, and is faster one panel after the other.
   const bool pairs = tiles.of_two && multiplies_in_two() && last - first >= 3 * Vec::kRows;
   for (; panel < end; panel += 2, y += 2 * apart) {
     const int64_t panels = least(2, end - panel);
