@@ -43,7 +43,7 @@ def decode(
     Args:
         setting: How to decode.
         prompt: Token ids [n], or a window of speech.
-        options: Other options of the request.
+        options: Options of the request, besides those of the setting.
         emit: Called with each token as it is generated. Ends of sequence are then ignored, and
             `times` is recorded.
     """

@@ -212,7 +212,7 @@ inline void multiply_exact(const float* rows, int64_t first, int64_t last, const
     int64_t m = first;
     if (last - first >= kWidenedRows) {
       m += (last - first) / Vec::kRows * Vec::kRows;
-      if (panels == 2 && tiles.of_many_in_two && multiplies_in_two())
+      if (panels == 2 && multiplies_in_two())
         tiles.of_many_in_two(rows, first, m, weight, panel, y, stride, apart);
       else
         for (int64_t p = 0; p < panels; p++)

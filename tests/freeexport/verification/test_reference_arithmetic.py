@@ -86,8 +86,8 @@ def test_eight_bits_are_as_far_off_as_rounding_to_them() -> None:
 def test_a_row_of_an_encoder_that_rounding_moves_far_is_no_fault_but_a_wrong_row_is() -> None:
     """One row of Whisper tiny.en, in 3,000, was five times as far off as with transformers."""
     generator = np.random.default_rng(0)
-    truth = {name: generator.normal(size=(3000, 24)).astype(np.float32) for name in ("deep", "shallow", "hidden")}
-    truth["encoded"] = generator.normal(size=(3000, 24)).astype(np.float32)
+    names = ("deep", "shallow", "hidden", "encoded")
+    truth = {name: generator.normal(size=(3000, 24)).astype(np.float32) for name in names}
 
     def encoder(error: float) -> Check:
         def states(far: float) -> States:
