@@ -11,14 +11,17 @@ from typing import cast
 
 import numpy as np
 
+from runtime.adaptation.call_costs import CallCosts
+from runtime.adaptation.learner import RequestLabels
 from runtime.bundle.beta import NEVER_EXIT
 from runtime.bundle.manifest import Manifest
+from runtime.decoding.acceptance import Acceptance
 from runtime.decoding.beams import BeamRows, BeamSearch, Hypothesis, Scores
 from runtime.decoding.calls import Prediction, Waiting, Waits
 from runtime.decoding.decoder import Decoder
-from runtime.decoding.draft_sources import DraftSources
-from runtime.decoding.drafts import Drafts
-from runtime.decoding.loops import Loop, free, full, lossless, rollback, shallow
+from runtime.decoding.draft_sources import DraftSource, Own, Predicted, Texts
+from runtime.decoding.drafts import ConfidentExits, Drafts, Plain
+from runtime.decoding.loops import Loop, Policy, decode, shallow
 from runtime.decoding.response import Response
 from runtime.engines.kv_cache import check_beams
 from runtime.engines.prefix_store import Prefix, hashes
@@ -169,7 +172,7 @@ class Generation:
         chooses = self.mode == "lossless" and drafts == "auto" and model.chooses_exit
         if chooses and options.max_new_tokens:
             acceptance = model.learned.acceptance(self._threshold, options.samples)
-            self._exits = acceptance.saving.next()
+            self._exits = acceptance.exit_choice.next()
         self._head = self.mode not in ("full", "lossless") or options.output_confidence
 
     def best(self) -> list[GenerationResult]:
@@ -261,76 +264,70 @@ class Generation:
 
     def _loop(self, decoder: Decoder) -> Loop:
         """Return the loop of the mode."""
-        response = self.response
         mode = self.mode
-        threshold = self._threshold
-        max_pending = self._max_pending
-        labels = self._labels
-        if mode == "rollback":
-            return rollback(
-                decoder,
-                response,
-                threshold,
-                max_pending=max_pending,
-                limit=self._rollback_threshold,
-            )
         if mode == "shallow":
-            return shallow(decoder, response)
-        if mode == "free" and (labels is None or not labels.learns):
-            return free(
-                decoder,
-                response,
-                threshold,
-                max_pending=max_pending,
-                sync_every=self.options.sync_every,
-            )
-        if mode == "free":
+            return shallow(decoder, self.response)
+        policy = Policy(max_pending=self._max_pending)
+        drafts = Plain()
+        labels: RequestLabels | None = None
+        if mode == "rollback":
+            policy = policy._replace(limit=self._rollback_threshold)
+            drafts = ConfidentExits(self._threshold)
+        elif mode == "lossless":
+            drafts = self._drafts()
+        elif mode == "free":
+            labels = self._labels if self._labels is not None and self._labels.learns else None
             # A background pass returns no predictions, so it provides no labels.
-            return free(decoder, response, threshold, max_pending, sync_every=0, labels=labels)
-        if mode == "full" and self.options.output_confidence:
-            return free(decoder, response, NEVER_EXIT, max_pending)
-        if mode == "full":
-            return full(decoder, response)
-        return lossless(
-            decoder, response, threshold, max_pending=max_pending, drafts=self._drafts()
-        )
+            sync_every = self.options.sync_every if labels is None else 0
+            policy = policy._replace(threshold=self._threshold, sync_every=sync_every)
+            published = self.options.drafts == "exit"
+            drafts = ConfidentExits(NEVER_EXIT) if published else self._drafts()
+        elif self.options.output_confidence:
+            drafts = ConfidentExits(NEVER_EXIT)
+        return decode(decoder, self.response, drafts, policy, labels)
 
     def _drafts(self) -> Drafts:
-        """Return the drafts of a lossless request."""
+        """Return the drafts of a request in mode lossless or free."""
         model = self.model
         options = self.options
-        learned = model.learned
-        sources: DraftSources | None = None
+        # Drafts change which tokens of "free" are verified, so they must depend on the request
+        # alone: not on measured times, nor on other requests.
+        alone = self.mode == "free"
+        acceptance = Acceptance()
+        costs = CallCosts(model.costs.base)
+        if not alone:
+            acceptance = model.learned.acceptance(self._threshold, options.samples)
+            reads_exit = self._exits or not model.own_layers
+            costs = model.learned.costs if reads_exit else model.learned.costs_without_exit
+        sources: list[DraftSource] = []
         if options.drafts != "exit":
+            prompt = self.response.prompt.tolist()
             predicted = options.predicted_output
             assert not isinstance(predicted, str)
             is_read_by_decoder = model.encoder is None or self.sound is not None
-            sources = DraftSources(
-                model.manifest.vocab_size,
-                self.response.prompt.tolist(),
-                text=() if is_read_by_decoder else self.ids.tolist(),
-                predicted=predicted,
-                own=options.draft_source,
-                memory=model.memory,
-                salt=options.cache_salt,
-                phrases=model.phrase_tables(bundled=options.drafts != "lookup"),
+            read = () if is_read_by_decoder else self.ids.tolist()
+            vocab_size = model.manifest.vocab_size
+            sources.append(
+                Texts(
+                    acceptance,
+                    vocab_size,
+                    text=[*filter(None, (predicted, read)), prompt],
+                    memory=None if alone else model.memory,
+                    salt=options.cache_salt,
+                    phrases=model.phrase_tables(bundled=options.drafts != "lookup"),
+                )
             )
-        reads_exit = self._exits or not model.own_layers
-        costs = learned.costs if reads_exit else learned.costs_without_exit
-        acceptance = learned.acceptance(self._threshold, options.samples)
-        without_exit = learned.costs_without_exit if model.chooses_exit else None
-        exit_first = None
-        # A text that the caller gives is tried first.
-        given = options.draft_source is not None or options.predicted_output is not None
-        if self._exits and sources is not None and not given:
-            exit_first = acceptance.order.next()
+            if predicted:
+                sources.append(Predicted(acceptance, predicted))
+            if options.draft_source is not None:
+                sources.append(Own(acceptance, options.draft_source, prompt, vocab_size))
         return Drafts(
             costs,
             acceptance,
             sources,
             exits=self._exits,
-            without_exit=without_exit,
-            exit_first=exit_first,
+            threshold=0.0 if alone else self._threshold,
+            learns=not alone,
         )
 
     def _beam(self, decoder: Decoder, number: int) -> Loop:

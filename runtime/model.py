@@ -13,9 +13,9 @@ import numpy as np
 from runtime.adaptation.call_costs import CallCosts
 from runtime.bundle.bundle import Bundle
 from runtime.bundle.manifest import REMEDY
-from runtime.decoding.draft_acceptance import LearnedDrafts
-from runtime.decoding.draft_memory import TextMemory
+from runtime.decoding.acceptance import LearnedDrafts
 from runtime.decoding.phrases import PHRASES, PhraseTable, misfit
+from runtime.decoding.text_index import TextMemory
 from runtime.engines.prefix_store import PrefixStore, generated_limit
 from runtime.engines.runner import Encoder
 from runtime.errors import BundleError, OptionError, shown

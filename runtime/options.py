@@ -316,10 +316,10 @@ class GenerationOptions:
             given = getattr(self, name)
             if given is None:
                 continue
-            if self.mode not in (None, "lossless"):
+            if self.mode not in (None, "lossless", "free"):
                 raise OptionError(
                     f"{name} is {shown(given)} in mode {self.mode}, which drafts nothing; use "
-                    "'lossless'"
+                    "'lossless' or 'free'"
                 )
             if name != "drafts" and self.drafts in ("exit", "none"):
                 raise OptionError(

@@ -18,8 +18,8 @@ from runtime.bundle.bundle import Bundle
 from runtime.bundle.costs import NEUTRAL
 from runtime.bundle.manifest import Manifest
 from runtime.decoding.decoder import Decoder
-from runtime.decoding.draft_memory import TextMemory
 from runtime.decoding.phrases import PhraseTable
+from runtime.decoding.text_index import TextMemory
 from runtime.engines.prefix_store import PrefixStore, default_limit_mb
 from runtime.errors import OptionError, shown
 from runtime.machine.device import Device, check_runnable

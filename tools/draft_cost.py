@@ -27,6 +27,7 @@ import numpy as np
 from freeexport.system.load import load_note, other_load
 from runtime import Session, kernels
 from runtime.bundle.bundle import Bundle
+from runtime.decoding.calls import finish
 from runtime.decoding.decoder import Decoder
 from runtime.engines import runner
 from tools.data.splits import run_tool
@@ -70,7 +71,7 @@ class DraftTimer:
         self._full()
         draft = self._timed(self._draft)
         for _ in range(CATCH_UP):  # tokens that the exit's layers do not read
-            self._decoder.full_step(self._token)
+            self._token_of_full()
         late = self._timed(lambda: self._decoder.step(self._token, head=True))
         self.seconds["step"].append(step[1])
         self.seconds["late"].append(late[1])
@@ -78,9 +79,13 @@ class DraftTimer:
         self.seconds["draft_engines"].append(draft[1] / self._chain)
 
     def _full(self) -> None:
-        whole, shallow, deep = self._timed(lambda: self._decoder.full_step(self._token))
+        whole, shallow, deep = self._timed(self._token_of_full)
         self.seconds["token"].append(whole)
         self.seconds["token_engines"].append(shallow + deep)
+
+    def _token_of_full(self) -> None:
+        self._decoder.step(self._token, head=False)
+        self._decoder.sync()
 
     def _draft(self) -> None:
         token = self._token
@@ -91,9 +96,7 @@ class DraftTimer:
         tokens = [self._token] * rows
 
         def run() -> None:
-            for call in self._decoder.stepping_together(tokens):
-                call.run()
-            self._decoder.shallow_prediction()
+            finish(self._decoder.stepping(tokens, head=False))
             self._decoder.sync(rows, tokens[1:])
 
         _, shallow, deep = self._timed(run)

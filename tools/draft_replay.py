@@ -22,15 +22,15 @@ from freeexport.system.environment import environment
 from freeexport.system.output import write_whole
 from runtime.adaptation.call_costs import CallCosts
 from runtime.bundle.costs import MAX_PENDING, Costs
-from runtime.decoding.calls import NOTHING, Prediction
+from runtime.decoding.acceptance import LearnedDrafts
+from runtime.decoding.calls import NOTHING, Prediction, Waits
 from runtime.decoding.decoder import Decoder
-from runtime.decoding.draft_acceptance import LearnedDrafts
-from runtime.decoding.draft_memory import TextMemory
-from runtime.decoding.draft_sources import DraftSources
+from runtime.decoding.draft_sources import Texts
 from runtime.decoding.drafts import Drafts
-from runtime.decoding.loops import lossless
+from runtime.decoding.loops import Policy, decode
 from runtime.decoding.phrases import PhraseTable
 from runtime.decoding.response import Response
+from runtime.decoding.text_index import TextMemory
 from runtime.result import Stats
 from tools.data.splits import run_tool
 
@@ -52,6 +52,8 @@ class ReplayedDecoder:
     """Answers calls from a trace, and adds their `costs` by tools.draft_cost to `now`, in ms."""
 
     alone = True
+    overlaps = False
+    stacked = 0
     batch_size = 1
 
     def __init__(self, trace: Trace, costs: dict[str, Any]) -> None:
@@ -62,21 +64,11 @@ class ReplayedDecoder:
         self._place = 0  # number of tokens that a deep pass has read
         self._exit_place = 0  # number of tokens that the exit has read
         self._stack: list[int] = []
-        self._heads = 0
 
-    def full_step(self, token: int) -> int:
-        self.step(token, head=False)
-        self.syncing(1)
-        return self.deep_predictions()[0].token
-
-    def read_draft(self, tokens: Sequence[int]) -> list[int]:
-        self.stepping_together(tokens)
-        self.syncing(len(tokens))
-        return [prediction.token for prediction in self.deep_predictions()]
-
-    def step(self, token: int, head: bool) -> Prediction:
+    def stepping(self, tokens: Sequence[int], head: bool) -> Waits[Prediction]:
         drafted = len(self._stack)
-        self.stepping_together([token])
+        self._stack += tokens
+        self._shallow(cost(self._costs["step"], len(tokens)))
         if not head:
             return NOTHING
         unread = self._place + len(self._stack) - self._exit_place
@@ -85,23 +77,12 @@ class ReplayedDecoder:
         self.now += self._costs["python_of_draft"]
         chain = self.trace.chains[self._place]
         return Prediction(*(chain[drafted] if drafted < len(chain) else (WRONG, 0.0)))
+        yield
 
-    def stepping_together(self, tokens: Sequence[int], head: bool = False) -> tuple[()]:
-        self._stack += tokens
-        self._shallow(cost(self._costs["step"], len(tokens)))
-        return ()
-
-    def shallow_prediction(self) -> Prediction:
-        return NOTHING
-
-    def syncing(self, heads: int, drafts: Sequence[int] = ()) -> tuple[()]:
-        self._heads = heads
+    def syncing(self, heads: int, drafts: Sequence[int] = ()) -> Waits[list[Prediction]]:
         rows = len(self._stack)
         self.stats.count_pass(rows, cost(self._costs["pass"], rows))
         self.now += cost(self._costs["pass"], rows) + self._costs["python_of_token"]
-        return ()
-
-    def deep_predictions(self) -> list[Prediction]:
         output = [*self.trace.output, WRONG]
         found = []
         right = True
@@ -110,9 +91,10 @@ class ReplayedDecoder:
             found.append(Prediction(output[place + 1] if right else WRONG))
         # The exit reads drafted tokens again, with the features of the deep pass.
         self._exit_place = min(self._exit_place, self._place + 1)
-        self._place += len(self._stack)
+        self._place += rows
         self._stack = []
-        return found[len(found) - self._heads :]
+        return found[rows - heads :]
+        yield
 
     def lengths(self) -> tuple[int, int]:
         return self._place, self._place
@@ -145,9 +127,10 @@ def replay_request(
     class Timed(Drafts):
         clock = staticmethod(lambda: decoder.now)
 
-    sources = DraftSources(VOCABULARY, trace.prompt, memory=memory, phrases=phrases)
-    drafts = Timed(learned.costs, learned.acceptance(0.0, False), sources, exits)
-    for _ in lossless(cast(Decoder, decoder), response, 0.0, MAX_PENDING, drafts):
+    acceptance = learned.acceptance(0.0, False)
+    texts = Texts(acceptance, VOCABULARY, text=[trace.prompt], memory=memory, phrases=phrases)
+    drafts = Timed(learned.costs, acceptance, [texts], exits)
+    for _ in decode(cast(Decoder, decoder), response, drafts, Policy(max_pending=MAX_PENDING)):
         pass
     assert [token.id for token in response.tokens] == trace.output
     if memory is not None:

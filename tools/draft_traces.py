@@ -60,7 +60,8 @@ def main(
             while len(output) < max_new_tokens and output[-1] not in eos:
                 if exits:
                     chains.append(chain_of(decoder, output[-1]))
-                output.append(int(decoder.full_step(output[-1])))
+                decoder.step(output[-1], head=False)
+                output.append(int(decoder.sync()[0].token))
             trace = {"prompt": prompt.tolist(), "output": output, "chains": chains}
             file.write(json.dumps(trace) + "\n")
 

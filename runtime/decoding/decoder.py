@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from time import perf_counter
 from typing import Any
 
 import numpy as np
 
-from runtime.decoding.calls import NOTHING, Prediction, SlotCall, Waiting, Waits, finish
+from runtime.decoding.calls import NOTHING, Prediction, SlotCall, Waits, finish
 from runtime.engines.kv_cache import MOST_DOUBLED, CrossCache
 from runtime.engines.onnx import Call
 from runtime.engines.prefix_store import BLOCK, Prefix
@@ -31,11 +31,11 @@ class Decoder:
 
     Invariant, until `drop_stack`: shallow length = deep length + stacked.
 
-    `prefilling`, `stepping` and `syncing` return the engine calls they need, so that calls of
-    several sequences can run as one. `shallow_prediction` and `deep_predictions` then return
-    the predictions. `prefill`, `step` and `sync` run the calls at once. Calls are bound on
-    first use and kept, with the arrays they read and write. The arrays of a step are also kept
-    as memoryviews, because numpy scalar access is slow.
+    `prefilling`, `stepping` and `syncing` are coroutines that yield the engine calls they need, so
+    that calls of several sequences can run as one. A sequence that is `alone` runs them itself.
+    `prefill`, `step` and `sync` do the same for callers that are no coroutine. Calls are bound on
+    first use and kept, with the arrays they read and write. The arrays of a step are also kept as
+    memoryviews, because numpy scalar access is slow.
 
     Attributes:
         slot: Row in the caches.
@@ -75,8 +75,7 @@ class Decoder:
         self.others = False
         self.alone = False
         self._shared_rows = 2 * FEWEST_SHARED_ROWS  # rows of the next piece while others decode
-        self._head = self._exits = False
-        self._heads = self._drafts = 0  # heads and drafts of the last sync pass
+        self._exits = False
         # `_stack` and `_later` float32 [max_pending, d] are read by deep passes, `_later` by passes
         # that skip the first rows. `_together` is written by several steps at once, `_hidden` [1,
         # 1, d] by one step.
@@ -111,16 +110,10 @@ class Decoder:
 
     def forget_calls(self) -> None:
         """Drop all bound calls. They are bound again when needed."""
-        # Shallow calls by rows, head, and the exit's own layers. Deep calls by rows (0: the call of
-        # `full_step`), heads, both padded, and whether they skip the first rows of the stack.
+        # Shallow calls by rows, head, and the exit's own layers. Deep calls by rows and heads, both
+        # padded, and whether they skip the first rows of the stack.
         self._steps: dict[tuple[int, bool, bool], SlotCall] = {}
         self._passes: dict[tuple[int, int, bool], SlotCall] = {}
-        # `_pass` is the last deep call until its predictions are read, `_both` the calls of
-        # `full_step`.
-        self._step: SlotCall | None = None
-        self._pass: SlotCall | None = None
-        self._step_with_head: SlotCall | None = None
-        self._both: tuple[SlotCall, SlotCall] | None = None
 
     @property
     def runners(self) -> tuple[Runner, ...]:
@@ -206,64 +199,16 @@ class Decoder:
 
         Without `head` there is no prediction: the token is -1.
         """
-        (call,) = self.stepping(token, head)
-        call.run()
-        return self.shallow_prediction()
+        return finish(self.stepping((token,), head))
 
     def sync(self, heads: int = 1, drafts: Sequence[int] = ()) -> list[Prediction]:
         """Run the deep decoder on all stacked rows and return its last `heads` predictions.
 
         Predictions of the tokens `drafts`, drafted after the first of these rows, carry `nll`.
         """
-        for waits in self.syncing(heads, drafts):
-            if isinstance(waits, SlotCall):
-                waits.run()
-        return self.deep_predictions()
+        return finish(self.syncing(heads, drafts))
 
-    def full_step(self, token: int) -> int:
-        """Run both decoders on one token, without the shallow head, and return the deep token.
-
-        Equal to `step` and `sync` in fewer Python calls. The stack must be empty.
-        """
-        self._token[0] = token
-        if self._both is None:
-            bound = self._passes.get((0, 1, False)) or self._deep_call(self._hidden, 1)
-            self._passes[0, 1, False] = bound
-            self._both = self._step_call(False), bound
-        step, deep_pass = self._both
-        step.run()
-        deep_pass.run()
-        self.batch_size = 1
-        stats = self.stats
-        stats.shallow_seconds += step.seconds
-        stats.deep_seconds += deep_pass.seconds
-        stats.single_passes += 1
-        self._shallow.cache.extend(self.slot, 1)
-        self._deep.cache.extend(self.slot, 1)
-        deep: int = self._answer_memory[0]
-        return deep
-
-    def read_draft(self, tokens: Sequence[int]) -> list[int]:
-        """Run both decoders on tokens, and return the deep token after each.
-
-        Equal to `stepping_together` and `sync` without the shallow head, in fewer Python calls. The
-        stack must be empty.
-        """
-        rows = len(tokens)
-        if rows == 1:
-            return [self.full_step(tokens[0])]
-        (step,) = Decoder.stepping_together(self, tokens)
-        step.run()
-        Decoder.shallow_prediction(self)
-        deep_pass = self._pass_call(0, rows, rows, ())
-        deep_pass.run()
-        self.stats.count_pass(rows, deep_pass.seconds)
-        self._deep.cache.extend(self.slot, rows)
-        self.stacked = 0
-        found: list[int] = self._answers[:rows].tolist()
-        return found
-
-    # As coroutines, or as calls to be run
+    # As coroutines
 
     def begin(self, exits: bool) -> None:
         """Begin with the first token of an encoder-decoder, without a prompt to read.
@@ -271,7 +216,7 @@ class Decoder:
         With `exits`, the exit's own layers run for all rows from here on, so that later steps may
         use the head.
         """
-        self._allow(exits)
+        self._exits = exits
         self.begun()
 
     def begun(self) -> None:
@@ -293,7 +238,7 @@ class Decoder:
             score: Called with the first position of each piece and the deep logits at its rows,
                 float32 [k, V]. Requires `want_logits(True)` and no `prefix`.
         """
-        self._allow(exits or head)
+        self._exits = exits or head
         start = heads = 0
         while start < len(tokens):
             if start:
@@ -318,68 +263,49 @@ class Decoder:
                 prefix.keep(self.runners, self.slot)
             self.stats.prefill_seconds += perf_counter() - began
         self.begun()
-        return self.answer(heads - 1)._replace(
+        return self._predictions(heads, 0)[-1]._replace(
             confidence=self._confidence_memory[0] if head else None
         )
 
-    def stepping(self, token: int, head: bool) -> tuple[SlotCall, ...]:
-        """Return the calls that `step` needs. Then call `shallow_prediction`."""
-        self._head = head
-        self._token[0] = token
-        self._step = call = (self._step_with_head if head else None) or self._step_call(head)
-        return (call,)
+    def stepping(self, tokens: Sequence[int], head: bool) -> Waits[Prediction]:
+        """Run the shallow decoder on tokens in one call and push their rows onto the stack.
 
-    def shallow_prediction(self) -> Prediction:
-        """Push the rows of the step that ran onto the stack, and return its prediction."""
-        call = self._step
-        assert call is not None
-        self.stats.shallow_seconds += call.seconds
-        self.batch_size = call.batch_size
-        self._shallow.cache.extend(self.slot, call.rows)
-        if call.rows == 1:
-            self._rows[self.stacked][:] = self._newest
-        else:
-            self._stack[self.stacked : self.stacked + call.rows] = self._together[: call.rows]
-        self.stacked += call.rows
-        return self.prediction() if self._head else NOTHING
-
-    def stepping_together(self, tokens: Sequence[int], head: bool = False) -> tuple[SlotCall, ...]:
-        """Return the calls for shallow steps on several tokens at once.
-
-        Then call `shallow_prediction`. With `head`, the head runs after the last token.
+        Returns the prediction after the last token, or NOTHING without `head`.
         """
         rows = len(tokens)
         if rows == 1:
-            return self.stepping(tokens[0], head)
-        self._tokens[0, :rows] = tokens
-        key = rows, head, self._exits or head
-        call = self._steps.get(key)
-        if call is None:
-            hidden = self._together[None, :rows]
-            call = self._steps[key] = self._shallow_call(self._tokens[:, :rows], hidden, head)
-        self._step = call
-        self._head = head
-        return (call,)
-
-    def syncing(self, heads: int, drafts: Sequence[int] = ()) -> Iterable[Waiting]:
-        """Return the calls that `sync` needs. Then call `deep_predictions`."""
-        self._heads = heads
-        self._drafts = len(drafts)
-        self._pass = call = self._pass_call(0, self.stacked, heads, drafts)
+            self._token[0] = tokens[0]
+        else:
+            self._tokens[0, :rows] = tokens
+        call = self._step_call(rows, head)
         if self.alone:
             call.run()
-            return ()
-        return (call,)
+        else:
+            yield call
+        self.stats.shallow_seconds += call.seconds
+        self.batch_size = call.batch_size
+        self._shallow.cache.extend(self.slot, rows)
+        if rows == 1:
+            self._rows[self.stacked][:] = self._newest
+        else:
+            self._stack[self.stacked : self.stacked + rows] = self._together[:rows]
+        self.stacked += rows
+        return self.prediction() if head else NOTHING
 
-    def deep_predictions(self) -> list[Prediction]:
-        """Count the deep pass that ran, empty the stack, and return the predictions."""
-        call = self._pass
-        if call is not None:
-            self._pass = None
-            self.stats.count_pass(call.rows, call.seconds)
-            self._deep.cache.extend(self.slot, call.rows)
+    def syncing(self, heads: int, drafts: Sequence[int] = ()) -> Waits[list[Prediction]]:
+        """Run the deep decoder on the stack, empty it, and return the last `heads` predictions.
+
+        Predictions of the tokens `drafts`, drafted after the first of these rows, carry `nll`.
+        """
+        call = self._pass_call(0, self.stacked, heads, drafts)
+        if self.alone:
+            call.run()
+        else:
+            yield call
+        self.stats.count_pass(call.rows, call.seconds)
+        self._deep.cache.extend(self.slot, call.rows)
         self.stacked = 0
-        return [self.answer(row, row < self._drafts) for row in range(self._heads)]
+        return self._predictions(heads, len(drafts))
 
     def start_sync(self, least: int) -> None:
         """Start a background pass over the stacked rows that no pass has read.
@@ -395,11 +321,16 @@ class Decoder:
         fields = (self._best_memory[0], self._confidence_memory[0], None, self._step_logits)
         return tuple.__new__(Prediction, fields)
 
-    def answer(self, row: int, drafted: bool = False) -> Prediction:
-        """Read the prediction of the last deep call at row `row` of its heads."""
-        logits = self._logits[self._deep][row] if self._logits else None
-        nll = self._nll.item(row) if drafted else None
-        return tuple.__new__(Prediction, (self._answer_memory[row], None, nll, logits))
+    def _predictions(self, heads: int, drafts: int) -> list[Prediction]:
+        """Read the predictions of the last deep call. The first `drafts` carry `nll`."""
+        logits = self._logits[self._deep] if self._logits else None
+        found = []
+        for row in range(heads):
+            nll = self._nll.item(row) if row < drafts else None
+            of_row = None if logits is None else logits[row]
+            fields = (self._answer_memory[row], None, nll, of_row)
+            found.append(tuple.__new__(Prediction, fields))
+        return found
 
     # Calls
 
@@ -430,19 +361,13 @@ class Decoder:
         """Return all calls that are kept."""
         return [*self._steps.values(), *self._passes.values()]
 
-    def _allow(self, exits: bool) -> None:
-        if self._exits != exits:
-            self._exits = exits
-            self._both = None
-
-    def _step_call(self, head: bool) -> SlotCall:
-        """Return the shallow call on `_token`."""
-        key = 1, head, self._exits or head
+    def _step_call(self, rows: int, head: bool) -> SlotCall:
+        """Return the shallow call on the first `rows` of `_tokens`."""
+        key = rows, head, self._exits or head
         call = self._steps.get(key)
         if call is None:
-            call = self._steps[key] = self._shallow_call(self._tokens[:, :1], self._hidden, head)
-        if head:
-            self._step_with_head = call
+            hidden = self._hidden if rows == 1 else self._together[None, :rows]
+            call = self._steps[key] = self._shallow_call(self._tokens[:, :rows], hidden, head)
         return call
 
     def _pass_call(self, first: int, end: int, heads: int, drafts: Sequence[int]) -> SlotCall:

@@ -1,6 +1,7 @@
-"""Sources of drafts other than the exit: repeated text, an expected output, or the caller's code.
+"""Sources of drafts other than the exit: texts, an expected output, or the caller's code.
 
-runtime/decoding/draft_rule.py decides which of their candidates are worth drafting.
+Each proposes tokens with the probability that the full model chooses them. runtime/decoding/
+drafts.py decides how many of them are worth their time.
 """
 
 from __future__ import annotations
@@ -9,175 +10,185 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import takewhile
-from numbers import Integral
-from typing import Any, NamedTuple
+from numbers import Integral, Real
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from runtime.decoding.draft_memory import LEVELS, ORDERS, TextMemory
-from runtime.decoding.draft_memory import LONGEST as MEMORY_LONGEST
-from runtime.decoding.draft_rule import RULE
+from runtime.decoding.acceptance import MAX_AGREEMENT, Acceptance, Evidence
 from runtime.decoding.phrases import PhraseTable
+from runtime.decoding.text_index import LEVELS, LONGEST, ORDERS, Expectation, TextIndex, TextMemory
 from runtime.errors import OptionError, shown
-from runtime.options import DraftSource
-from runtime.result import Token
+from runtime.options import DraftSource as OwnSource
 
-# Sizes of the n-grams that are looked up, in tokens.
-SHORTEST, LONGEST = 2, 5
-# Maximum number of indexed places. Of a longer text, the older half is dropped.
-MOST_PLACES = 16_384
+# Maximum number of tokens of a request's text that are indexed, the newest.
+MAX_INDEXED = 16_384
 # A predicted text is searched within this many tokens of the place where the output left it.
 NEAR = 64
-# Number of ids from the caller's draft source that are checked, even if fewer fit into a sync
+# Number of newest tokens that are compared to find that place.
+COMPARED = 5
+# Number of tokens from the caller's draft source that are checked, even if fewer fit into a sync
 # pass. Bounds the time for a long list.
-MOST_CHECKED = 256
-# Separates texts that do not follow each other.
-GAP = -1
-
-# Source of a token, and a level on which its acceptance depends: the number of matching tokens
-# before it, or the level of an Expectation.
-Evidence = tuple[str, int]
-# Sources that count what followed an n-gram, so that a share of occurrences is known.
-COUNTED = ("memory", "phrases")
-# Added to the level of an Expectation that the source before it shares.
+MAX_CHECKED = 256
+# Added to the level of an Expectation that another source shares.
 AGREED = LEVELS * len(ORDERS)
+# Probability that all tokens so far are accepted, below which a proposal ends. A row of a deep
+# pass costs more on every machine measured.
+HOPELESS = 0.1
 
 
-class Repetition:
-    """A lookup: the tokens that followed the latest earlier occurrence of the newest tokens.
-
-    For each n-gram of SHORTEST to LONGEST tokens, it keeps the place after its latest occurrence,
-    for at most `most` places. `vocab_size`, V, bounds the tokens.
+class Proposal(NamedTuple):
+    """Possible next tokens.
 
     Attributes:
-        tokens: The text.
-        place: Place after the earlier occurrence that the newest tokens follow.
-        agrees: Number of newest tokens that match the earlier occurrence, 0 if there is none.
+        source: Source of the first token.
+        tokens: Token ids.
+        probabilities: Probability of each token to be accepted, if those before it are.
+        evidence: The evidence for each token, whose acceptance is counted.
     """
 
-    name = "lookup"
+    source: str
+    tokens: list[int]
+    probabilities: list[float]
+    evidence: list[Evidence]
 
-    def __init__(self, vocab_size: int, most: int = MOST_PLACES) -> None:
-        self.tokens: list[int] = []
+
+NO_PROPOSAL = Proposal("", [], [], [])
+
+
+class DraftSource(Protocol):
+    """A source of drafts for one sequence."""
+
+    def follow(self, tokens: Sequence[int]) -> None:
+        """Read final tokens of the output."""
+
+    def propose(self, drafted: Sequence[int], max_tokens: int) -> Proposal:
+        """Return at most `max_tokens` tokens after the final ones and those `drafted`."""
+
+
+class Texts:
+    """Proposes what followed the newest tokens in several texts.
+
+    At each token, the text whose token is accepted more often continues.
+
+    Args:
+        acceptance: Measured acceptance rates.
+        text: Text of the request that may be repeated, such as its prompt.
+        memory: Outputs of earlier requests.
+        salt: The user whose outputs the memory may draft.
+        phrases: Tables of the likeliest tokens.
+    """
+
+    def __init__(
+        self,
+        acceptance: Acceptance,
+        vocab_size: int,
+        text: Sequence[Sequence[int]] = (),
+        memory: TextMemory | None = None,
+        salt: str | None = None,
+        phrases: Sequence[PhraseTable] = (),
+    ) -> None:
+        self._acceptance = acceptance
         self._vocab_size = vocab_size
-        self._most = most
-        self.place = self.agrees = 0
-        self._forget(0)
+        self._own = TextIndex(vocab_size)
+        self._older = TextIndex(vocab_size)
+        self._room = MAX_INDEXED // 2
+        for part in text:
+            self._own.start()
+            self._add(part[-MAX_INDEXED:])
+        self._newest = list(text[-1][-LONGEST:]) if text else []
+        self._tables = [table.expected for table in phrases]
+        self._indexes: list[tuple[str, Callable[[bytes], Expectation | None]]] = [
+            ("lookup", self._expected)
+        ]
+        if memory is not None:
+            self._indexes.append(("memory", partial(memory.expected, salt)))
 
-    def _forget(self, first: int) -> None:
-        self._first = first  # place of the first indexed token
-        # The newest n-gram of each size, encoded as one number, as far as its tokens are known.
-        self._keys = [0] * (LONGEST + 1)
-        self._known = 0
-        self._places: list[dict[int, int]] = [{} for _ in range(LONGEST + 1)]
+    def follow(self, tokens: Sequence[int]) -> None:
+        self._add(tokens)
+        self._newest = [*self._newest, *tokens][-LONGEST:]
 
-    def push(self, tokens: Sequence[int]) -> None:
-        """Append tokens to the text. GAP separates texts that do not follow each other."""
-        text = self.tokens
-        start = len(text)
-        text += tokens
-        if len(text) - self._first > self._most:
-            start = len(text) - self._most // 2
-            self._forget(start)
-        places = self._places
-        vocab_size = self._vocab_size
-        known = self._known
-        # In variables of their own: a loop over sizes takes twice the time.
-        _, one, two, three, four, five = self._keys
-        _, _, after_two, after_three, after_four, after_five = places
-        for place in range(start, len(text)):
-            token = text[place]
-            if token == GAP:
-                known = 0
-                continue
-            if known == LONGEST:
-                after_two[two] = place
-                after_three[three] = place
-                after_four[four] = place
-                after_five[five] = place
-            else:
-                newest = [0, one, two, three, four]
-                for size in range(SHORTEST, known + 1):
-                    places[size][newest[size]] = place
-                known += 1
-            five = four * vocab_size + token
-            four = three * vocab_size + token
-            three = two * vocab_size + token
-            two = one * vocab_size + token
-            one = token
-        self._keys = [0, one, two, three, four, five]
-        self._known = known
+    def _add(self, tokens: Sequence[int]) -> None:
+        """Index tokens of the request. Of a longer text, the older half is dropped."""
+        while len(tokens) > self._room:
+            self._own.add(tokens[: self._room])
+            tokens = tokens[self._room :]
+            self._older = self._own
+            self._own = TextIndex(self._vocab_size)
+            self._room = MAX_INDEXED // 2
+        self._own.add(tokens)
+        self._room -= len(tokens)
 
-    def repeated(self, longer_than: int = 0) -> tuple[int, int]:
-        """Return the place after the latest earlier occurrence of the n-gram at the end, and its n.
+    def _expected(self, newest: bytes) -> Expectation | None:
+        return self._own.expected(newest) or self._older.expected(newest)
 
-        Chooses the longest n-gram that occurs. Returns (0, 0) if none of more than `longer_than`
-        tokens does.
-        """
-        for size in range(self._known, max(SHORTEST, longer_than + 1) - 1, -1):
-            place = self._places[size].get(self._keys[size])
-            if place is not None:
-                return place, size
-        return 0, 0
-
-    def read(self, tokens: Sequence[int]) -> None:
-        """Append tokens of the output, and update the occurrence that they follow."""
-        self.push(tokens)
-        text = self.tokens
-        for token in tokens:
-            self.agrees = self.agrees + 1 if self.agrees and text[self.place] == token else 0
-            self.place += 1
-        if self.agrees and text[self.place] == GAP:
-            self.agrees = 0
-        if self.agrees < LONGEST:
-            place, size = self.repeated(longer_than=self.agrees)
-            if size:
-                # An occurrence that began before the last token may be longer.
-                while text[place - size - 1] == text[-size - 1] != GAP and place > size:
-                    size += 1
-                self.place = place
-                self.agrees = size
-
-    def match(self, drafted: Sequence[int]) -> tuple[int, int]:
-        """Return the latest occurrence of the newest tokens, the last ones `drafted`.
-
-        Returns the place after it and the number of tokens that match, (0, 0) if none do.
-        """
-        newest = [*self.tokens[len(self.tokens) - self._known :], *drafted][-LONGEST:]
-        # A longer n-gram occurs only where its end does.
-        if len(newest) < 2 or newest[-2] * self._vocab_size + newest[-1] not in self._places[2]:
-            return 0, 0
-        for size in range(len(newest), SHORTEST - 1, -1):
-            key = 0
-            for token in newest[-size:]:
-                key = key * self._vocab_size + token
-            place = self._places[size].get(key)
-            if place is not None:
-                return place, size
-        return 0, 0
-
-    def at(self, place: int) -> int:
-        """Return the token at a place, GAP at the end of a text."""
-        return self.tokens[place] if place < len(self.tokens) else GAP
+    def propose(self, drafted: Sequence[int], max_tokens: int) -> Proposal:
+        newest = [*self._newest, *drafted][-LONGEST:]
+        encode = self._own.encode
+        encoded = encode(newest)
+        rate = self._acceptance.rate
+        tokens: list[int] = []
+        probabilities: list[float] = []
+        evidence: list[Evidence] = []
+        reached = 1.0
+        while len(tokens) < max_tokens and reached > HOPELESS:
+            likely = 0.0
+            token = -1
+            kind: Evidence = "", 0
+            found = [(source, expected(encoded)) for source, expected in self._indexes]
+            found += [("phrases", expected(newest)) for expected in self._tables]
+            for source, expected in found:
+                if expected is None:
+                    continue
+                agreed = expected.token == token
+                other = source, expected.level + (AGREED if agreed else 0)
+                other_rate = rate(other)
+                if agreed or other_rate > likely:
+                    token = expected.token
+                    kind = other
+                    likely = other_rate
+            if token < 0:
+                break
+            tokens.append(token)
+            probabilities.append(likely)
+            evidence.append(kind)
+            reached *= likely
+            newest.append(token)
+            encoded += encode((token,))
+        if not tokens:
+            return NO_PROPOSAL
+        return Proposal(evidence[0][0], tokens, probabilities, evidence)
 
 
-class Expected:
-    """A text that the output is expected to match, except for some changes."""
+class Predicted:
+    """Proposes a text that the output is expected to match, except for some changes."""
 
-    name = "predicted"
-
-    def __init__(self, tokens: Sequence[int]) -> None:
+    def __init__(self, acceptance: Acceptance, tokens: Sequence[int]) -> None:
+        self._acceptance = acceptance
         self._tokens = list(tokens)
-        self._place = self.agrees = 0
+        self._place = 0
+        self._agrees = 0
         self._left = 0  # the place where the output last followed it
         self._newest: list[int] = []
 
-    def read(self, token: int) -> None:
+    def follow(self, tokens: Sequence[int]) -> None:
+        for token in tokens:
+            self._read(token)
+
+    def propose(self, drafted: Sequence[int], max_tokens: int) -> Proposal:
+        ahead = self
+        if drafted:
+            ahead = copy.copy(self)
+            ahead.follow(drafted)
+        tokens = ahead._tokens[ahead._place : ahead._place + max_tokens]
+        return _agreeing("predicted", ahead._agrees, tokens, self._acceptance)
+
+    def _read(self, token: int) -> None:
         """Read the next token of the output and move to the matching place."""
-        self._newest = [*self._newest[1 - LONGEST :], token]
+        self._newest = [*self._newest[1 - COMPARED :], token]
         if self._tokens[self._place : self._place + 1] == [token]:
-            self._place = self._place + 1
-            self.agrees = self.agrees + 1
+            self._place += 1
+            self._agrees += 1
         else:
             # Move to the nearby place that matches best. If there is none, assume that this token
             # replaced another.
@@ -186,20 +197,9 @@ class Expected:
                 (self._agreement(place), -abs(place - following), place)
                 for place in self._places(token)
             )
-            self.agrees, _, self._place = max(found, default=(0, 0, following))
-        if self.agrees >= SHORTEST:
+            self._agrees, _, self._place = max(found, default=(0, 0, following))
+        if self._agrees >= 2:
             self._left = self._place
-
-    def candidates(self, most: int) -> list[int]:
-        """Return the next tokens of the expected text, at most `most`."""
-        return self._tokens[self._place : self._place + most]
-
-    def after(self, drafted: Sequence[int], most: int) -> tuple[int, list[int]]:
-        """Return how many newest tokens, the last ones `drafted`, match, and what follows them."""
-        ahead = copy.copy(self)
-        for token in drafted:
-            ahead.read(token)
-        return ahead.agrees, ahead.candidates(most)
 
     def _places(self, token: int) -> Iterator[int]:
         """Yield the place after each nearby occurrence of a token."""
@@ -210,187 +210,83 @@ class Expected:
             yield start
 
     def _agreement(self, place: int) -> int:
-        """Return how many tokens before a place match the end of the output, at most LONGEST."""
-        before = self._tokens[max(0, place - LONGEST) : place]
+        """Return how many tokens before a place match the end of the output."""
+        before = self._tokens[max(0, place - COMPARED) : place]
         pairs = zip(reversed(before), reversed(self._newest), strict=False)
         return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 class Own:
-    """Calls the caller's draft source with the decoder's tokens so far, int64 [n]."""
-
-    name = "own"
-
-    def __init__(self, source: DraftSource, vocab_size: int) -> None:
-        self._source = source
-        self._vocab_size = vocab_size
-
-    def candidates(self, context: Sequence[int], most: int) -> list[int]:
-        """Return at most `most` tokens that the source expects next.
-
-        The first MOST_CHECKED ids are checked, so an invalid id is an error even if it does not fit
-        into a pass.
-        """
-        given: Any = self._source(np.array(context, np.int64))
-        if isinstance(given, (list, tuple)) or (isinstance(given, np.ndarray) and given.ndim == 1):
-            tokens = given[: max(most, MOST_CHECKED)]
-            whole = all(
-                isinstance(token, Integral) and not isinstance(token, bool) for token in tokens
-            )
-            if whole and all(0 <= token < self._vocab_size for token in tokens):
-                return [int(token) for token in tokens[:most]]
-        raise OptionError(
-            f"draft_source returned {shown(given)}; return a list of token ids, integers from 0 to "
-            f"{self._vocab_size - 1}, empty where nothing is expected"
-        )
-
-
-class Candidates(NamedTuple):
-    """Possible next tokens.
-
-    Attributes:
-        source: Source of the first token.
-        agrees: Number of tokens before them that match this source.
-        evidence: The evidence for each token.
-    """
-
-    source: str
-    agrees: int
-    tokens: list[int]
-    evidence: list[Evidence]
-
-
-NO_CANDIDATES = Candidates("lookup", 0, [], [])
-
-
-def agreeing(source: str, agrees: int, tokens: list[int]) -> Candidates:
-    """Return candidates from one place of a text, after `agrees` matching tokens."""
-    most = RULE.most_agreement
-    evidence = [(source, min(agrees + place, most)) for place in range(len(tokens))]
-    return Candidates(source, agrees, tokens, evidence)
-
-
-class DraftSources:
-    """Sources of candidates for one sequence.
+    """Proposes what the caller's `draft_source` expects.
 
     Args:
-        prompt: Tokens that the decoder reads before the first token.
-        text: Other text that may be repeated, such as the encoder's prompt.
-        predicted: Expected output.
-        own: The caller's source.
-        memory: Texts of earlier requests.
-        salt: The user whose texts the memory may draft.
-        phrases: Tables of the likeliest tokens.
-
-    Attributes:
-        context: Tokens of the decoder so far.
+        source: Called with the decoder's tokens so far, int64 [n]. Returns token ids, or a pair of
+            token ids and their probabilities.
+        context: Tokens that the decoder reads before the first token.
     """
 
     def __init__(
-        self,
-        vocab_size: int,
-        prompt: Sequence[int] = (),
-        text: Sequence[int] = (),
-        predicted: Sequence[int] | None = None,
-        own: DraftSource | None = None,
-        memory: TextMemory | None = None,
-        salt: str | None = None,
-        phrases: Sequence[PhraseTable] = (),
+        self, acceptance: Acceptance, source: OwnSource, context: Sequence[int], vocab_size: int
     ) -> None:
-        self.own = None if own is None else Own(own, vocab_size)
-        self._repetition = repetition = Repetition(vocab_size)
-        self._expected = None if predicted is None else Expected(predicted)
-        # Names of the sources with counts, and functions that return the likeliest next token.
-        self._counted = [("phrases", table.expected) for table in phrases]
-        if memory is not None:
-            self._counted.insert(0, ("memory", partial(memory.expected, salt)))
-        for part in filter(len, (predicted or (), text)):
-            repetition.push([*part, GAP])
-        repetition.read(prompt)
-        self.context = list(prompt)
-        self._begun = len(prompt)
+        self._acceptance = acceptance
+        self._source = source
+        self._context = list(context)
+        self._vocab_size = vocab_size
 
-    def follow(self, tokens: Sequence[Token]) -> list[int]:
-        """Read the new ones among the final `tokens`, and return their ids."""
-        final = [token.id for token in tokens[len(self.context) - self._begun :]]
-        self.context += final
-        self._repetition.read(final)
-        if self._expected is not None:
-            for token in final:
-                self._expected.read(token)
-        return final
+    def follow(self, tokens: Sequence[int]) -> None:
+        self._context += tokens
 
-    def found(self, most: int, rate: Callable[[Evidence], float]) -> Iterator[Candidates]:
-        """Yield the candidates of each text, at most `most` tokens each, by acceptance `rate`."""
-        expected = self._expected
-        if expected is not None:
-            yield agreeing(expected.name, expected.agrees, expected.candidates(most))
-        yield self._chain((), most, rate)
+    def propose(self, drafted: Sequence[int], max_tokens: int) -> Proposal:
+        given: Any = self._source(np.array([*self._context, *drafted], np.int64))
+        probabilities: Any = None
+        tokens: Any = given
+        if isinstance(given, tuple) and len(given) == 2 and not isinstance(given[0], Integral):
+            tokens, probabilities = given
+        tokens = self._checked(tokens, max_tokens)
+        if tokens is None:
+            raise OptionError(
+                f"draft_source returned {shown(given)}; return a list of token ids, integers from "
+                f"0 to {self._vocab_size - 1}, empty where nothing is expected"
+            )
+        if probabilities is None:
+            return _agreeing("own", 0, tokens, self._acceptance)
+        estimates = _probabilities(probabilities, len(tokens))
+        if estimates is None:
+            raise OptionError(
+                f"draft_source returned probabilities {shown(probabilities)}; return one from 0 "
+                "to 1 for each token id"
+            )
+        evidence = [self._acceptance.of_estimate("own", estimate) for estimate in estimates]
+        return Proposal("own", tokens, [*map(self._acceptance.rate, evidence)], evidence)
 
-    def after(
-        self, drafted: Sequence[int], most: int, rate: Callable[[Evidence], float]
-    ) -> Candidates:
-        """Return the candidates after `drafted`, from the text that is more likely to go on."""
-        found = self._chain(drafted, most, rate)
-        if self._expected is None:
-            return found
-        other = agreeing(self._expected.name, *self._expected.after(drafted, most))
-        if not (found.tokens and other.tokens):
-            return found if found.tokens else other
-        return max(other, found, key=lambda candidates: rate(candidates.evidence[0]))
+    def _checked(self, given: Any, max_tokens: int) -> list[int] | None:
+        """Return at most `max_tokens` ids, or None if one of the first MAX_CHECKED is not valid."""
+        is_list = isinstance(given, (list, tuple))
+        if not is_list and not (isinstance(given, np.ndarray) and given.ndim == 1):
+            return None
+        tokens = given[: max(max_tokens, MAX_CHECKED)]
+        for token in tokens:
+            if not isinstance(token, Integral) or isinstance(token, bool):
+                return None
+            if not 0 <= int(token) < self._vocab_size:
+                return None
+        return [int(token) for token in tokens[:max_tokens]]
 
-    def _chain(
-        self, drafted: Sequence[int], most: int, rate: Callable[[Evidence], float]
-    ) -> Candidates:
-        """Return the tokens that followed the newest ones, in this request or in other texts.
 
-        At each token, the source with the higher acceptance rate continues. Ends where all tokens
-        so far are unlikely to be accepted.
-        """
-        repetition = self._repetition
-        if drafted:
-            place, agrees = repetition.match(drafted)
-        else:
-            place = repetition.place
-            agrees = repetition.agrees
-        begins = agrees
-        if not self._counted:
-            if not agrees:
-                return NO_CANDIDATES
-            found = repetition.tokens[place : place + most]
-            return agreeing("lookup", agrees, found[: found.index(GAP)] if GAP in found else found)
-        newest = [*self.context[-MEMORY_LONGEST:], *drafted]
-        tokens: list[int] = []
-        evidence: list[Evidence] = []
-        probability = 1.0
-        while len(tokens) < most and probability > RULE.hopeless:
-            token = repetition.at(place) if agrees else GAP
-            likely = 0.0
-            if token != GAP:
-                kind = "lookup", min(agrees, RULE.most_agreement)
-                likely = rate(kind)
-            for source, expected_after in self._counted:
-                expected = expected_after(newest)
-                if expected is None:
-                    continue
-                agreed = expected.token == token and agrees < RULE.most_agreement
-                other = source, expected.level + (AGREED if agreed else 0)
-                other_rate = rate(other)
-                if token == GAP or agreed or other_rate > likely:
-                    kind = other
-                    likely = other_rate
-                    if expected.token != token:
-                        agrees = -1
-                    token = expected.token
-            if token == GAP:
-                break
-            tokens.append(token)
-            evidence.append(kind)
-            probability *= likely
-            newest.append(token)
-            if agrees >= 0:
-                place += 1
-                agrees += 1
-            if agrees <= 0:
-                place, agrees = repetition.match([*drafted, *tokens])
-        return Candidates(evidence[0][0], begins, tokens, evidence) if tokens else NO_CANDIDATES
+def _probabilities(given: Any, count: int) -> list[float] | None:
+    """Return the first `count` probabilities, or None if they are not valid."""
+    is_list = isinstance(given, (list, tuple))
+    if not is_list and not (isinstance(given, np.ndarray) and given.ndim == 1):
+        return None
+    if len(given) < count:
+        return None
+    for each in given[:count]:
+        if not isinstance(each, Real) or not 0 <= float(each) <= 1:
+            return None
+    return [float(each) for each in given[:count]]
+
+
+def _agreeing(source: str, agrees: int, tokens: list[int], acceptance: Acceptance) -> Proposal:
+    """Return a proposal whose evidence is the number of tokens that agreed before each."""
+    evidence = [(source, min(agrees + place, MAX_AGREEMENT)) for place in range(len(tokens))]
+    return Proposal(source, tokens, [*map(acceptance.rate, evidence)], evidence)

@@ -1,50 +1,58 @@
-"""Drafts of a lossless request: when it drafts, from which source, and how many tokens.
+"""What a sequence drafts before its next deep pass: the rule, and what it learns.
 
-docs/decoding.md, "When to draft", explains the rule. runtime/decoding/draft_rule.py holds its
-constants.
+Each step of the loop asks for a plan. The rule (docs/decoding.md, "When to draft") compares a plain
+token, each proposal of a text, and the exit by one number: the expected number of tokens that
+become final, minus the number of tokens that the request would otherwise generate in that time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Sequence
 from time import perf_counter
 from typing import NamedTuple
 
 from runtime.adaptation.call_costs import CallCosts
-from runtime.decoding.draft_acceptance import Acceptance
-from runtime.decoding.draft_rule import RULE
-from runtime.decoding.draft_sources import (
-    COUNTED,
-    NO_CANDIDATES,
-    Candidates,
-    DraftSources,
-    agreeing,
-)
-from runtime.decoding.exit_draft import ExitDraft
+from runtime.decoding.acceptance import Acceptance, Trust
+from runtime.decoding.calls import Prediction
+from runtime.decoding.draft_sources import NO_PROPOSAL, DraftSource, Proposal
 from runtime.decoding.response import Response
 
+# Lengths of drafts from text. Few, because engine calls are bound once per number of rows, and
+# binding takes as long as a token.
+LENGTHS = (1, 2, 3, 7, 15)
+# Tokens that a draft must be expected to gain. Smaller gains are within the error of the estimates.
+MARGIN = 0.01
+# Seconds of processor time of a search for a draft from text.
+SEARCH_SECONDS = 20e-6
+# Share of the time that is spent on asking a source that does not pay, so that a change is noticed.
+EXPLORED = 0.005
+# Minimum number of tokens between two trials of an exit that does not pay.
+MIN_EXIT_PAUSE = 16
+# Maximum number of tokens without a search for a draft from text.
+MAX_SEARCH_PAUSE = 32
 
-class DraftPlan(NamedTuple):
-    """The next draft: `tokens` from a text `source`, or up to `exits` predictions of the exit."""
 
-    source: str = "exit"
-    tokens: tuple[int, ...] = ()
+class Plan(NamedTuple):
+    """The next draft: the tokens of a `proposal`, or up to `exits` predictions of the exit."""
+
+    proposal: Proposal = NO_PROPOSAL
     exits: int = 0
 
 
-NO_DRAFT = DraftPlan()
+NO_DRAFT = Plan()
 
 
 class Outcome(NamedTuple):
-    """Outcome of a draft.
+    """Outcome of a deep pass.
 
     Attributes:
-        rows: Shallow steps.
+        rows: Rows since the newest final token.
         proposed: Drafted tokens, without those that continue an exit's draft.
         accept_length: Accepted tokens, including those of the continuation.
         made: Tokens that became final.
         confidences: Confidence at each row, None if the head did not run.
-        agreed: The exit's prediction after the proposed tokens matched the deep decoder's.
+        agreed: The exit's prediction after the proposed tokens was accepted, too.
     """
 
     rows: int
@@ -55,290 +63,297 @@ class Outcome(NamedTuple):
     agreed: bool = False
 
 
-class Drafts:
-    """Plans the drafts of one request.
-
-    Args:
-        acceptance: Measured acceptance rates, for the setting of the request.
-        sources: Sources of drafts from text.
-        exits: Also draft from the exit.
-        exit_first: Search the text only where the exit does not pay, and after its drafts. None:
-            no, and the speed of this request is not compared with that of others.
-        without_exit: Measured costs of requests that skip the exit's own layers. None if there are
-            no such requests.
-
-    Attributes:
-        exits: The request may draft from the exit.
-        rest: Number of tokens before the text is searched again. Without `exits` they need no plan.
-    """
+class Plain:
+    """Drafts nothing, as in mode full. The base of other rules."""
 
     clock = staticmethod(perf_counter)
+
+    def plan(self, response: Response, room: int, sequences: int = 1) -> Plan:
+        """Return the next draft of at most `room` tokens, in calls shared by `sequences`."""
+        return NO_DRAFT
+
+    def keeps(self, prediction: Prediction) -> bool:
+        """Return True if this prediction of the exit is drafted."""
+        return False
+
+    def continues(self, room: int) -> bool:
+        """Return True if the exit's head should run at the next row.
+
+        There is `room` for so many more tokens.
+        """
+        return True
+
+    def continuation(self, response: Response, drafted: Sequence[int], room: int) -> Proposal:
+        """Return at most `room` tokens of a text that continue the tokens `drafted` by the exit."""
+        return NO_PROPOSAL
+
+    def observe(
+        self, plan: Plan, outcome: Outcome, shallow: float, deep: float, shared: bool
+    ) -> None:
+        """Record the outcome of a deep pass, and the seconds of its shallow and deep calls.
+
+        Calls that are `shared` with other sequences are not measured.
+        """
+
+    def observe_final(self) -> None:
+        """Record a token of the exit that is final without a deep pass."""
+
+
+class ConfidentExits(Plain):
+    """Drafts predictions of the exit above a threshold: the policy of the paper.
+
+    With threshold NEVER_EXIT it only asks the exit, for tokens that are final without verification.
+    """
+
+    def __init__(self, threshold: float) -> None:
+        self._threshold = threshold
+
+    def plan(self, response: Response, room: int, sequences: int = 1) -> Plan:
+        return Plan(exits=max(1, room))
+
+    def keeps(self, prediction: Prediction) -> bool:
+        return (prediction.confidence or 0.0) > self._threshold
+
+
+class Drafts(Plain):
+    """Plans the drafts of one request by their expected gain.
+
+    Args:
+        costs: Costs of engine calls.
+        acceptance: Measured acceptance rates.
+        sources: Sources of drafts from text.
+        exits: Also draft from the exit.
+        threshold: Predictions of the exit with this confidence or less are not drafted.
+        learns: Measure costs. If not, plans depend on the request alone, not on times.
+    """
 
     def __init__(
         self,
         costs: CallCosts,
         acceptance: Acceptance,
-        sources: DraftSources | None = None,
+        sources: Sequence[DraftSource] = (),
         exits: bool = True,
-        without_exit: CallCosts | None = None,
-        exit_first: bool | None = None,
+        threshold: float = 0.0,
+        learns: bool = True,
     ) -> None:
+        self._learns = learns
         self._costs = costs
-        self._without_exit = without_exit if exits else None
         self._acceptance = acceptance
         self._sources = sources
-        self.exits = exits
-        self._exit_first = exit_first
-        self._open: list[Candidates] = []  # candidates for the next tokens
-        self._looked = False  # the sources have read all final tokens
-        self._continuation: Candidates | None = None  # continues a draft of the exit
-        # By source: maximum length of the next draft, and True if the last one was accepted in
-        # full.
-        self._next: dict[str, tuple[int, bool]] = {}
+        self._exits = exits
+        self._threshold = threshold
+        self._trust_text = Trust()
+        self._trust_exit = Trust()
+        self._followed = 0  # final tokens that the sources have read
+        self._open: list[Proposal] = []  # proposals for the next tokens
+        self._continuation: Proposal | None = None
+        self._to_search = 0  # tokens before the text is searched again
+        self._after_exit = False  # the last draft was the exit's
+        self._finals = 0  # final tokens of the exit since the last deep pass
+        self._began = 0.0  # time after the last search
         self._sequences = 1
-        self._tokens = 0
-        # Time that drafts have lost, those from text and those from the exit.
-        self._lost = {"text": 0.0, "exit": 0.0}
-        self._began = self.clock()  # time when the next token was planned
-        # Speed of the best draft from text that was not made, relative to mode "full".
-        self._alternative = 1.0
-        self._call_seconds = 0.0  # duration of the last call of draft_source
-        self.rest = 0
-        self._to_probe = 1
-        self._timed_at = 2  # number of tokens from which the next one without a draft is timed
-        # The last draft was the exit's, so its layers have no rows to catch up.
-        self._after_exit = False
-        self._counted = 0  # tokens counted by the saving of the exit
+        self._text_probability = 0.0  # of the first token that a text proposes
+        self._reach = 1.0  # probability that all tokens drafted by the exit are accepted
+        self._rows = 1
 
-    def plan(self, response: Response, most: int, sequences: int = 1) -> DraftPlan:
-        """Return the next draft of at most `most` tokens, in calls shared by `sequences`."""
-        self._began = self.clock()
-        self._tokens = len(response.tokens)
+    def plan(self, response: Response, room: int, sequences: int = 1) -> Plan:
         self._sequences = sequences
-        self._looked = False
-        self._alternative = 1.0
+        self._reach = 1.0
+        self._rows = 1
+        self._text_probability = 0.0
         self._continuation = None
+        best = NO_DRAFT
         # Without a measurement of mode "full", a losing draft would seem to pay.
-        if most == 0 or (sequences == 1 and not self._costs.measured("pass", 1)):
-            self._timed_at = 0
-            return NO_DRAFT
-        if self._exit_first and self._exit_gain:
-            return self._plan_exit(most)
-        if self.rest:
-            self.rest -= 1
-        elif self._sources is not None:
-            plan = self._search(self._sources, response, most)
-            began = self._began
-            self._began = self.clock()
-            self._acceptance.search_seconds.observe(self._began - began)
-            if plan is not NO_DRAFT:
-                return plan
-            self._acceptance.search_saved.observe(0.0)
-            if self._sources.own is None:  # the caller's source is always asked
-                self.rest = self._tokens_to_rest
-        return self._plan_exit(most) if self.exits else NO_DRAFT
+        measured = not self._learns or sequences > 1 or self._costs.measured("pass", 1)
+        if room and measured:
+            best_value = 1.0 - self._pace + MARGIN
+            if self._to_search:
+                self._to_search -= 1
+            elif self._sources:
+                best, best_value = self._search(response, room, best_value)
+            if self._exits and self._tries_exit(best_value):
+                best = Plan(exits=min(LENGTHS[-1], room))
+        self._began = self.clock()
+        return best
 
-    def _search(self, sources: DraftSources, response: Response, most: int) -> DraftPlan:
-        """Return a draft from text that is worth its time, or NO_DRAFT."""
-        self._observe_open(sources, response)
-        self._looked = True
-        for found in self._candidates(sources, most):
-            if not found.tokens:
+    def _search(self, response: Response, room: int, least: float) -> tuple[Plan, float]:
+        """Return the best draft from text and its value, or NO_DRAFT and `least`."""
+        best = NO_DRAFT
+        self._follow(response)
+        for source in self._sources:
+            proposal = source.propose((), room)
+            if not proposal.tokens:
                 continue
-            self._open.append(found)
-            tokens = response.within(found.tokens)
-            count = self._length(found, len(tokens))
-            if count:
-                return DraftPlan(found.source, tuple(tokens[:count]))
-        return NO_DRAFT
+            self._open.append(proposal)
+            self._text_probability = max(self._text_probability, proposal.probabilities[0])
+            count = len(response.within(proposal.tokens))
+            length, value = self._length(proposal.probabilities[:count])
+            if value > least:
+                least = value
+                best = Plan(_first(proposal, length))
+        if best is NO_DRAFT:
+            self._acceptance.search_gain.observe(0.0)
+            self._to_search = self._search_pause
+        return best, least
 
-    @property
-    def _tokens_to_rest(self) -> int:
-        """Number of tokens before the next search, after one that found nothing."""
-        cost = self._acceptance.search_seconds.value / self._token_seconds
-        if self._acceptance.search_saved.value > cost:
-            return 0
-        return min(RULE.longest_rest, int(cost / RULE.search_share))
+    def _tries_exit(self, least: float) -> bool:
+        """Return True if a draft of the exit is worth more than `least`, or due for a trial."""
+        outcomes = self._acceptance.exit_outcomes(self._sequences, self._text_probability)
+        time = self._exit_seconds(outcomes.rows.value, outcomes.heads.value) / self._token
+        made = 1 + (outcomes.made.value - 1) * self._trust_exit.value
+        if made - self._pace * time > least:
+            return True
+        return self._acceptance.exit_is_due(self._exit_pause)
 
-    def observe_plain(self, shallow: float, deep: float, shared: bool) -> None:
-        """Record the seconds of a token without a draft: those of its step and of its deep pass.
+    def _follow(self, response: Response) -> None:
+        """Read new final tokens, and count which proposals they accept, drafted or not."""
+        final = [token.id for token in response.tokens[self._followed :]]
+        self._followed += len(final)
+        for proposal in self._open:
+            count_accepted(self._acceptance, proposal, final, self._trust_text)
+        self._open = []
+        for source in self._sources:
+            source.follow(final)
 
-        Calls that are `shared` with other sequences are not measured.
-        """
-        if self.exits:
-            self._observe_speed(1, self._token_seconds, shared)
-            self._after_exit = False
-        if not shared and self._tokens >= self._timed_at:
-            self._timed_at = self._tokens + RULE.timed
-            outside = self.clock() - self._began - shallow - deep
-            self._acceptance.outside.observe(max(0.0, min(outside, shallow + deep)))
-            self._costs.observe("step", 1, shallow)
-            self._costs.observe("pass", 1, deep)
-            self._observe_saving(1, self._own_share - 1)
+    def _length(self, probabilities: Sequence[float]) -> tuple[int, float]:
+        """Return how many of the first tokens of a text to draft, and the value of that."""
+        costs = self._costs
+        pace = self._pace
+        trust = self._trust_text.value
+        expected = 1.0  # expected number of final tokens
+        reach = 1.0  # probability that all tokens so far are accepted
+        drafted = 0
+        best = 0
+        best_value = -math.inf
+        for length in LENGTHS:
+            if length > len(probabilities):
+                break
+            for probability in probabilities[drafted:length]:
+                reach *= probability * trust
+                expected += reach
+            drafted = length
+            rows = self._sequences + length
+            seconds = costs.seconds("step", rows) + costs.seconds("pass", rows) + self._outside
+            value = expected - pace * seconds / self._token
+            if value > best_value:
+                best = length
+                best_value = value
+        return best, best_value
+
+    def keeps(self, prediction: Prediction) -> bool:
+        confidence = prediction.confidence
+        if confidence is None or confidence <= self._threshold:
+            return False
+        evidence = self._acceptance.of_estimate("exit", confidence)
+        reach = self._reach * self._acceptance.rate(evidence) * self._trust_exit.value
+        prices = self._costs.prices(self._sequences)
+        if reach <= self._pace * (prices.step + self._row_seconds(self._rows)) / self._token:
+            return False
+        self._reach = reach
+        self._rows += 1
+        return True
+
+    def continues(self, room: int) -> bool:
+        if room <= 0:
+            return False
+        prices = self._costs.prices(self._sequences)
+        seconds = prices.step + prices.head + self._row_seconds(self._rows)
+        reach = self._reach * self._acceptance.exit.value * self._trust_exit.value
+        return reach > self._pace * seconds / self._token
+
+    def continuation(self, response: Response, drafted: Sequence[int], room: int) -> Proposal:
+        if room <= 0:
+            return NO_PROPOSAL
+        best = NO_PROPOSAL
+        best_value = 0.0
+        if self._sources:
+            self._follow(response)
+        for source in self._sources:
+            found = source.propose(drafted, room)
+            count = len(response.within([*drafted, *found.tokens])) - len(drafted)
+            reach = self._reach
+            value = 0.0
+            for place, probability in enumerate(found.probabilities[: max(0, count)]):
+                reach *= probability * self._trust_text.value
+                cost = self._pace * self._row_seconds(self._rows + place) / self._token
+                value += reach - cost
+                if value > best_value:
+                    best_value = value
+                    best = _first(found, place + 1)
+        self._continuation = best
+        return best
 
     def observe(
-        self,
-        plan: DraftPlan,
-        outcome: Outcome,
-        shallow: float,
-        deep: float,
-        shared: bool,
+        self, plan: Plan, outcome: Outcome, shallow: float, deep: float, shared: bool
     ) -> None:
-        """Record the outcome of a draft, and the seconds of its shallow and deep calls.
-
-        The shallow seconds of a sequence that drafts alone include the Python between the calls.
-        """
-        if not shared:
-            self._costs.observe("pass", outcome.rows, deep)
-        if plan.tokens:
-            self._observe_text(plan.source, outcome, shallow=shallow, deep=deep, shared=shared)
-        else:
-            self._observe_exit(outcome, shallow=shallow, deep=deep, shared=shared)
-
-    def _observe_text(
-        self, source: str, outcome: Outcome, shallow: float, deep: float, shared: bool
-    ) -> None:
-        costs = self._costs
-        rows = outcome.rows
-        if not shared:
-            costs.observe("step", rows, shallow)
-        in_full = outcome.accept_length == outcome.proposed
-        longest = 2 * outcome.proposed + 1 if in_full else max(1, outcome.accept_length)
-        self._next[source] = longest, in_full
-        self._after_exit = False
-        together = self._sequences + rows - 1
-        expected = costs.seconds("pass", together) + costs.seconds("step", together)
-        seconds = expected if shared else self._taken(shallow + deep, expected)
-        token_seconds = self._token_seconds
-        # Losses are counted at average costs: one slow call says nothing about the next draft.
-        self._count_loss("text", expected / token_seconds, outcome.made)
-        time = seconds / token_seconds
-        self._acceptance.search_saved.observe(outcome.made - (self._exit_gain or 1.0) * time)
-        if self.exits:
-            self._observe_speed(outcome.made, seconds, shared)
-            if not shared:
-                self._observe_saving(outcome.made, (self._own_share - 1) * time)
-
-    def _observe_exit(self, outcome: Outcome, shallow: float, deep: float, shared: bool) -> None:
         costs = self._costs
         acceptance = self._acceptance
         rows = outcome.rows
         heads = sum(confidence is not None for confidence in outcome.confidences)
-        if not shared and heads and self._after_exit:
-            # A step with the head takes at least as long as one without.
-            rest = shallow - (costs.seconds("step", rows - heads) if rows > heads else 0.0)
-            costs.observe("head", 1, max(rest / heads, shallow / rows))
-        self._after_exit = True
-        expected = self._exit_seconds(rows, heads)
-        seconds = expected if shared else self._taken(shallow + deep, expected)
-        token_seconds = self._token_seconds
-        self._observe_speed(outcome.made, seconds, shared)
-        # Without the exit, the text would have been drafted, too, at the next token.
-        own_rows = min(rows, outcome.proposed + 1)
-        made = min(outcome.made, outcome.proposed + 1)
-        own_seconds = self._exit_seconds(own_rows, heads)
-        drafts = acceptance.exit_drafts(self._sequences)
-        drafts.observe(made, own_rows, heads, seconds / expected)
-        seconds -= expected - own_seconds
-        self._count_loss("exit", own_seconds * self._alternative / token_seconds, made)
+        if self._learns and not shared:
+            costs.observe("pass", rows, deep)
+            if not heads:
+                costs.observe("step", rows, shallow)
+            elif self._after_exit:
+                # The exit had no rows of other passes to catch up with. A step with the head takes
+                # at least as long as one without.
+                rest = shallow - (costs.seconds("step", rows - heads) if rows > heads else 0.0)
+                costs.observe("head", 1, max(rest / heads, shallow / rows))
+            if plan is NO_DRAFT:
+                outside = self.clock() - self._began - shallow - deep
+                acceptance.outside.observe(max(0.0, min(outside, shallow + deep)))
+        self._after_exit = plan.exits > 0
+        finals = self._finals
+        self._finals = 0
+        together = self._sequences + rows - 1
+        if plan.exits or finals:
+            seconds = self._exit_seconds(rows + finals, heads + finals)
+            # The text that continues the exit's draft would have been drafted without it, too.
+            proposed = outcome.proposed if plan.exits else 0
+            acceptance.exit_outcomes(self._sequences, self._text_probability).observe(
+                made=finals + min(outcome.made, proposed + 1),
+                rows=finals + min(rows, proposed + 1),
+                heads=finals + heads,
+            )
+        else:
+            seconds = costs.seconds("step", together) + costs.seconds("pass", together)
+            seconds += self._outside
+        time = seconds / self._token
+        if plan.exits:
+            self._count_exits(outcome)
+        elif plan.proposal.tokens:
+            acceptance.search_gain.observe(outcome.made - 1 - self._pace * (time - 1))
+        made = outcome.made + finals
+        acceptance.pace.observe(made, time)
         if not shared:
-            saved = self._own_share * made - self._alternative * seconds / token_seconds
-            self._observe_saving(outcome.made, saved)
+            # In deep passes, whose time does not depend on the exit's layers.
+            acceptance.exit_choice.observe(self._exits, made, seconds / costs.seconds("pass", 1))
+
+    def observe_final(self) -> None:
+        self._finals += 1
+
+    def _count_exits(self, outcome: Outcome) -> None:
+        """Count which predictions of the exit, and of the text after it, were accepted."""
+        acceptance = self._acceptance
         # Rows with the head, up to the first rejected one.
         for row, confidence in enumerate(outcome.confidences[: outcome.accept_length + 1]):
-            if confidence is not None:
-                accepted = (
-                    outcome.agreed if row == outcome.proposed else row < outcome.accept_length
-                )
-                acceptance.of_confidence(confidence).observe(accepted)
-                acceptance.exit.observe(accepted)
-        if self._continuation is not None and outcome.accept_length >= outcome.proposed:
+            if confidence is None:
+                continue
+            accepted = outcome.agreed if row == outcome.proposed else row < outcome.accept_length
+            rate = acceptance.of(acceptance.of_estimate("exit", confidence))
+            self._trust_exit.observe(rate.value, accepted)
+            rate.observe(accepted)
+            acceptance.exit.observe(accepted)
+        found = self._continuation
+        if found is not None and outcome.accept_length >= outcome.proposed:
             accepted_here = outcome.accept_length - outcome.proposed
-            for place, evidence in enumerate(self._continuation.evidence[: accepted_here + 1]):
-                acceptance.of_text(evidence).observe(place < accepted_here)
-
-    def _taken(self, engines: float, expected: float) -> float:
-        """Return the seconds of a draft whose engine calls took `engines` seconds."""
-        return min(max(engines, self.clock() - self._began), RULE.stray * expected)
-
-    def exit_draft(self, threshold: float) -> ExitDraft:
-        """Start a draft of the exit, of predictions with a confidence above `threshold`."""
-        costs = self._costs
-        others = self._sequences - 1
-        prices = costs.prices(self._sequences)
-        tokens_per_second = self._gain / self._token_seconds
-        return ExitDraft(
-            self._acceptance,
-            threshold,
-            deep=lambda rows: tokens_per_second * costs.seconds("pass", others + rows),
-            step=tokens_per_second * prices.step,
-            head=tokens_per_second * prices.head,
-            budget=self._budget("exit"),
-        )
-
-    def continuation(
-        self,
-        response: Response,
-        drafted: Sequence[int],
-        most: int,
-        draft: ExitDraft,
-    ) -> Candidates:
-        """Return at most `most` tokens of a text that continue the tokens `drafted` by the exit."""
-        if self._sources is None or most <= 0:
-            return NO_CANDIDATES
-        if not self._looked:
-            self._observe_open(self._sources, response)
-        found = self._sources.after(drafted, most, self._acceptance.rate)
-        tokens = response.within([*drafted, *found.tokens])[len(drafted) :]
-        count = draft.extension(map(self._acceptance.rate, found.evidence[: len(tokens)]))
-        self._continuation = found._replace(tokens=tokens[:count], evidence=found.evidence[:count])
-        return self._continuation
-
-    def _observe_speed(self, made: int, seconds: float, shared: bool) -> None:
-        """Record the final tokens and the seconds of a pass."""
-        self._acceptance.observe_pass(made, seconds)
-        if self._exit_first is not None and not shared:
-            time = seconds / self._token_seconds
-            self._acceptance.order.observe(self._exit_first, made, time)
-
-    def _observe_saving(self, made: int, saved: float) -> None:
-        """Record what the exit saved by the last `made` tokens.
-
-        Before them were tokens without a draft, which the exit's own layers read.
-        """
-        if self._without_exit is not None and self._costs.measured("pass", 1):
-            plain = self._tokens - self._counted
-            self._acceptance.saving.observe(saved + (self._own_share - 1) * plain, plain + made)
-        self._counted = self._tokens + made
+            for place, evidence in enumerate(found.evidence[: accepted_here + 1]):
+                acceptance.of(evidence).observe(place < accepted_here)
 
     @property
-    def _own_share(self) -> float:
-        """Time of a token without the exit's own layers, relative to one with them.
-
-        Compared by the cost of a deep pass, which does not depend on the exit, because requests
-        without these layers may have met another load or other lengths.
-        """
-        without = self._without_exit
-        if without is None or not without.measured("pass", 1):
-            return 1.0
-        step, deep = (
-            self._costs.seconds(kind, 1) / without.seconds(kind, 1) for kind in ("step", "pass")
-        )
-        share = without.seconds("step", 1) / without.seconds("pass", 1)
-        return min(1.0, (1 + share) / (1 + share * step / deep))
-
-    def _count_loss(self, kind: str, time: float, made: int) -> None:
-        """Add the loss of a draft of a kind that took the time of `time` tokens for `made`."""
-        lost = self._lost[kind] + time - made
-        self._lost[kind] = max(-RULE.most_saved, lost)
-
-    def _may_lose(self, kind: str) -> bool:
-        """Return True if drafts of this kind have not used up their grant."""
-        return self._budget(kind) >= 0
-
-    def _budget(self, kind: str) -> float:
-        """Return the time that drafts of this kind may still lose."""
-        return RULE.grant + RULE.grant_share * self._tokens - self._lost[kind]
+    def _pace(self) -> float:
+        """Tokens that this setting generates in the time of one in mode full."""
+        return max(1.0, self._acceptance.pace.value)
 
     @property
     def _outside(self) -> float:
@@ -346,15 +361,18 @@ class Drafts:
         return self._acceptance.outside.value if self._sequences == 1 else 0.0
 
     @property
-    def _token_seconds(self) -> float:
+    def _token(self) -> float:
         """Seconds of a token without a draft."""
         return self._costs.prices(self._sequences).token + self._outside
 
-    def _exit_seconds(self, rows: float, heads: float) -> float:
-        """Return the expected seconds of the engine calls of a draft of the exit.
+    def _row_seconds(self, rows: int) -> float:
+        """Seconds of one more row of a deep pass over `rows` rows."""
+        costs = self._costs
+        together = self._sequences - 1 + rows
+        return max(0.0, costs.seconds("pass", together + 1) - costs.seconds("pass", together))
 
-        Interpolates between whole numbers of rows.
-        """
+    def _exit_seconds(self, rows: float, heads: float) -> float:
+        """Return the expected seconds of a draft of the exit, interpolated between whole rows."""
         costs = self._costs
         together = self._sequences + rows - 1
         whole = int(together)
@@ -363,107 +381,41 @@ class Drafts:
             seconds += (together - whole) * (costs.seconds("pass", whole + 1) - seconds)
         # All but one of the rows without the head are read together with others, in one call.
         prices = costs.prices(self._sequences)
-        return seconds + min(rows, heads + 1) * prices.step + heads * prices.head
-
-    def _candidates(self, sources: DraftSources, most: int) -> Iterator[Candidates]:
-        own = sources.own
-        if own is not None and self._call_seconds / self._token_seconds <= self._budget("text"):
-            began = self.clock()
-            tokens = own.candidates(sources.context, most)
-            self._call_seconds = self.clock() - began
-            self._lost["text"] += self._call_seconds / self._token_seconds
-            yield agreeing(own.name, 0, tokens)
-        yield from sources.found(most, self._acceptance.rate)
-
-    def _observe_open(self, sources: DraftSources, response: Response) -> None:
-        """Update acceptance from the new final tokens, for all candidates, drafted or not."""
-        final = sources.follow(response.tokens)
-        for found in self._open:
-            pairs = zip(found.tokens, found.evidence, final, strict=False)
-            for candidate, evidence, token in pairs:
-                self._acceptance.of_text(evidence).observe(candidate == token)
-                if candidate != token:
-                    break
-        self._open = []
-
-    def _length(self, found: Candidates, count: int) -> int:
-        """Return how many of the first `count` candidates to draft."""
-        if not count:
-            return 0
-        source, agreement, _, evidence = found
-        rate_of = self._acceptance.rate
-        if source in COUNTED:
-            longest = count  # a share of occurrences is known before the first
-            in_full = False
-            is_sure = rate_of(evidence[0]) >= RULE.confirmed
-        else:
-            longest, in_full = self._next.get(source, (RULE.first_length, False))
-            is_sure = agreement >= RULE.sure_agreement
-        if not is_sure and not self._may_lose("text"):
-            return 0
-        costs = self._costs
-        token_seconds = self._token_seconds
-        outside = self._outside
-        expected = 1.0  # expected number of final tokens
-        probability = 1.0  # probability that all tokens so far are accepted
-        drafted = 0
-        best = 0
-        promise = 0.0  # speed of the best length, relative to mode "full"
-        for length in RULE.lengths:
-            if length > min(longest, count):
-                break
-            while drafted < length:
-                repeats = in_full and evidence[drafted][0] == source
-                rate = rate_of(evidence[drafted])
-                probability *= max(rate, RULE.confirmed) if repeats else rate
-                expected += probability
-                drafted += 1
-            together = self._sequences + length
-            seconds = costs.seconds("step", together) + costs.seconds("pass", together) + outside
-            speed = expected * token_seconds / seconds
-            if speed > promise:
-                best = length
-                promise = speed
-        if source != "lookup" and source not in COUNTED:
-            return best
-        exit_gain = self._exit_gain
-        always_tried = source == "lookup" and agreement >= RULE.tried_agreement and not exit_gain
-        if promise > (exit_gain or RULE.margin) or always_tried:
-            return best
-        self._alternative = max(self._alternative, promise)
-        return 0
-
-    def _plan_exit(self, most: int) -> DraftPlan:
-        if not self._may_lose("exit"):
-            return NO_DRAFT
-        draft = DraftPlan(exits=min(RULE.lengths[-1], most))
-        if self._exit_gain:
-            return draft
-        self._to_probe -= 1
-        if self._to_probe > 0:
-            return NO_DRAFT
-        if self._to_probe < 0:  # second of two probes: this one is timed
-            prices = self._costs.prices(self._sequences)
-            share = prices.head / prices.token
-            self._to_probe = max(RULE.probe_tokens, int(share / RULE.probe_share))
-        return draft
+        steps = min(rows, heads + 1) * prices.step
+        return seconds + steps + heads * prices.head + self._outside
 
     @property
-    def _gain(self) -> float:
-        """Speed of this setting relative to mode "full"."""
-        passes = self._acceptance.passes
-        return 1.0 if passes is None else max(1.0, passes.value * self._token_seconds)
+    def _exit_pause(self) -> int:
+        """Number of tokens between two trials of an exit that does not pay."""
+        share = self._costs.prices(self._sequences).head / self._token
+        return max(MIN_EXIT_PAUSE, int(share / EXPLORED))
 
     @property
-    def _exit_gain(self) -> float:
-        """Speed of the exit's drafts relative to mode "full". 0 if they do not pay."""
-        if not self.exits or not self._may_lose("exit"):
-            return 0.0
-        drafts = self._acceptance.exit_drafts(self._sequences)
-        if drafts.tried:
-            seconds = self._exit_seconds(drafts.rows.value, drafts.heads.value)
-            time = drafts.slowness.value * seconds / self._token_seconds
-        else:
-            time = RULE.first_exit_draft[1]
-        gain = drafts.made.value / time
-        return gain if gain > RULE.margin else 0.0
+    def _search_pause(self) -> int:
+        """Number of tokens before the next search, after one that found nothing."""
+        share = SEARCH_SECONDS / self._token
+        if self._acceptance.search_gain.value > share:
+            return 0
+        return min(MAX_SEARCH_PAUSE, int(share / EXPLORED))
+
+
+def _first(proposal: Proposal, count: int) -> Proposal:
+    """Return the first tokens of a proposal."""
+    return Proposal(
+        proposal.source,
+        proposal.tokens[:count],
+        proposal.probabilities[:count],
+        proposal.evidence[:count],
+    )
+
+
+def count_accepted(
+    acceptance: Acceptance, proposal: Proposal, final: Sequence[int], trust: Trust
+) -> None:
+    """Count the tokens of a proposal that became final, up to the first that did not."""
+    for token, evidence, right in zip(proposal.tokens, proposal.evidence, final, strict=False):
+        rate = acceptance.of(evidence)
+        trust.observe(rate.value, token == right)
+        rate.observe(token == right)
+        if token != right:
+            break

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from runtime.decoding.calls import NOTHING, Prediction, SlotCall, Waiting
+from runtime.decoding.calls import NOTHING, Prediction, SlotCall, Waits
 from runtime.decoding.decoder import PREFILL_ROWS, Decoder
 from runtime.engines.kv_cache import FeatureCache
 from runtime.engines.runner import Runner
@@ -71,114 +71,51 @@ class FeatureDecoder(Decoder):
         self._exit_cache.trim(self.slot, length)
         self._length = min(self._length, length)
 
-    # Run at once
+    # As coroutines
 
-    def step(self, token: int, head: bool) -> Prediction:
-        # Equal to `stepping` and `shallow_prediction` in fewer Python calls.
-        self._head = False
+    def stepping(self, tokens: Sequence[int], head: bool) -> Waits[Prediction]:
+        count = len(tokens)
         if self._embeds:
-            self._keep((token,), head)
+            # Stack tokens without embedding them.
+            self._unread[0, self.stacked : self.stacked + count] = tokens
+            states: Any = tokens
+            place = self._length
+            self._length += count
+            self.stacked += count
         else:
-            self._token[0] = token
-            call = self._step_call(False)
-            call.run()
-            self._step = call
-            super().shallow_prediction()
-            if self._exits or head:
-                place = self._shallow.cache.length(self.slot) - 1
-                self._exit_cache.put(self.slot, place, self._hidden[0])
+            yield from super().stepping(tokens, False)
+            states = self._stack[self.stacked - count : self.stacked]
+            place = self.lengths()[0] - count
+        if self._exits or head:
+            self._exit_cache.put(self.slot, place, states)
         if not head:
             return NOTHING
-        self._head = True
         call = self._ask()
-        call.run()
+        if self.alone:
+            call.run()
+        else:
+            yield call
         self._count_exit(call)
-        self.batch_size = 1
+        self.batch_size = call.batch_size
         return self.prediction()
 
-    def full_step(self, token: int) -> int:
-        deep = super().full_step(token)
-        self._length += 1
-        if self._exits:
-            place = self.lengths()[1] - 1
-            self._exit_cache.put(self.slot, place, [token] if self._embeds else self._hidden[0])
-            self._keep_features(place, self._passed[:1])
-        return deep
-
-    def read_draft(self, tokens: Sequence[int]) -> list[int]:
+    def syncing(self, heads: int, drafts: Sequence[int] = ()) -> Waits[list[Prediction]]:
+        rows = self.stacked
         if self._embeds:
-            self._keep(tokens, False)
-            return [prediction.token for prediction in self.sync(len(tokens))]
-        place = self.lengths()[1]
-        found = super().read_draft(tokens)
-        if self._exits and len(tokens) > 1:  # `full_step` keeps one row
-            self._exit_cache.put(self.slot, place, self._stack[: len(tokens)])
-            self._keep_pass(place, len(tokens))
-        return found
-
-    # As calls to be run
-
-    def stepping(self, token: int, head: bool) -> Iterator[SlotCall]:  # type: ignore[override]
-        if self._embeds:
-            return self._keeping((token,), head)
-        return self._stepping(super().stepping(token, False), head)
-
-    def stepping_together(  # type: ignore[override]
-        self, tokens: Sequence[int], head: bool = False
-    ) -> Iterator[SlotCall]:
-        if self._embeds:
-            return self._keeping(tokens, head)
-        if len(tokens) == 1:
-            return self.stepping(tokens[0], head)
-        return self._stepping(super().stepping_together(tokens), head)
-
-    def syncing(self, heads: int, drafts: Sequence[int] = ()) -> Iterator[Waiting]:
-        if self._embeds:
-            call = self._embedding(self.stacked)
+            call = self._embedding(rows)
             if self.alone:
                 call.run()
             else:
                 yield call
             self.stats.shallow_seconds += call.seconds
-            self._shallow.cache.extend(self.slot, call.rows)
-        yield from super().syncing(heads, drafts)
-
-    def _keep(self, tokens: Sequence[int], head: bool) -> None:
-        """Stack tokens without embedding them."""
-        count = len(tokens)
-        if count == 1:
-            self._unread[0, self.stacked] = tokens[0]
-        else:
-            self._unread[0, self.stacked : self.stacked + count] = tokens
-        if self._exits or head:
-            self._exit_cache.put(self.slot, self._length, tokens)
-        self._length += count
-        self.stacked += count
-
-    def _keeping(self, tokens: Sequence[int], head: bool) -> Iterator[SlotCall]:
-        """Stack tokens and, with `head`, return one call of the exit."""
-        self._keep(tokens, head)
-        return self._asking(head)
-
-    def _stepping(self, calls: Iterable[SlotCall], head: bool) -> Iterator[SlotCall]:
-        """Yield the shallow call and, with `head`, one of the exit, and count each after it ran."""
-        for call in calls:
-            yield call
-            super().shallow_prediction()
-            if self._exits or head:
-                place = self.lengths()[0] - call.rows
-                rows = self._stack[self.stacked - call.rows : self.stacked]
-                self._exit_cache.put(self.slot, place, rows)
-        yield from self._asking(head)
-
-    def _asking(self, head: bool) -> Iterator[SlotCall]:
-        """Yield the call of the exit if `head`, and count it after it ran."""
-        self._head = head
-        if head:
-            call = self._ask()
-            yield call
-            self._count_exit(call)
-            self.batch_size = call.batch_size
+            self._shallow.cache.extend(self.slot, rows)
+        place = self.lengths()[1]
+        found = yield from super().syncing(heads, drafts)
+        if self._exits:
+            self._keep_features(place, self._passed[:rows])
+            # The row at `place` already used the deep decoder's feature.
+            self._exit_cache.trim(self.slot, place + 1)
+        return found
 
     def _ask(self) -> SlotCall:
         """Return the call of the exit on all unread rows, with a prediction after the last."""
@@ -198,7 +135,6 @@ class FeatureDecoder(Decoder):
         if call is None:
             call = self._exit_call_of((states[:width], features[:width]), 1)
             self._exit_calls[width] = call
-        self._step = call
         call.shrink(rows, 1)
         return call
 
@@ -212,31 +148,11 @@ class FeatureDecoder(Decoder):
         if call.heads and end > self._deep.cache.length(slot):
             cache.features[slot, end] = self._newest_feature
 
-    def shallow_prediction(self) -> Prediction:
-        """Return the prediction of the last step, which has already been counted."""
-        return self.prediction() if self._head else NOTHING
-
-    def deep_predictions(self) -> list[Prediction]:
-        call = self._pass
-        place = self.lengths()[1]
-        found = super().deep_predictions()
-        if self._exits and call is not None:
-            self._keep_pass(place, call.rows)
-        return found
-
     # Calls
 
     def _keep_features(self, place: int, features: np.ndarray) -> None:
         """Store the features of positions from `place` on."""
         self._exit_cache.features[self.slot, place + 1 : place + 1 + len(features)] = features
-
-    def _keep_pass(self, place: int, rows: int) -> None:
-        """Store the features of a deep pass, which the exit reads from position `place` + 1 on.
-
-        The row at `place` already used the deep decoder's feature.
-        """
-        self._keep_features(place, self._passed[:rows])
-        self._exit_cache.trim(self.slot, place + 1)
 
     def _catch_up(self, most: int, head: bool = False) -> None:
         """Run the exit until at most `most` unread rows are left.

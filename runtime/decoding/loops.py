@@ -1,274 +1,186 @@
-"""The decode loops, one for each mode (Bae et al. 2023, section 3; docs/decoding.md).
+"""The decode loop (Bae et al. 2023, section 3; docs/decoding.md).
 
-A loop starts with `response.newest` as the next token to read: the first token, predicted after the
-prompt, for a decoder-only model, and the start token for an encoder-decoder. It adds final tokens
-to `response` until that is finished. Loops are coroutines (runtime/decoding/calls.py) that yield
-the engine calls they wait for, and final tokens.
+All modes are one loop. What differs is what it proposes before a deep pass (`drafts`), and what is
+final without verification (`Policy`). The loop starts with `response.newest` as the next token to
+read: the first token, predicted after the prompt, for a decoder-only model, and the start token for
+an encoder-decoder. It adds final tokens to `response` until that is finished. It is a coroutine
+(runtime/decoding/calls.py) that yields the engine calls it waits for, and final tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from typing import NamedTuple
 
 from runtime.adaptation.learner import RequestLabels
-from runtime.decoding.calls import AT_ONCE, Prediction, Waiting, Waits
+from runtime.bundle.beta import NEVER_EXIT
+from runtime.decoding.calls import AT_ONCE, NOTHING, Prediction, Waiting, Waits
 from runtime.decoding.decoder import Decoder
-from runtime.decoding.drafting import (
-    Sure,
-    agreement,
-    draft_continued,
-    draft_exits,
-    draft_text,
-    settle,
-    text_at_once,
-    verify,
-)
-from runtime.decoding.drafts import NO_DRAFT, Drafts, Outcome
+from runtime.decoding.drafts import Outcome, Plain, Plan
 from runtime.decoding.response import Response
 from runtime.result import Token
 
 Loop = Generator[Token | Waiting, None, None]
 
 
-def full(decoder: Decoder, response: Response) -> Loop:
-    """Decode with the whole model: every token runs both engines, without the shallow head."""
-    while not response.finished:
-        if decoder.alone and not response.joins_forced:
-            yield AT_ONCE
-            yield _token_at_once(decoder, response)
-            continue
-        unread = yield from _forced(decoder, response, decoder.max_pending)
-        if not response.finished:
-            deep = yield from _deep_token(decoder, unread)
-            yield response.add(response.choose(deep), False, None, deep)
+class Policy(NamedTuple):
+    """What is final without the deep decoder's agreement.
+
+    Attributes:
+        threshold: Confidence above which a prediction of the exit is final ("free").
+        limit: Mode "rollback": a draft is accepted if its deep cross-entropy is at most this many
+            nats, instead of if it is the deep prediction.
+        max_pending: Maximum number of rows of a deep pass.
+        sync_every: With overlap, start a deep pass in the background for every `sync_every` rows. 0
+            disables this.
+    """
+
+    threshold: float = NEVER_EXIT
+    limit: float | None = None
+    max_pending: int = 16
+    sync_every: int = 0
 
 
-def free(
+class Draft(NamedTuple):
+    """Rows since the newest final token, before their deep pass.
+
+    Attributes:
+        tokens: The drafted tokens: one after each row but the last, and one after the last if it
+            ends the request.
+        predictions: The shallow prediction at each row, starting at the newest final token.
+        source: Where the tokens come from.
+        following: The token that would have been drafted next. None if unknown.
+        continued: Number of last tokens that come from a text instead.
+        continued_by: Name of that text.
+        is_final: `following` is final without a deep pass.
+    """
+
+    tokens: list[int]
+    predictions: list[Prediction]
+    source: str = "exit"
+    following: int | None = None
+    continued: int = 0
+    continued_by: str = ""
+    is_final: bool = False
+
+    @property
+    def proposed(self) -> int:
+        """Number of tokens from the source itself."""
+        return len(self.tokens) - self.continued
+
+    def is_forced(self, row: int) -> bool:
+        """Return True if the grammar forced this token of an exit's draft, without a prediction."""
+        return (
+            self.source == "exit"
+            and row < self.proposed
+            and self.predictions[row].confidence is None
+        )
+
+
+def decode(
     decoder: Decoder,
     response: Response,
-    threshold: float,
-    max_pending: int,
-    sync_every: int = 0,
+    drafts: Plain,
+    policy: Policy,
     labels: RequestLabels | None = None,
 ) -> Loop:
-    """Decode with FREE: tokens exit early if the shallow decoder is confident.
-
-    A token whose confidence is above `threshold` exits, and its row waits on the stack. Any other
-    token, or a full stack, triggers a deep pass over the stack.
+    """Decode one request.
 
     Args:
         response: Collects the tokens.
-        threshold: Confidence above which a token exits.
-        max_pending: Maximum number of rows on the stack.
-        sync_every: With overlap, start a deep pass in the background for every `sync_every` rows. 0
-            disables this.
-        labels: Collects the deep prediction at every row. Requires sync_every=0.
+        drafts: Decides what to draft.
+        labels: Collects the deep prediction at every row of the exit.
     """
-    sync_every = sync_every if decoder.overlaps else 0
-    rows: list[Prediction] = []  # predictions of the stacked rows, to be labelled
+    max_pending = policy.max_pending
+    sync_every = policy.sync_every if decoder.overlaps else 0
+    stats = decoder.stats
+    unlabelled: list[Prediction] = []
     at_rest = True
     try:
         while not response.finished:
+            if decoder.alone:
+                yield AT_ONCE
             if sync_every:
                 decoder.start_sync(sync_every)
             at_rest = False
-            joins = response.joins_forced and labels is None
-            unread = (
-                (yield from _forced(decoder, response, max_pending)) if joins else [response.newest]
+            unread = [response.newest]
+            if response.joins_forced and labels is None:
+                unread = yield from _forced(decoder, response, max_pending)
+                if response.finished:
+                    return
+            room = max_pending - decoder.stacked - len(unread)
+            plan = drafts.plan(response, room, decoder.batch_size)
+            shallow_seconds = stats.shallow_seconds
+            deep_seconds = stats.deep_seconds
+            began = drafts.clock()
+            draft = yield from _propose(
+                decoder, response, drafts, plan=plan, policy=policy, unread=unread, room=room
             )
-            if response.finished:
-                return
-            if decoder.alone and len(unread) == 1:
-                yield AT_ONCE
-                prediction = decoder.step(response.newest, head=True)
-            else:
-                yield from decoder.stepping_together(unread, head=True)
-                prediction = decoder.shallow_prediction()
+            alone = decoder.alone
             if labels is not None:
-                rows.append(prediction)
-            prediction = response.constrained(prediction)
-            token = response.choose(prediction)
-            sure = (prediction.confidence or 0.0) > threshold
-            if sure and decoder.stacked < max_pending:
-                decoder.stats.exits += 1
+                unlabelled += draft.predictions
+            if draft.is_final:
+                assert draft.following is not None
+                prediction = draft.predictions[-1]
+                stats.exits += 1
+                drafts.observe_final()
                 at_rest = True
-                yield response.add(token, True, prediction.confidence, prediction)
+                yield response.add(draft.following, True, prediction.confidence, prediction)
                 continue
-            decoder.stats.forced += sure
-            yield from decoder.syncing(len(rows) or 1)
-            deep = decoder.deep_predictions()
+            shallow_seconds = stats.shallow_seconds - shallow_seconds
+            if plan.exits and alone:
+                # Python between the calls of the exit is a part of what its drafts cost.
+                shallow_seconds = drafts.clock() - began
+            rows = len(draft.predictions)
+            heads = max(rows, len(unlabelled))
+            verified = draft.tokens if policy.limit is not None else ()
+            deep = yield from decoder.syncing(heads, verified)
             if labels is not None:
-                labels.label(_labels(rows, deep))
-                rows.clear()
-            yield response.add(response.choose(deep[-1]), False, prediction.confidence, deep[-1])
+                labels.label(_labels(unlabelled, deep))
+                unlabelled.clear()
+            deep = deep[heads - rows :]
+            accept_length, correction = _accepted(response, draft, deep, policy)
+            drafts.observe(
+                plan,
+                _outcome(draft, accept_length, correction),
+                shallow=shallow_seconds,
+                deep=stats.deep_seconds - deep_seconds,
+                shared=not (alone and decoder.alone) or len(unread) > 1,
+            )
+            yield from _settle(
+                decoder, response, draft, deep, accept_length=accept_length, correction=correction
+            )
     finally:
         # The rows left on the stack need one more pass to be labelled, if no call is in flight.
-        if labels is not None and labels.leave([row.confidence or 0.0 for row in rows], at_rest):
-            labels.label(_labels(rows, decoder.sync(len(rows))))
-
-
-def _labels(
-    shallow: Sequence[Prediction],
-    deep: Sequence[Prediction],
-) -> list[tuple[float, bool]]:
-    """Return, for every row, the confidence, and True if shallow and deep tokens agree."""
-    pairs = zip(shallow, deep, strict=True)
-    return [(ours.confidence or 0.0, ours.token == theirs.token) for ours, theirs in pairs]
+        if labels is not None:
+            confidences = [row.confidence or 0.0 for row in unlabelled]
+            if labels.leave(confidences, at_rest):
+                labels.label(_labels(unlabelled, decoder.sync(len(unlabelled))))
 
 
 def shallow(decoder: Decoder, response: Response) -> Loop:
     """Decode with the shallow decoder only, after the prompt (static exiting)."""
     while not response.finished:
-        yield from decoder.stepping(response.newest, head=True)
-        prediction = response.constrained(decoder.shallow_prediction())
+        prediction = yield from decoder.stepping((response.newest,), head=True)
+        prediction = response.constrained(prediction)
         decoder.drop_stack()
         decoder.stats.exits += 1
         yield response.add(response.choose(prediction), True, prediction.confidence, prediction)
 
 
-def rollback(
-    decoder: Decoder,
-    response: Response,
-    threshold: float,
-    max_pending: int,
-    limit: float,
-) -> Loop:
-    """Decode with rollback: exited tokens wait for the next deep pass.
-
-    The first token whose deep cross-entropy exceeds `limit` nats is replaced by the deep
-    prediction, and the tokens after it are discarded.
-    """
-    while not response.finished:
-        unread = yield from _forced(decoder, response, max_pending)
-        if response.finished:
-            return
-        most = max_pending - len(unread)
-        draft = yield from draft_exits(
-            decoder, response, _above(threshold), unread=unread, most=most
-        )
-        deep = yield from verify(decoder, draft)
-        tokens = draft.tokens
-        uncertain = (row for row in range(len(tokens)) if not draft.certain(row))
-        rejected = (row for row in uncertain if (deep[row].nll or 0.0) > limit)
-        accept_length = next(rejected, len(tokens))
-        correction = None
-        if accept_length < len(deep):
-            correction = response.choose(deep[accept_length], tokens[:accept_length])
-        yield from settle(
-            decoder, response, draft, deep=deep, accept_length=accept_length, correction=correction
-        )
-
-
-def lossless(
-    decoder: Decoder,
-    response: Response,
-    threshold: float,
-    max_pending: int,
-    drafts: Drafts,
-) -> Loop:
-    """Decode losslessly: accept drafted tokens that the deep decoder also chooses.
-
-    `drafts` decides what to draft. The output equals that of `full`.
-    """
-    stats = decoder.stats
-    while not response.finished:
-        if drafts.rest and not drafts.exits and decoder.alone and not response.joins_forced:
-            drafts.rest -= 1
-            yield AT_ONCE
-            yield _token_at_once(decoder, response)
-            continue
-        unread = (
-            (yield from _forced(decoder, response, max_pending))
-            if response.joins_forced
-            else [response.newest]
-        )
-        if response.finished:
-            return
-        at_once = decoder.alone and len(unread) == 1
-        plan = drafts.plan(response, max_pending - len(unread), decoder.batch_size)
-        shallow_seconds = stats.shallow_seconds
-        deep_seconds = stats.deep_seconds
-        if plan is NO_DRAFT:
-            if at_once:
-                yield AT_ONCE
-                token = _token_at_once(decoder, response)
-            else:
-                prediction = yield from _deep_token(decoder, unread)
-                token = response.add(response.choose(prediction), False, None, prediction)
-            shared = decoder.batch_size > 1 or len(unread) > 1
-            shallow_seconds = stats.shallow_seconds - shallow_seconds
-            # Before the token is yielded: the caller's time is no cost of a token.
-            drafts.observe_plain(shallow_seconds, stats.deep_seconds - deep_seconds, shared)
-            yield token
-            continue
-        if plan.tokens and at_once:
-            yield AT_ONCE
-            yield from text_at_once(decoder, response, drafts, plan)
-            continue
-        if plan.tokens:
-            draft = yield from draft_text(
-                decoder, response, plan.source, unread=unread, tokens=list(plan.tokens)
-            )
-        else:
-            began = drafts.clock()
-            alone = decoder.alone
-            exit_draft = drafts.exit_draft(threshold)
-            most = plan.exits
-            draft = yield from draft_exits(
-                decoder,
-                response,
-                exit_draft,
-                unread=unread,
-                most=most,
-                continues=exit_draft.continues,
-            )
-            if not (draft.tokens and response.ends(draft.tokens)):
-                most -= len(draft.tokens)
-                found = drafts.continuation(response, draft.tokens, most, exit_draft)
-                draft = yield from draft_continued(decoder, response, draft, found)
-            if alone and decoder.alone:
-                # Python between the calls of the exit is a part of what its drafts cost.
-                shallow_seconds = stats.shallow_seconds + began - drafts.clock()
-        deep = yield from verify(decoder, draft)
-        accept_length, correction = agreement(response, draft.tokens, deep)
-        made = [*draft.tokens[:accept_length], *([] if correction is None else [correction])]
-        proposed = draft.proposed
-        outcome = Outcome(
-            rows=len(draft.predictions),
-            proposed=proposed,
-            accept_length=accept_length,
-            made=len(made),
-            confidences=tuple(row.confidence for row in draft.predictions[: proposed + 1]),
-            agreed=draft.following is not None
-            and made[proposed : proposed + 1] == [draft.following],
-        )
-        drafts.observe(
-            plan,
-            outcome,
-            shallow=stats.shallow_seconds - shallow_seconds,
-            deep=stats.deep_seconds - deep_seconds,
-            shared=decoder.batch_size > 1 or len(unread) > 1,
-        )
-        yield from settle(
-            decoder, response, draft, deep=deep, accept_length=accept_length, correction=correction
-        )
-
-
 def _forced(
-    decoder: Decoder, response: Response, most: int
+    decoder: Decoder, response: Response, max_rows: int
 ) -> Generator[Token | Waiting, None, list[int]]:
     """Add the tokens that the grammar forces, and return the final tokens that are still unread.
 
-    These are at most as many as fit into a deep pass of `most` rows together with the stack.
+    These are at most as many as fit into a deep pass of `max_rows` rows together with the stack.
     Earlier ones are read here.
     """
     unread = [response.newest]
     while not response.finished and (token := response.forced()) is not None:
-        if decoder.stacked + len(unread) == most:
-            yield from decoder.stepping_together(unread)
-            decoder.shallow_prediction()
+        if decoder.stacked + len(unread) == max_rows:
+            yield from decoder.stepping(unread, head=False)
             yield from decoder.syncing(heads=0)
-            decoder.deep_predictions()
             unread = []
         decoder.stats.forced_tokens += 1
         unread.append(token)
@@ -276,30 +188,169 @@ def _forced(
     return unread
 
 
-def _token_at_once(decoder: Decoder, response: Response) -> Token:
-    """Run both decoders on the newest token and add the next one. No other sequence may run."""
-    token = decoder.full_step(response.newest)
-    if response.greedy:
-        return response.add(token, False, None)
-    prediction = decoder.answer(0)
-    return response.add(response.choose(prediction), False, None, prediction)
+def _propose(
+    decoder: Decoder,
+    response: Response,
+    drafts: Plain,
+    plan: Plan,
+    policy: Policy,
+    unread: list[int],
+    room: int,
+) -> Waits[Draft]:
+    """Run the shallow decoder on the `unread` tokens, and draft by the plan."""
+    tokens = plan.proposal.tokens
+    if not plan.exits:
+        read = tokens[:-1] if tokens and response.ends(tokens) else tokens
+        yield from decoder.stepping([*unread, *read], head=False)
+        return Draft(tokens, [NOTHING] * (len(read) + 1), plan.proposal.source)
+    draft = yield from _draft_exits(
+        decoder, response, drafts, plan=plan, policy=policy, unread=unread, room=room
+    )
+    if draft.is_final or (draft.tokens and response.ends(draft.tokens)):
+        return draft
+    found = drafts.continuation(response, draft.tokens, room - len(draft.tokens))
+    if not found.tokens:
+        return draft
+    tokens = [*draft.tokens, *found.tokens]
+    read = found.tokens[:-1] if response.ends(tokens) else found.tokens
+    if read:
+        yield from decoder.stepping(read, head=False)
+    return draft._replace(
+        tokens=tokens,
+        predictions=[*draft.predictions, *[NOTHING] * len(read)],
+        continued=len(found.tokens),
+        continued_by=found.source,
+    )
 
 
-def _deep_token(decoder: Decoder, unread: Sequence[int]) -> Waits[Prediction]:
-    """Run both decoders on final tokens and return the deep prediction after the last one.
+def _draft_exits(
+    decoder: Decoder,
+    response: Response,
+    drafts: Plain,
+    plan: Plan,
+    policy: Policy,
+    unread: list[int],
+    room: int,
+) -> Waits[Draft]:
+    """Draft the exit's predictions, and the tokens that the grammar forces after each.
 
-    The shallow head does not run.
+    Stops at a prediction that is not worth drafting, after `plan.exits` tokens, or at one that
+    would end the request. A confident first prediction is final in mode "free".
     """
-    yield from decoder.stepping_together(unread)
-    decoder.shallow_prediction()
-    yield from decoder.syncing(heads=1)
-    return decoder.deep_predictions()[0]
+    tokens: list[int] = []
+    predictions: list[Prediction] = []
+    max_tokens = min(plan.exits, room)
+    while True:
+        head = not tokens or drafts.continues(max_tokens - len(tokens))
+        prediction = yield from decoder.stepping(unread, head)
+        prediction = response.constrained(prediction, tokens)
+        predictions.append(prediction)
+        if not head:
+            return Draft(tokens, predictions)
+        following: int | None = response.choose(prediction, tokens)
+        confident = (prediction.confidence or 0.0) > policy.threshold
+        if confident and not tokens and room > 0:
+            return Draft(tokens, predictions, following=following, is_final=True)
+        enough = confident or drafts.keeps(prediction)
+        if not enough or len(tokens) >= max_tokens:
+            decoder.stats.forced += enough
+            return Draft(tokens, predictions, following=following)
+        unread = []
+        while following is not None and len(tokens) < max_tokens:
+            predictions += [NOTHING] * bool(unread)
+            unread.append(following)
+            tokens.append(following)
+            if response.ends(tokens):
+                if unread[:-1]:
+                    yield from decoder.stepping(unread[:-1], head=False)
+                return Draft(tokens, predictions)
+            following = response.forced(tokens)
 
 
-def _above(threshold: float) -> Sure:
-    """Return a check for predictions whose confidence is above the threshold."""
+def _accepted(
+    response: Response, draft: Draft, deep: Sequence[Prediction], policy: Policy
+) -> tuple[int, int | None]:
+    """Return how many drafted tokens are accepted, and the deep decoder's token after them.
 
-    def sure(prediction: Prediction) -> bool:
-        return prediction.confidence is not None and prediction.confidence > threshold
+    The token is None if its head did not run there.
+    """
+    tokens = draft.tokens
+    for row, prediction in enumerate(deep):
+        if row < len(tokens):
+            confidence = draft.predictions[row].confidence if row < draft.proposed else None
+            if confidence is not None and confidence > policy.threshold:
+                continue
+            if policy.limit is not None:
+                if draft.is_forced(row) or (prediction.nll or 0.0) <= policy.limit:
+                    continue
+                return row, response.choose(prediction, tokens[:row])
+        token = response.choose(prediction, tokens[:row])
+        if row == len(tokens) or token != tokens[row]:
+            return row, token
+    return len(tokens), None
 
-    return sure
+
+def _outcome(draft: Draft, accept_length: int, correction: int | None) -> Outcome:
+    proposed = draft.proposed
+    following: int | None = correction
+    if accept_length > proposed:
+        following = draft.tokens[proposed]
+    return Outcome(
+        rows=len(draft.predictions),
+        proposed=proposed,
+        accept_length=accept_length,
+        made=accept_length + (correction is not None),
+        confidences=tuple(row.confidence for row in draft.predictions[: proposed + 1]),
+        agreed=accept_length >= proposed and draft.following == following is not None,
+    )
+
+
+def _settle(
+    decoder: Decoder,
+    response: Response,
+    draft: Draft,
+    deep: Sequence[Prediction],
+    accept_length: int,
+    correction: int | None,
+) -> Iterator[Token]:
+    """Add the accepted tokens and then the deep decoder's `correction`, and trim both caches.
+
+    `correction` is None if the whole draft is accepted and ends the request.
+    """
+    stats = decoder.stats
+    proposed = draft.proposed
+    if draft.tokens:
+        forced = [draft.is_forced(row) for row in range(len(draft.tokens))]
+        accepted = min(accept_length, proposed)
+        stats.rejected += forced[accept_length:].count(False)
+        stats.count_draft(
+            draft.source, forced[:proposed].count(False), forced[:accepted].count(False)
+        )
+        if accept_length >= proposed:  # otherwise the continuation was not checked
+            stats.count_draft(draft.continued_by, draft.continued, accept_length - proposed)
+    surplus = len(deep) - accept_length - (correction is not None)
+    if surplus:
+        decoder.trim(decoder.lengths()[1] - surplus)
+    for row in range(accept_length):
+        if response.finished:
+            return
+        source = draft.source if row < proposed else draft.continued_by
+        if forced[row]:
+            source = "forced"
+        exited = source == "exit"
+        stats.exits += exited
+        stats.forced_tokens += forced[row]
+        confidence = draft.predictions[row].confidence
+        yield response.add(draft.tokens[row], exited, confidence, deep[row], source=source)
+    if correction is not None and not response.finished:
+        confidence = draft.predictions[accept_length].confidence
+        yield response.add(correction, False, confidence, deep[accept_length])
+
+
+def _labels(shallow: Sequence[Prediction], deep: Sequence[Prediction]) -> list[tuple[float, bool]]:
+    """Return, for each row of the exit, its confidence, and True if both decoders agree."""
+    return [
+        (ours.confidence, ours.token == theirs.token)
+        for ours, theirs in zip(shallow, deep, strict=True)
+        if ours.confidence is not None
+    ]

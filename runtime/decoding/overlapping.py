@@ -5,12 +5,12 @@ See docs/decoding.md.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from time import perf_counter
 from typing import Any
 
-from runtime.decoding.calls import Prediction, Waiting, Waits, finish
+from runtime.decoding.calls import Prediction, Waits, finish
 from runtime.decoding.decoder import Decoder
 from runtime.engines.runner import Event
 
@@ -40,27 +40,14 @@ class OverlappingDecoder(Decoder):
         self._background = None
         super().trim(length)
 
-    def full_step(self, token: int) -> int:
-        self.step(token, head=False)
-        return self.sync()[0].token
-
-    def read_draft(self, tokens: Sequence[int]) -> list[int]:
-        for call in self.stepping_together(tokens):
-            call.run()
-        self.shallow_prediction()
-        return [prediction.token for prediction in self.sync(len(tokens))]
-
-    def syncing(self, heads: int, drafts: Sequence[int] = ()) -> Iterable[Waiting]:
-        self._heads = heads
-        self._drafts = len(drafts)
+    def syncing(self, heads: int, drafts: Sequence[int] = ()) -> Waits[list[Prediction]]:
         if self._background is not None:
             yield from self._finish_background()
         self._background = self._begin(heads, drafts)
         yield from self._finish_background()
-
-    def deep_predictions(self) -> list[Prediction]:
         self._started = 0
-        return super().deep_predictions()
+        self.stacked = 0
+        return self._predictions(heads, len(drafts))
 
     def start_sync(self, least: int) -> None:
         under_way = self._background is not None and not self._background[0].done()
