@@ -20,12 +20,10 @@ _MIDDLES = [(low + high) / 2 for low, high in pairwise((0.0, *BINS, 1.0))]
 MAX_AGREEMENT = 8
 # Acceptance rate of a token relative to the share of its occurrences, by the order of its n-gram.
 # Assumed until it was measured. Measured on chat prompts: other texts follow a short phrase.
-_OF_SHARE = (0.5, 0.6, 0.85, 1.0)
+_OF_SHARE = (0.5, 0.6, 0.85)
 
 # Weight of the rates of other requests in a Trust, in expected tokens.
-TRUST_WEIGHT = 4.0
-# Boundaries of the probabilities of a text by which outcomes of the exit are kept separately.
-TEXT_BINS = (0.2, 0.5, 0.8)
+TRUST_WEIGHT = 8.0
 # Final tokens, rows and heads assumed of a draft from an exit that was never tried.
 FIRST_EXIT_DRAFT = (2.0, 2.0, 2.0)
 
@@ -158,7 +156,7 @@ class Acceptance:
 
     def __init__(self) -> None:
         self._rates: dict[Evidence, Average] = {}
-        self._exit_outcomes: dict[tuple[int, int], ExitOutcomes] = {}
+        self._exit_outcomes: dict[int, ExitOutcomes] = {}
         self._exit_due = 0
         self.exit = Average()
         self.exit_choice = ExitChoice()
@@ -166,16 +164,11 @@ class Acceptance:
         self.outside = Average(0.0)
         self.search_gain = Average()
 
-    def exit_outcomes(self, sequences: int, text_probability: float) -> ExitOutcomes:
-        """Return the outcomes of the exit's drafts in calls that `sequences` sequences share.
-
-        They are kept separately by how likely the next token of a text is: where the text is sure,
-        so is the exit.
-        """
-        key = sequences, bisect(TEXT_BINS, text_probability)
-        found = self._exit_outcomes.get(key)
+    def exit_outcomes(self, sequences: int) -> ExitOutcomes:
+        """Return the outcomes of the exit's drafts in calls that `sequences` sequences share."""
+        found = self._exit_outcomes.get(sequences)
         if found is None:
-            found = self._exit_outcomes[key] = ExitOutcomes()
+            found = self._exit_outcomes[sequences] = ExitOutcomes()
         return found
 
     def exit_is_due(self, pause: int) -> bool:

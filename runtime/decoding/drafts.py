@@ -18,9 +18,8 @@ from runtime.decoding.calls import Prediction
 from runtime.decoding.draft_sources import NO_PROPOSAL, DraftSource, Proposal
 from runtime.decoding.response import Response
 
-# Lengths of drafts from text. Few, because engine calls are bound once per number of rows, and
-# binding takes as long as a token.
-LENGTHS = (1, 2, 3, 7, 15)
+# Maximum number of drafted tokens.
+MAX_DRAFT = 15
 # Tokens that a draft must be expected to gain. Smaller gains are within the error of the estimates.
 MARGIN = 0.01
 # Seconds of processor time of a search for a draft from text.
@@ -152,7 +151,6 @@ class Drafts(Plain):
         self._finals = 0  # final tokens of the exit since the last deep pass
         self._began = 0.0  # time after the last search
         self._sequences = 1
-        self._text_probability = 0.0  # of the first token that a text proposes
         self._reach = 1.0  # probability that all tokens drafted by the exit are accepted
         self._rows = 1
 
@@ -160,7 +158,6 @@ class Drafts(Plain):
         self._sequences = sequences
         self._reach = 1.0
         self._rows = 1
-        self._text_probability = 0.0
         self._continuation = None
         best = NO_DRAFT
         # Without a measurement of mode "full", a losing draft would seem to pay.
@@ -172,7 +169,7 @@ class Drafts(Plain):
             elif self._sources:
                 best, best_value = self._search(response, room, best_value)
             if self._exits and self._tries_exit(best_value):
-                best = Plan(exits=min(LENGTHS[-1], room))
+                best = Plan(exits=min(MAX_DRAFT, room))
         self._began = self.clock()
         return best
 
@@ -185,7 +182,6 @@ class Drafts(Plain):
             if not proposal.tokens:
                 continue
             self._open.append(proposal)
-            self._text_probability = max(self._text_probability, proposal.probabilities[0])
             count = len(response.within(proposal.tokens))
             length, value = self._length(proposal.probabilities[:count])
             if value > least:
@@ -198,7 +194,7 @@ class Drafts(Plain):
 
     def _tries_exit(self, least: float) -> bool:
         """Return True if a draft of the exit is worth more than `least`, or due for a trial."""
-        outcomes = self._acceptance.exit_outcomes(self._sequences, self._text_probability)
+        outcomes = self._acceptance.exit_outcomes(self._sequences)
         time = self._exit_seconds(outcomes.rows.value, outcomes.heads.value) / self._token
         made = 1 + (outcomes.made.value - 1) * self._trust_exit.value
         if made - self._pace * time > least:
@@ -222,16 +218,11 @@ class Drafts(Plain):
         trust = self._trust_text.value
         expected = 1.0  # expected number of final tokens
         reach = 1.0  # probability that all tokens so far are accepted
-        drafted = 0
         best = 0
         best_value = -math.inf
-        for length in LENGTHS:
-            if length > len(probabilities):
-                break
-            for probability in probabilities[drafted:length]:
-                reach *= probability * trust
-                expected += reach
-            drafted = length
+        for length, probability in enumerate(probabilities[:MAX_DRAFT], 1):
+            reach *= probability * trust
+            expected += reach
             rows = self._sequences + length
             seconds = costs.seconds("step", rows) + costs.seconds("pass", rows) + self._outside
             value = expected - pace * seconds / self._token
@@ -310,7 +301,7 @@ class Drafts(Plain):
             seconds = self._exit_seconds(rows + finals, heads + finals)
             # The text that continues the exit's draft would have been drafted without it, too.
             proposed = outcome.proposed if plan.exits else 0
-            acceptance.exit_outcomes(self._sequences, self._text_probability).observe(
+            acceptance.exit_outcomes(self._sequences).observe(
                 made=finals + min(outcome.made, proposed + 1),
                 rows=finals + min(rows, proposed + 1),
                 heads=finals + heads,

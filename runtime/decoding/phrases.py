@@ -11,10 +11,8 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from runtime.decoding.text_index import LEVELS, Expectation
+from runtime.decoding.text_index import LEVELS, ORDERS, Expectation
 
-# Sizes of the counted n-grams, in tokens.
-ORDERS = (1, 2, 4)
 # File of a bundle's table.
 PHRASES = "phrases.npy"
 # An n-gram by its hash, the token that followed it most often, and the level of an Expectation.

@@ -14,7 +14,7 @@ from threading import Lock
 from typing import Literal, NamedTuple
 
 # Sizes of the indexed n-grams, in tokens.
-ORDERS = (1, 2, 4, 8)
+ORDERS = (1, 2, 4)
 LONGEST = ORDERS[-1]
 # Levels of evidence for each order: eighths of the share of occurrences that a token followed.
 LEVELS = 8
