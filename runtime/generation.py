@@ -293,7 +293,8 @@ class Generation:
         # Drafts change which tokens of "free" are verified, so they must depend on the request
         # alone: not on measured times, nor on other requests.
         alone = self.mode == "free"
-        acceptance = Acceptance()
+        exit_rate = model.thresholds.exit_rate(self._threshold) or 0.5
+        acceptance = Acceptance(exit_draft=1 / max(1 - exit_rate, 1 / self._max_pending))
         costs = CallCosts(model.costs.base)
         if not alone:
             acceptance = model.learned.acceptance(self._threshold, options.samples)

@@ -8,6 +8,7 @@ from runtime.adaptation.adaptive_threshold import AdaptiveThreshold
 from runtime.adaptation.learner import Learner, RequestLabels
 from runtime.bundle.beta import NEVER_EXIT
 from runtime.bundle.bundle import Bundle
+from runtime.bundle.calibration import TableRow
 from runtime.bundle.costs import Costs
 from runtime.options import Drafts, GenerationOptions, Mode
 from runtime.session_options import SessionOptions
@@ -120,11 +121,9 @@ class Thresholds:
                 if self.adaptive is None
                 else DefaultMode("free", threshold, 1.0, 0.0)
             )
-        calibration = self._bundle.calibration
         manifest = self._bundle.manifest
-        table = () if calibration is None else calibration.table
-        row = min(table, key=lambda row: abs(row.threshold - threshold), default=None)
-        if row is None or abs(row.threshold - threshold) >= 5e-3:
+        row = self._row(threshold)
+        if row is None:
             return DefaultMode("free", threshold)
         speedup = row.predicted_speedup if row.measured_speedup is None else row.measured_speedup
         if self.costs is not None:
@@ -134,6 +133,18 @@ class Thresholds:
         return DefaultMode(
             "free", threshold, speedup, exit_rate=row.exit_rate, agreement=row.agreement
         )
+
+    def exit_rate(self, threshold: float) -> float | None:
+        """Return the share of tokens that exit at a threshold, None if it was not calibrated."""
+        row = self._row(threshold)
+        return None if row is None else row.exit_rate
+
+    def _row(self, threshold: float) -> TableRow | None:
+        """Return the row of the calibration's table for a threshold, None if there is none."""
+        calibration = self._bundle.calibration
+        table = () if calibration is None else calibration.table
+        row = min(table, key=lambda row: abs(row.threshold - threshold), default=None)
+        return None if row is None or abs(row.threshold - threshold) >= 5e-3 else row
 
     def with_mode(self, options: GenerationOptions) -> GenerationOptions:
         """Return options with a mode.
@@ -149,11 +160,7 @@ class Thresholds:
             and self.adaptive is None
             and self.decide(None, "free")[0] >= NEVER_EXIT
         )
-        drafts = any(
-            given is not None
-            for given in (options.drafts, options.predicted_output, options.draft_source)
-        )
-        if not drafts and not never:
+        if not never:
             return replace(options, mode="free")
         if options.output_confidence:
             return replace(options, mode="full")

@@ -24,8 +24,8 @@ _OF_SHARE = (0.5, 0.6, 0.85)
 
 # Weight of the rates of other requests in a Trust, in expected tokens.
 TRUST_WEIGHT = 8.0
-# Final tokens, rows and heads assumed of a draft from an exit that was never tried.
-FIRST_EXIT_DRAFT = (2.0, 2.0, 2.0)
+# Final tokens assumed of a draft from an exit that was never tried.
+FIRST_EXIT_DRAFT = 2.0
 
 # First requests of a setting, which alternate between drafting with and without such an exit, and
 # one request in this many that makes the choice that was slower, as it may be faster now.
@@ -128,11 +128,10 @@ class ExitChoice:
 class ExitOutcomes:
     """Average outcome of drafts of the exit: final tokens, rows of the pass, and heads."""
 
-    def __init__(self) -> None:
-        made, rows, heads = FIRST_EXIT_DRAFT
+    def __init__(self, made: float) -> None:
         self.made = Average(made)
-        self.rows = Average(rows)
-        self.heads = Average(heads)
+        self.rows = Average(made)
+        self.heads = Average(made)
 
     def observe(self, made: int, rows: int, heads: int) -> None:
         """Add a draft."""
@@ -146,6 +145,9 @@ class Acceptance:
 
     Shared by requests with the same setting. A lost update does no harm.
 
+    Args:
+        exit_draft: Final tokens assumed of a draft of the exit until they were measured.
+
     Attributes:
         exit: Acceptance rate of the exit's predictions, whatever their confidence.
         exit_choice: Which requests draft from an exit with layers of its own.
@@ -154,7 +156,8 @@ class Acceptance:
         search_gain: Tokens gained by a search for a draft from text.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, exit_draft: float = FIRST_EXIT_DRAFT) -> None:
+        self._exit_draft = exit_draft
         self._rates: dict[Evidence, Average] = {}
         self._exit_outcomes: dict[int, ExitOutcomes] = {}
         self._exit_due = 0
@@ -162,13 +165,13 @@ class Acceptance:
         self.exit_choice = ExitChoice()
         self.pace = Speed()
         self.outside = Average(0.0)
-        self.search_gain = Average()
+        self.search_gain = Average(0.1)
 
     def exit_outcomes(self, sequences: int) -> ExitOutcomes:
         """Return the outcomes of the exit's drafts in calls that `sequences` sequences share."""
         found = self._exit_outcomes.get(sequences)
         if found is None:
-            found = self._exit_outcomes[sequences] = ExitOutcomes()
+            found = self._exit_outcomes[sequences] = ExitOutcomes(self._exit_draft)
         return found
 
     def exit_is_due(self, pause: int) -> bool:

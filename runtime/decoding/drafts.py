@@ -159,6 +159,9 @@ class Drafts(Plain):
         self._reach = 1.0
         self._rows = 1
         self._continuation = None
+        if self._finals and room:
+            # An exit that was sure goes on: its rows wait for a deep pass in any case.
+            return Plan(exits=min(MAX_DRAFT, room))
         best = NO_DRAFT
         # Without a measurement of mode "full", a losing draft would seem to pay.
         measured = not self._learns or sequences > 1 or self._costs.measured("pass", 1)
@@ -188,9 +191,16 @@ class Drafts(Plain):
                 least = value
                 best = Plan(_first(proposal, length))
         if best is NO_DRAFT:
-            self._acceptance.search_gain.observe(0.0)
-            self._to_search = self._search_pause
+            self._count_search(0.0)
         return best, least
+
+    def _count_search(self, gain: float) -> None:
+        """Record the tokens that a search gained, and rest if searches do not pay."""
+        average = self._acceptance.search_gain
+        average.observe(gain)
+        share = SEARCH_SECONDS / self._token
+        if average.value <= share:
+            self._to_search = min(MAX_SEARCH_PAUSE, int(share / EXPLORED))
 
     def _tries_exit(self, least: float) -> bool:
         """Return True if a draft of the exit is worth more than `least`, or due for a trial."""
@@ -253,12 +263,11 @@ class Drafts(Plain):
         return reach > self._pace * seconds / self._token
 
     def continuation(self, response: Response, drafted: Sequence[int], room: int) -> Proposal:
-        if room <= 0:
+        if room <= 0 or self._to_search or not self._sources:
             return NO_PROPOSAL
         best = NO_PROPOSAL
         best_value = 0.0
-        if self._sources:
-            self._follow(response)
+        self._follow(response)
         for source in self._sources:
             found = source.propose(drafted, room)
             count = len(response.within([*drafted, *found.tokens])) - len(drafted)
@@ -272,6 +281,8 @@ class Drafts(Plain):
                     best_value = value
                     best = _first(found, place + 1)
         self._continuation = best
+        if best is NO_PROPOSAL:
+            self._count_search(0.0)
         return best
 
     def observe(
@@ -313,7 +324,7 @@ class Drafts(Plain):
         if plan.exits:
             self._count_exits(outcome)
         elif plan.proposal.tokens:
-            acceptance.search_gain.observe(outcome.made - 1 - self._pace * (time - 1))
+            self._count_search(outcome.made - 1 - self._pace * (time - 1))
         made = outcome.made + finals
         acceptance.pace.observe(made, time)
         if not shared:
@@ -336,8 +347,11 @@ class Drafts(Plain):
             rate.observe(accepted)
             acceptance.exit.observe(accepted)
         found = self._continuation
-        if found is not None and outcome.accept_length >= outcome.proposed:
+        if found is not None and found.tokens and outcome.accept_length >= outcome.proposed:
             accepted_here = outcome.accept_length - outcome.proposed
+            before = outcome.rows - len(found.tokens)
+            cost = sum(self._row_seconds(before + row) for row in range(len(found.tokens)))
+            self._count_search(accepted_here - self._pace * cost / self._token)
             for place, evidence in enumerate(found.evidence[: accepted_here + 1]):
                 acceptance.of(evidence).observe(place < accepted_here)
 
@@ -380,14 +394,6 @@ class Drafts(Plain):
         """Number of tokens between two trials of an exit that does not pay."""
         share = self._costs.prices(self._sequences).head / self._token
         return max(MIN_EXIT_PAUSE, int(share / EXPLORED))
-
-    @property
-    def _search_pause(self) -> int:
-        """Number of tokens before the next search, after one that found nothing."""
-        share = SEARCH_SECONDS / self._token
-        if self._acceptance.search_gain.value > share:
-            return 0
-        return min(MAX_SEARCH_PAUSE, int(share / EXPLORED))
 
 
 def _first(proposal: Proposal, count: int) -> Proposal:
