@@ -1,9 +1,8 @@
 """Measures the rows of the README's table, and writes the pages of results.
 
-    python -m tools.results measure --output DIR            all rows without a committed result
-    python -m tools.results measure --output DIR --plan     list rows and estimated times only
-    python -m tools.results measure --output DIR records-int8 --trial 3
-    python -m tools.results pages                           docs/results/index.md and README table
+    python -m tools.results measure --output DIR              rows without a published result
+    python -m tools.results measure --output DIR records-int8
+    python -m tools.results pages                             README table and docs/results
 
 Measure on an idle machine with two cores. The same command continues an interrupted run.
 """
@@ -18,8 +17,9 @@ import click
 from freeexport.system.progress import duration
 from tools.data.splits import run_tool
 from tools.pages import write_pages
-from tools.results.measure import RESULTS, ROOT, measure_row, result_file
-from tools.results.pages import index, readme
+from tools.results.measure import measure_row
+from tools.results.pages import pages
+from tools.results.published import RESULTS, ROOT, read_lines
 from tools.results.rows import ROWS
 
 
@@ -31,43 +31,30 @@ def main() -> None:
 @main.command("measure")
 @click.argument("names", nargs=-1, metavar="[ROW]...", type=click.Choice(list(ROWS)))
 @click.option(
-    "--output", type=click.Path(path_type=Path), required=True, help="Data, bundles and outputs."
+    "--output", type=click.Path(path_type=Path), required=True, help="Data, bundles and reports."
 )
-@click.option("--plan", is_flag=True, help="Print the rows and the time they take; do nothing.")
-@click.option(
-    "--trial",
-    type=click.IntRange(1),
-    help="Decode this many calibration lines, and record nothing.",
-)
-def measure_rows(names: tuple[str, ...], output: Path, plan: bool, trial: int | None) -> None:
-    """Measure ROWs on their test lines. Default: all rows without a committed result."""
-    rows = [ROWS[name] for name in names or ROWS]
-    missing = [row for row in rows if trial is not None or not result_file(row).is_file()]
-    for row in rows:
-        state = f"at most {duration(row.estimate)}" if row in missing else "has a result"
-        click.echo(f"{row.name}: {row.lines} lines, {', '.join(row.methods)}: {state}")
-    click.echo(
-        f"together at most {duration(sum(row.estimate for row in missing))}, conversions left out"
-    )
-    if plan:
-        return
-    for row in missing:
+def measure_rows(names: tuple[str, ...], output: Path) -> None:
+    """Measure ROWs on their test lines, in a checkout without changes.
+
+    A named row replaces its published result. Default: all rows without a result on their lines.
+    """
+    published = {(line["result"], line["test_lines"]) for line in read_lines(ROOT / RESULTS)}
+    missing = [row.name for row in ROWS.values() if (row.name, row.data.split) not in published]
+    for name in names or missing:
         start = time.perf_counter()
-        report = measure_row(row, output.resolve(), trial=trial)["evaluation"]
-        for one in report["rows"]:
+        for one in measure_row(ROWS[name], output.resolve())["rows"]:
             click.echo(
-                f"{row.name}, {one['setting']}: {one['request_speed']:.2f}x a request, "
+                f"{name}, {one['setting']}: {one['request_speed']:.2f}x a request, "
                 f"same {one['same']:.0%}"
             )
-        click.echo(f"{row.name}: {duration(time.perf_counter() - start)}")
+        click.echo(f"{name}: {duration(time.perf_counter() - start)}")
 
 
 @main.command("pages")
 @click.option("--check", is_flag=True, help="Write nothing; fail where a page differs.")
 def make_pages(check: bool) -> None:
-    """Write docs/results/index.md and the README's table from docs/results/*.json."""
-    found = {RESULTS / "index.md": index(RESULTS), ROOT / "README.md": readme(ROOT, RESULTS)}
-    write_pages(found, check, "python -m tools.results pages")
+    """Write the tables of the README and of docs/results from docs/results/results.jsonl."""
+    write_pages(pages(ROOT), check, "python -m tools.results pages")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
-"""Measures a row: builds data and bundle, calibrates, evaluates, and records the test lines used.
+"""Measures a row: builds data and bundle, calibrates, evaluates, and publishes the figures.
 
 Each complete part is kept in the output directory, so an interrupted run continues.
 """
 
 from __future__ import annotations
 
-import json
+import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,151 +16,126 @@ import click
 
 from freeexport.checkpoints.checkpoint import smollm2
 from freeexport.evaluate.evaluate import evaluate
+from freeexport.evaluate.page import write_evaluation
 from freeexport.evaluate.settings import EvaluateOptions
-from freeexport.system.output import write_whole
 from runtime.bundle.bundle import Bundle
 from tools.data.splits import MARKER
-from tools.results.rows import CALIBRATION, RISK, SMOLLM2, TEMPLATED, Data, ResultRow
+from tools.results.published import (
+    RESULTS,
+    ROOT,
+    USES,
+    read_lines,
+    rows_of,
+    shipped,
+    write_lines,
+)
+from tools.results.rows import CALIBRATION, RISK, SMOLLM2, Data, ResultRow
 
-ROOT = Path(__file__).resolve().parents[2]
-RESULTS = ROOT / "docs" / "results"
-LOOKS = "looks.jsonl"
-# Threshold of trials, which decode too few lines for a calibration.
-TRIAL_THRESHOLD = 0.9
+
+def clean_commit(root: Path = ROOT) -> str:
+    """Return the commit of the checkout.
+
+    Raises:
+        ClickException: If tracked files have changes, other than those that `measure` writes.
+    """
+    written = [f":!{path}" for path in (RESULTS, USES)]
+    changed = _git(root, "status", "--porcelain", "--untracked-files=no", "--", ".", *written)
+    if changed:
+        names = ", ".join(line[3:] for line in changed.splitlines())
+        raise click.ClickException(
+            f"tracked files have changes, so no commit would name what is measured: {names}; "
+            f"commit them first"
+        )
+    return _git(root, "rev-parse", "HEAD").strip()
 
 
-def result_file(row: ResultRow, results: Path = RESULTS) -> Path:
-    return results / f"readme-{row.name}.json"
+def _git(root: Path, *arguments: str) -> str:
+    done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True)
+    if done.returncode:
+        raise click.ClickException(f"git failed in {root}: {done.stderr.strip()}")
+    return done.stdout
 
 
-def measure_row(
-    row: ResultRow, output: Path, results: Path = RESULTS, trial: int | None = None
-) -> dict[str, Any]:
-    """Measure a row.
+def measure_row(row: ResultRow, output: Path, root: Path = ROOT) -> Mapping[str, Any]:
+    """Measure a row, publish it, and return the report of `evaluate`.
 
     Args:
-        output: Directory of data, bundles and outputs.
-        results: Directory of the result and the ledger.
-        trial: Number of calibration lines to decode instead of test lines. Nothing is written to
-            `results` then.
-
-    Returns:
-        The content of the result's JSON.
+        output: Directory of data, bundles and full reports.
+        root: Directory below which the result is published.
     """
-    directory = built(row.data if trial is None or row.data.file is None else TEMPLATED, output)
+    commit = clean_commit()
+    data = built(row.data, output)
     bundle = converted(row, output)
     calibration = Bundle.open(bundle).calibration
-    by_the_rule = calibration is not None and (calibration.method, calibration.risk) == (
-        "risk",
-        RISK,
-    )
-    if row.calibrated and trial is None and not by_the_rule:
-        data = str(directory / "calibration.jsonl")
+    rule = None if calibration is None else (calibration.method, calibration.risk)
+    if row.calibrated and rule != ("risk", RISK):
+        lines = str(data.with_name("calibration.jsonl"))
         arguments = [*CALIBRATION.split(), "--max-new-tokens", str(row.max_new_tokens)]
-        run_command("freeexport", "calibrate", str(bundle), "--data", data, *arguments)
+        run_command("freeexport", "calibrate", str(bundle), "--data", lines, *arguments)
+    report_directory = output / "evaluations" / row.name
     options = EvaluateOptions(
         bundles=((bundle, row.methods),),
-        data=lines_of(row.data, directory, "test" if trial is None else "calibration"),
-        output=output / "evaluations" / (row.name if trial is None else f"{row.name}-trial"),
-        metrics=(row.quality,) if row.quality == "exact" else (row.quality, "exact"),
-        thresholds=() if trial is None else (TRIAL_THRESHOLD,),
-        samples=trial or row.lines,
+        data=data,
+        output=report_directory,
+        metrics=(row.quality, "exact"),
+        thresholds=row.thresholds,
+        samples=row.lines,
         max_new_tokens=row.max_new_tokens,
         temperature=row.temperature,
-        overwrite=trial is not None,
     )
-    report = evaluate(options).report
-    built_by = (
-        json.loads((directory / MARKER).read_text(encoding="utf-8")) if directory.is_dir() else None
-    )
-    found = {
-        "row": row.name,
+    found = evaluate(options)
+    write_evaluation(found, report_directory)
+    publish(row, found.report, commit, root)
+    if row.picture:
+        shutil.copy(report_directory / "curve.png", root / row.picture)
+    return found.report
+
+
+def publish(row: ResultRow, report: Mapping[str, Any], commit: str, root: Path) -> None:
+    """Replace the lines of a result, and record that these test lines were used."""
+    facts = {
+        "result": row.name,
         "command": f"python -m tools.results measure {row.name}",
-        "recipe": {
-            "data": " ".join(("python -m", *row.data.arguments))
-            if row.data.arguments
-            else row.data.name,
-            "split": row.data.split,
-            "convert": " ".join(("freeexport convert", Path(row.engines.model).name, *row.convert)),
-            "calibrate": CALIBRATION if row.calibrated else None,
-        },
-        "dataset": built_by,
-        "evaluation": {**report, "data": row.data.split},
+        "test_lines": row.data.split,
+        "commit": commit,
     }
-    if trial is None:
-        record(row, found, results)
-    return found
-
-
-def record(row: ResultRow, found: dict[str, Any], results: Path) -> None:
-    """Write the result, and a line of the ledger that these test lines were used."""
-    report = found["evaluation"]
-    look = {
+    use = {
         "date": report["made"][:10],
-        "commit": report["commit"],
-        "split": row.data.split,
-        "lines": report["lines"],
-        "result": result_file(row).name,
-        "trained_after": False,
+        "result": row.name,
+        "test_lines": row.data.split,
+        "n": report["lines"],
+        "commit": commit,
+        "shipped": shipped(row.shipped),
     }
-    with (results / LOOKS).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(look) + "\n")
-    write_whole(result_file(row, results), json.dumps(found, indent=1) + "\n")
+    others = [line for line in read_lines(root / RESULTS) if line["result"] != row.name]
+    write_lines(root / USES, [*read_lines(root / USES), use])
+    write_lines(root / RESULTS, [*rows_of(report, facts), *others])
 
 
 def built(data: Data, output: Path) -> Path:
-    """Return the directory of a data set, or its committed file. Builds a missing data set."""
+    """Return the file of test lines. Builds a missing data set."""
     if data.file is not None:
         return data.file
     directory = output / "data" / data.name
     if not (directory / MARKER).is_file():
-        module, *arguments = data.arguments
-        # The name of a task precedes OUT.
-        places = 1 if arguments and not arguments[0].startswith("-") else 0
-        shared = ["--index", str(output / "debian-index")] if module != "tools.data.g2p" else []
-        shared += (
-            ["--dictionaries", str(output / "dictionaries")]
-            if module == "tools.data.prompts"
-            else []
-        )
-        run_command(
-            sys.executable,
-            "-m",
-            module,
-            *arguments[:places],
-            str(directory),
-            *arguments[places:],
-            *shared,
-        )
-    return directory
-
-
-def lines_of(data: Data, place: Path, split: str) -> Path:
-    """Return the file of lines to decode. Writes it if prompts ask to repeat the targets."""
-    if not place.is_dir():
-        return place
-    path = place / f"{split}.jsonl"
-    if not data.repeat:
-        return path
-    repeated = place / f"{split}-repeated.jsonl"
-    targets = [json.loads(line)["target"] for line in path.read_text(encoding="utf-8").splitlines()]
-    prompts = (
-        [{"role": "user", "content": f"Repeat this text exactly:\n\n{target}"}]
-        for target in targets
-    )
-    write_whole(
-        repeated,
-        "".join(json.dumps({"input": prompt}, ensure_ascii=False) + "\n" for prompt in prompts),
-    )
-    return repeated
+        places = {"OUT": str(directory), "OTHERS": str(output)}
+        arguments = []
+        for argument in data.command.split():
+            first, slash, rest = argument.partition("/")
+            arguments.append(places.get(first, first) + slash + rest)
+        run_command(sys.executable, "-m", *arguments)
+    return directory / "test.jsonl"
 
 
 def converted(row: ResultRow, output: Path) -> Path:
     """Return the bundle of a row. Converts a missing one."""
-    bundle = output / "bundles" / row.engines.name
+    bundle = output / "bundles" / f"{row.exit or Path(row.model).name}-{row.precision}"
     if not bundle.is_dir():
-        model = str(smollm2()) if row.engines.model == SMOLLM2 else str(ROOT / row.engines.model)
-        run_command("freeexport", "convert", model, str(bundle), *row.convert)
+        model = str(smollm2()) if row.model == SMOLLM2 else str(ROOT / row.model)
+        exit = () if row.exit is None else ("--exit", row.exit)
+        run_command(
+            "freeexport", "convert", model, str(bundle), "--precision", row.precision, *exit
+        )
     return bundle
 
 

