@@ -14,7 +14,6 @@ interrupted run, and adds steps to a finished one.
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 
@@ -122,9 +121,7 @@ def measure_all(
         run.run(step.name, measure_step, step, conditions)
         click.echo(f"{step.name}: {duration(time.perf_counter() - began)}")
         found = {name: run.read(name) for name in STEPS if run.finished(name)}
-        write_whole(
-            output / REPORT, json.dumps({"schema": pages.SCHEMA, "steps": found}, indent=1) + "\n"
-        )
+        write_whole(output / REPORT, pages.report_text(found))
         for line in pages.section(found[step.name], found.values()):
             click.echo(line)
 

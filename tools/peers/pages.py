@@ -17,7 +17,7 @@ from freeexport.system.load import load_note
 from freeexport.system.page import human_bytes
 from freeexport.system.sheet import markdown, sheet
 
-SCHEMA = 2
+SCHEMA = 3
 BENCHMARKS = """# Benchmarks
 
 Generated from docs/benchmarks/*.json by `python -m tools.peers pages`; do not edit. Tokens that \
@@ -86,6 +86,15 @@ def pages(root: Path) -> dict[Path, str]:
         raise click.ClickException(f"{readme} lacks {BEGIN} or {END}")
     found[readme] = before + "\n".join([begin, *_readme(runs), end]) + after
     return found
+
+
+def report_text(steps: Mapping[str, Row]) -> str:
+    """Return a report as JSON, a line a step, numbers with seven digits."""
+    lines = []
+    for name, step in steps.items():
+        short = json.loads(json.dumps(step), parse_float=lambda text: float(f"{float(text):.7g}"))
+        lines.append(f"{json.dumps(name)}: {json.dumps(short, separators=(',', ':'))}")
+    return f'{{"schema": {SCHEMA}, "steps": {{\n' + ",\n".join(lines) + "\n}}\n"
 
 
 def _report(path: Path) -> dict[str, Row]:
@@ -217,23 +226,17 @@ def _differs(row: Row) -> str:
 def _conditions(step: Row) -> list[str]:
     """Return sentences about the machine, the rounds and the versions of a step."""
     machine = step["machine"]
-    versions = dict(step["versions"])
-    for row in step["rows"]:
-        versions |= row.get("versions", {})
     reads = f", which reads {step['bandwidth'] / 1e9:.1f} GB/s" if step.get("bandwidth") else ""
-    listed = ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
+    listed = ", ".join(f"{name} {version}" for name, version in sorted(step["versions"].items()))
     rounds = f", medians of {step['rounds']} interleaved rounds" if step["rounds"] > 1 else ""
     threads = "thread" if step["threads"] == 1 else "threads"
     commit = step["commit"] or "not recorded"
-    if step["commit"]:
-        commit = commit[:12] + commit[40:]  # -dirty
     lines = [
         f"{step['model']}, {step['threads']} {threads}{rounds}; {machine['processor']}, "
         f"{machine['cores']} cores ({' '.join(machine['features'])}){reads}",
         f"{step['made'][:10]}, commit {commit}; {listed}",
     ]
-    flags = {row["name"]: row["flags"] for row in step["rows"] if row.get("flags")}
-    lines += [f"{name}: {text}" for name, text in flags.items()]
+    lines += [f"{name}: {text}" for name, text in step["flags"].items()]
     return [*lines, *filter(None, [step.get("note"), load_note(step["busy"])])]
 
 

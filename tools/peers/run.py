@@ -135,6 +135,13 @@ def measure_step(step: PeerStep, conditions: Conditions) -> dict[str, Any]:
             rows, more = equality(found, prompts, tokens, threads)
         else:
             rows, more = _requests(step, conditions, found, bundle, bandwidth)
+    versions = made.pop("versions")
+    flags = {}
+    for row in rows:
+        versions |= row.pop("versions", {})
+        if row.get("flags"):
+            flags[row["name"]] = row["flags"]
+        row.pop("flags", None)
     return {
         **{name: getattr(step, name) for name in ("title", "page", "figure", "kind")},
         "model": bundle.manifest.source,
@@ -144,6 +151,8 @@ def measure_step(step: PeerStep, conditions: Conditions) -> dict[str, Any]:
         "busy": load.cores if timed else 0.0,
         "bandwidth": bandwidth,
         **made,
+        "versions": versions,
+        "flags": flags,
         "rows": rows,
         "failed": {**failed, **more},
     }

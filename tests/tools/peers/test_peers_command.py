@@ -27,8 +27,6 @@ OURS = {
     "first": {**FIGURE, "seconds": 0.01},
     "peak_bytes": 3_000_000,
     "bandwidth": 0.75,
-    "versions": {"onnxruntime": "1.2"},
-    "flags": "mode full",
 }
 THEIRS = {
     **OURS,
@@ -36,7 +34,6 @@ THEIRS = {
     "request": {**FIGURE, "seconds": 1.0, "ratio": 2.0, "ratio_low": 1.8, "ratio_high": 2.1},
     "first": {**FIGURE, "seconds": 0.02},
     "bandwidth": None,
-    "flags": "-DGGML_NATIVE=ON, AVX2",
 }
 STEP = {
     "title": "SmolLM2-135M, int8",
@@ -51,8 +48,9 @@ STEP = {
     "bandwidth": 3e10,
     "made": "2026-11-30T12:00:00+00:00",
     "machine": {"processor": "AMD EPYC", "features": ["avx2"], "cores": 2, "kernels": "avx2"},
-    "versions": {"freeexport": "0.2.0"},
-    "commit": "1234567890abcdef",
+    "versions": {"freeexport": "0.2.0", "onnxruntime": "1.2"},
+    "commit": "12345678" * 5 + "-dirty",
+    "flags": {"freeexport int8": "mode full", "llama-cpp-q8": "-DGGML_NATIVE=ON, AVX2"},
     "rows": [OURS, THEIRS],
     "failed": {"genai": "not installed"},
 }
@@ -65,7 +63,7 @@ FIDELITY = {
     "title": "Same tokens as fp32",
     "kind": "fidelity",
     "rows": [
-        {**{name: OURS[name] for name in ("name", "precision", "flags")}, **COMPARED},
+        {**{name: OURS[name] for name in ("name", "precision")}, **COMPARED},
         {"name": "llama-cpp-q8", "precision": "8 bits", **COMPARED, "same": 1.0, "differs": None},
     ],
 }
@@ -145,7 +143,9 @@ def test_the_beginning_of_a_name_chooses_its_steps() -> None:
 
 def test_pages_show_every_row_and_condition(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = {**STEP, "page": "peers", "figure": "first", "busy": 0.0}
-    steps = json.dumps({"schema": 2, "steps": {"decode-int8": STEP, "fidelity": FIDELITY, "prompts": prompts}})
+    steps = json.dumps(
+        {"schema": pages.SCHEMA, "steps": {"decode-int8": STEP, "fidelity": FIDELITY, "prompts": prompts}}
+    )
     write_docs(tmp_path, **{"AMD-EPYC": steps})
     monkeypatch.chdir(tmp_path)
     assert run("pages").exit_code == 0
@@ -157,12 +157,12 @@ def test_pages_show_every_row_and_condition(tmp_path: Path, monkeypatch: pytest.
     for said in (
         "genai: not run: not installed",
         "medians of 5 interleaved rounds",
-        "2026-11-30, commit 1234567890ab; freeexport 0.2.0, onnxruntime 1.2",
+        f"2026-11-30, commit {'12345678' * 5}-dirty; freeexport 0.2.0, onnxruntime 1.2",
         "llama-cpp-q8: -DGGML_NATIVE=ON, AVX2",
         "30.0 GB/s",
         "other processes kept 1.2 cores busy",
     ):
-        assert f"{said}" in text.replace("\n  ", " ")
+        assert said in text.replace("\n  ", " ")
     assert "| freeexport int8 | int8 | 10.0 |" in (tmp_path / "docs" / "results" / "peers.md").read_text()
     readme = (tmp_path / "README.md").read_text()
     assert "| 8 bits, AVX2 |  | 64.0 (10%, 100%) |  |  | **128.0** (10%, 50%) |" in readme
@@ -177,7 +177,7 @@ def test_pages_show_every_row_and_condition(tmp_path: Path, monkeypatch: pytest.
     ("text", "said"),
     [
         (report("decode-int8", trial=True), "has trials (decode-int8)"),
-        (json.dumps({"schema": 1, "steps": {}}), "is of schema 1, not 2"),
+        (json.dumps({"schema": 1, "steps": {}}), "is of schema 1, not 3"),
         ("[]", "is no report of tools.peers"),
     ],
 )
@@ -200,6 +200,8 @@ def test_ours_is_measured_beside_the_reference(tmp_path: Path) -> None:
     left_out = dict.fromkeys(STEPS["decode-int8"].peers, "not asked for")
     conditions = Conditions(tmp_path, {}, left_out, rounds=1, threads=1, trial=True)
     found = measure_step(STEPS["decode-int8"], conditions)
-    (row,) = found["rows"]
-    assert 0 < row["bandwidth"] < 2
+    assert [row["name"] for row in found["rows"]] == ["freeexport int8", "freeexport int8 --activations int16"]
+    for row in found["rows"]:
+        assert 0 < row["bandwidth"] < 2
+        assert "mode full" in found["flags"][row["name"]]
     assert pages.section(found, [found])
