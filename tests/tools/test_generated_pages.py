@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 from click.testing import CliRunner
 
+from freeexport.cli import main as freeexport_command
 from runtime import GenerationOptions, SessionOptions, SpeechOptions
 from tools import pages
 
@@ -19,6 +22,17 @@ def test_the_pages_of_the_documentation_are_current(monkeypatch: pytest.MonkeyPa
     monkeypatch.chdir(ROOT)
     done = CliRunner().invoke(pages.main, ["--check"])
     assert done.exit_code == 0, done.output
+
+
+@pytest.mark.parametrize("name", ["generate", "serve"])
+def test_documentation_names_every_option_of_the_command(name: str) -> None:
+    pages = (ROOT / "README.md", *(ROOT / "docs").rglob("*.md"))
+    text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
+    verb = freeexport_command.get_command(click.Context(freeexport_command), name)
+    assert verb is not None
+    options = [option for given in verb.params for option in given.opts if option.startswith("--")]
+    assert len(options) > 10
+    assert [option for option in options if not re.search(rf"{option}(?![\w-])", text)] == []
 
 
 def test_every_option_is_shown_and_a_change_by_hand_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
