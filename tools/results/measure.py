@@ -29,7 +29,7 @@ from tools.results.published import (
     shipped,
     write_lines,
 )
-from tools.results.rows import CALIBRATION, RISK, SMOLLM2, Data, ResultRow
+from tools.results.rows import CALIBRATION, RISK, ROWS, SMOLLM2, Data, ResultRow
 
 
 def clean_commit(root: Path = ROOT) -> str:
@@ -38,7 +38,8 @@ def clean_commit(root: Path = ROOT) -> str:
     Raises:
         ClickException: If tracked files have changes, other than those that `measure` writes.
     """
-    written = [f":!{path}" for path in (RESULTS, USES)]
+    pictures = (row.picture for row in ROWS.values() if row.picture)
+    written = [f":!{path}" for path in (RESULTS, USES, *pictures)]
     changed = _git(root, "status", "--porcelain", "--untracked-files=no", "--", ".", *written)
     if changed:
         names = ", ".join(line[3:] for line in changed.splitlines())

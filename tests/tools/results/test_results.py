@@ -143,14 +143,14 @@ def test_measure_refuses_changes_other_than_those_it_writes(tmp_path: Path) -> N
     with pytest.raises(click.ClickException, match=r"git failed in .*not a git repository"):
         clean_commit(tmp_path)
     git(tmp_path, "init")
-    for name in ("code.py", RESULTS, USES):
+    written = (RESULTS, USES, "docs/g2p.png")
+    for name in ("code.py", *written):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("1\n")
     git(tmp_path, "add", ".")
     git(tmp_path, "commit", "-m", "first")
-    (tmp_path / RESULTS).write_text("2\n")
-    (tmp_path / USES).write_text("2\n")
-    (tmp_path / "untracked").write_text("2\n")
+    for name in (*written, "untracked"):
+        (tmp_path / name).write_text("2\n")
     assert clean_commit(tmp_path) == git(tmp_path, "rev-parse", "HEAD").stdout.decode().strip()
     (tmp_path / "code.py").write_text("2\n")
     with pytest.raises(click.ClickException, match=r"no commit would name what is measured: code\.py; commit"):
