@@ -31,19 +31,33 @@ model=$("$bin/python" -c 'import freeexport; print(freeexport.__path__[0])')/dat
 case $model in *site-packages*) ;; *) echo "not the installed package: $model" >&2; exit 1 ;; esac
 
 mkdir readme application
-mkdir -p readme/path/to
+# The included model stands in for the one on the hub, and random weights for a GGUF file.
+mkdir -p readme/path/to readme/HuggingFaceTB
 cp -r "$model" readme/path/to/checkpoint
+cp -r "$model" readme/HuggingFaceTB/SmolLM2-135M-Instruct
+PYTHONPATH=$checkout/tests "$bin/python" - <<'GGUF'
+from pathlib import Path
+
+from gguf_model import write_gguf
+
+write_gguf(Path("readme/model.gguf"))
+GGUF
 head -n 40 "$model/test.jsonl" >readme/calibration.jsonl
-run_page() { # FOLDER PAGE: run the blocks below <!-- run -->
+run_page() { # FOLDER PAGE: run the blocks below <!-- run --> and <!-- serve -->
     (cd "$1" && PATH="$bin:$PATH" "$bin/python" - "$2" <<'PAGE'
 import re
 import subprocess
 import sys
 
 with open(sys.argv[1], encoding="utf-8") as page:
-    blocks = re.findall(r"<!-- run -->\n```(\w*)\n(.*?)```", page.read(), re.DOTALL)
+    blocks = re.findall(r"<!-- (run|serve) -->\n```(\w*)\n(.*?)```", page.read(), re.DOTALL)
 assert blocks
-for language, text in blocks:
+for mark, language, text in blocks:
+    if mark == "serve":
+        # The first line is the server. The others are requests, sent as soon as it is ready.
+        serve, requests = text.split("\n", 1)
+        requests = requests.replace("curl ", "curl --retry 30 --retry-connrefused --retry-delay 1 ")
+        text = f"exec {serve} & trap 'kill $!' EXIT\n{requests}"
     command = ["python", "-c", text] if language == "python" else ["bash", "-euxc", text]
     subprocess.run(command, check=True)
 PAGE

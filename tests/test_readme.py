@@ -14,8 +14,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from checkpoints import CASES, Case
+from checkpoints import BY_NAME, CASES, Case
 from command_line import invoke
+from gguf_model import write_gguf
+from running_server import command
 
 from freeexport.checkpoints.exit_file import ExitFile, write_exit_file
 from tools.site_links import on_page_markdown
@@ -27,6 +29,10 @@ TUTORIALS = sorted(page for page in DOCS.glob("tutorial-*.md") if page.stem != "
 # Pages whose links and names of files must exist. CHANGELOG.md also names what was removed.
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted(DOCS.glob("*.md"))]
 RUN = "<!-- run -->"
+# A server, and requests to it.
+SERVE = "<!-- serve -->"
+# The README's model on the hub. A directory of this name stands in for it.
+HUB_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
 def blocks(page: Path, mark: str = RUN) -> list[tuple[str, str]]:
@@ -72,6 +78,8 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpoint: Calla
     case = next(case for case in CASES if case.layers > 3)
     model = tmp_path / "path" / "to" / "checkpoint"
     shutil.copytree(checkpoint(case), model)
+    shutil.copytree(checkpoint(BY_NAME["llama-tied"]), tmp_path / HUB_MODEL)
+    write_gguf(tmp_path / "model.gguf")
     # The exit is said to be trained, so that the checkpoint can be calibrated.
     write_exit_file(model, ExitFile(1, "0" * 64, "ce", "full"))
     lines = [json.dumps({"input": f"Once upon a time, {number}"}) for number in range(20)]
@@ -83,6 +91,19 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpoint: Calla
 def test_the_commands_and_the_program_of_the_readme_run_in_order(workplace: Path) -> None:
     assert {language for language, _ in blocks(ROOT / "README.md", RUN)} == {"", "python"}
     run_page(ROOT / "README.md")
+    ((_, text),) = blocks(ROOT / "README.md", SERVE)
+    serve, *requests = text.strip().splitlines()
+    assert serve.startswith("freeexport serve ")
+    assert requests
+    arguments = shlex.split(serve.replace("--port 8000", "--port 0"))[2:]
+    with command(*arguments) as (_, url, _):
+        for request in requests:
+            run_program(["bash", "-euc", request.replace("http://127.0.0.1:8000", url)])
+
+
+def test_the_readme_shows_one_line_of_examples() -> None:
+    ((_, text),) = re.findall(r"```(json)\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert json.loads(text).keys() == {"input", "target"}
 
 
 @pytest.mark.parametrize("page", TUTORIALS, ids=lambda page: page.stem)
