@@ -19,7 +19,9 @@ from command_line import invoke
 from gguf_model import write_gguf
 from running_server import command
 
+import runtime.errors
 from freeexport.checkpoints.exit_file import ExitFile, write_exit_file
+from runtime.errors import FreeExportError
 from tools.site_links import on_page_markdown
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -119,6 +121,24 @@ def test_a_tutorial_leaves_no_command_or_program_out() -> None:
     for page in TUTORIALS:
         fences = re.findall(r"^```\w*\n", page.read_text(encoding="utf-8"), re.MULTILINE)
         assert len(blocks(page, RUN)) == len(fences) / 2
+
+
+def test_programs_that_compare_modes_do_not_draft_from_outputs_of_earlier_modes() -> None:
+    programs = [
+        text
+        for page in [ROOT / "README.md", *DOCS.glob("*.md")]
+        for text in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+        if '"full"' in text and '"lossless"' in text
+    ]
+    assert programs
+    assert all("draft_memory_mb=0" in text for text in programs)
+
+
+def test_the_table_of_errors_names_every_error_of_the_runtime() -> None:
+    table = (DOCS / "tutorial-application.md").read_text(encoding="utf-8").partition("## Errors")[2]
+    for name, error in vars(runtime.errors).items():
+        if isinstance(error, type) and issubclass(error, FreeExportError):
+            assert f"`{name}`" in table
 
 
 def test_every_make_target_of_the_readme_exists() -> None:
