@@ -24,7 +24,7 @@ SHIPPED = {
     "smollm2-extraction": "freeexport/exits/smollm2-extraction.safetensors",
     "g2p": "freeexport/data/g2p/model.safetensors",
     "phrases": "freeexport/phrases/answers.jsonl.xz",
-    "draft rule": "runtime/decoding/draft_rule.py",
+    "draft rule": "runtime/decoding/acceptance.py",
 }
 Line = Mapping[str, Any]
 
