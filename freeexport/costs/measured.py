@@ -118,7 +118,9 @@ def measured_costs(
         session.script.trace = script
         if script is None:
             return Sample.of(False, session.generate(prompt, mode="full", **options).stats)
-        result = session.generate(prompt, mode="free", threshold=THRESHOLD, **options)
+        result = session.generate(
+            prompt, mode="free", drafts="exit", threshold=THRESHOLD, **options
+        )
         return Sample.of(True, result.stats)
 
     settings = [None, *scripts]

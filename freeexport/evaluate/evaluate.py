@@ -226,7 +226,7 @@ def _notes(
                 f"its figures for {', '.join(methods)} show what such an exit gives, "
                 "not what the methods can do"
             )
-        if manifest.threshold >= NEVER_EXIT and {"free", "rollback"} & set(methods):
+        if manifest.threshold >= NEVER_EXIT and {"published", "free", "rollback"} & set(methods):
             notes.append(
                 f"{entry.name} is not calibrated: free ran at the given thresholds only, "
                 "rollback without one never exits"

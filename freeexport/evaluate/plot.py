@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 _STYLES = {
     "full": (GREY, "s"),
     "static": (ORANGE, "^"),
+    "published": ("#56B4E9", "o"),
     "free": (BLUE, "o"),
     "adaptive": (PURPLE, "D"),
     "rollback": ("black", "v"),
@@ -38,7 +39,7 @@ _STYLES = {
     "lossless": (GREEN, "P"),
 }
 # Colours and markers of other methods, whose records tools add.
-_OTHER_STYLES = ((YELLOW, "X"), ("#8C6D00", "x"), ("#56B4E9", "*"))
+_OTHER_STYLES = ((YELLOW, "X"), ("#8C6D00", "x"), ("#CC79A7", "*"))
 # Line style of each bundle. Markers of all bundles but the first are hollow.
 _LINES = ("-", "--", ":", "-.")
 # Least difference in speed between labelled points.

@@ -20,6 +20,7 @@ from runtime.placement import check_bundles
 Method = Literal[
     "full",
     "static",
+    "published",
     "free",
     "adaptive",
     "rollback",
@@ -35,12 +36,22 @@ WITHOUT_EXIT: tuple[Method, ...] = ("full", "lookup", "phrases")
 # Modes and sources of drafts of methods that are not named as their mode.
 _MODES: dict[str, Mode] = {
     "static": "shallow",
+    "published": "free",
     "adaptive": "free",
     "lookup": "lossless",
     "phrases": "lossless",
     "exit-drafts": "lossless",
 }
-_DRAFTS: dict[str, Drafts] = {"lookup": "lookup", "phrases": "phrases", "exit-drafts": "exit"}
+# Mode "free" with drafts from the exit alone is FREE as published.
+_DRAFTS: dict[str, Drafts] = {
+    "published": "exit",
+    "adaptive": "exit",
+    "lookup": "lookup",
+    "phrases": "phrases",
+    "exit-drafts": "exit",
+}
+# Methods that are measured at several thresholds.
+_WITH_THRESHOLD = ("published", "free")
 # Options that have other defaults if speed alone is measured, where outputs are not scored.
 SPEED_DEFAULTS: dict[str, Any] = {"samples": 4, "rounds": 5, "max_new_tokens": 64, "thresholds": ()}
 
@@ -51,7 +62,7 @@ class Setting:
 
     Attributes:
         method: Method of decoding: a `Method`, or another decoder's whose records are compared.
-        threshold: Threshold of free. Other methods choose their own.
+        threshold: Threshold of free and published. Other methods choose their own.
         calibrated: The threshold is the bundle's calibrated one.
     """
 
@@ -80,11 +91,11 @@ def settings_of(
 ) -> list[Setting]:
     """List the settings of a bundle, full first.
 
-    Free gets a setting per threshold, and one for the calibrated threshold.
+    Free and published get a setting per threshold, and one for the calibrated threshold.
     """
     found: list[Setting] = []
     for method in sorted(set(methods), key=METHODS.index):
-        if method != "free":
+        if method not in _WITH_THRESHOLD:
             found.append(Setting(method))
             continue
         grid = {value: Setting(method, value) for value in thresholds}

@@ -18,7 +18,9 @@ README = re.compile(
 TABLES = re.compile(
     r"(<!-- results: ([\w. -]+), by tools.results -->\n).*?(?=<!-- end of results -->)", re.S
 )
-SHOWN = ("full", "free", "rollback", "lookup", "phrases", "lossless")
+# Methods whose output may differ from that of full.
+FREE = ("published", "free")
+SHOWN = ("full", "published", "free", "rollback", "lookup", "phrases", "lossless")
 NAMES = {"lookup": "text drafts alone", "phrases": "text drafts and phrases"}
 FIGURES = "result | mode | tokens/s | per token | byte model | per request | quality | same"
 INDEX = """# Results
@@ -103,7 +105,7 @@ def figures(lines: Sequence[Line], names: Iterable[str]) -> str:
 
 def _shown(lines: Iterable[Line], name: str) -> list[Line]:
     some = [line for line in lines if line["result"] == name and line.get("method") in SHOWN]
-    return [line for line in some if line["method"] != "free" or "calibrated" in line["setting"]]
+    return [line for line in some if line["method"] not in FREE or "calibrated" in line["setting"]]
 
 
 def _measurements(lines: Iterable[Line]) -> str:
@@ -137,7 +139,7 @@ def _times(speed: Sequence[float | None]) -> str:
 
 def _quality(line: Line) -> str:
     metric, (_, share, low, high) = next(iter(line["scores"].items()))
-    if line["method"] != "free":
+    if line["method"] not in FREE:
         return "every token equal" if line["same"] == 1 else f"{line['same']:.1%} of lines equal"
     bounds = (None, None) if low is None else (100 * low, 100 * high)
     return f"{plus_minus(100 * share, *bounds)} % of {metric_of(metric).shown}"
@@ -156,7 +158,7 @@ def readme_table(lines: Sequence[Line]) -> str:
         rows = [ROWS[name] for name in found if ROWS[name].task == task]
         by_column = zip(*(_readme_cells(row, found[row.name]) for row in rows), strict=True)
         cells.append((task, *("<br>".join(filter(None, column)) for column in by_column)))
-    columns = "task | `lossless` (drafts from the text alone) | FREE, calibrated | quality"
+    columns = "task | `lossless` (text alone) | `free` (as published) | quality"
     every = [line for shown in found.values() for line in shown]
     machines = sorted({f"{line['processor']} ({line['kernels']} kernels)" for line in every})
     threads = " or ".join(sorted({str(line["threads"]) for line in every}))
@@ -185,10 +187,12 @@ def _readme_cells(row: ResultRow, lines: Sequence[Line]) -> tuple[str, str, str]
     alone = f"{by_method['lookup']['per_request'][0]:.2f}x"
     first = f"{row.precision} **{_times(lossless['per_request'])}** ({alone}), {rate}"
     quality = f"{row.precision}: {_quality(lossless)}"
-    free = by_method.get("free")
-    if free is None:
+    published = by_method.get("published")
+    if published is None:
         second = f"{row.precision}: no threshold keeps the risk" if row.calibrated else ""
         return first, second, quality
+    free = by_method.get("free", published)
     rate = f"{free['tokens_per_second']:.0f} tokens/s"
-    second = f"{row.precision} {_times(free['per_request'])}, {rate}"
-    return first, second, f"{quality}; FREE {_quality(free)}"
+    as_published = f"{published['per_request'][0]:.2f}x"
+    second = f"{row.precision} **{_times(free['per_request'])}** ({as_published}), {rate}"
+    return first, second, f"{quality}; `free` {_quality(free)}"
