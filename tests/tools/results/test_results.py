@@ -240,7 +240,7 @@ def test_tables_show_precisions_quality_processor_and_what_is_slower() -> None:
     assert {line.count("|") for line in rows} == {5}
     assert "int8 **2.15x ±0.05** (2.15x), 99 tokens/s" in rows[2]
     assert "int4 **1.60x ±0.05**" in rows[2]
-    assert "FREE 99.6±0.5 % of chrf" in rows[2]
+    assert "`free` 99.6±0.5 % of chrf" in rows[2]
     assert "P (avx2 kernels), 2 threads, 150 test lines per row." in table
     assert "Slower than `full`: free on ordinary-chat-int4 (0.97x), lossless on ordinary" in table
     old = line("older-int8", "full", 1.0, commit=None, added_in="cd34" * 10)
