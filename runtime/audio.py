@@ -198,17 +198,23 @@ def _read_m4a(file: BinaryIO, name: str, until: float) -> np.ndarray:
             if not container.streams.audio:
                 raise PromptError(f"{name} has no audio stream; give a file with sound")
             stream = container.streams.audio[0]
+            if stream.codec_context is None:
+                raise PromptError(f"{broken} (its codec is unknown); convert it to a WAV file")
             _check_channels(stream.channels, name)
             _check_rate(stream.rate, name)
             if stream.duration is not None and stream.time_base is not None:
                 _check_length(float(stream.duration * stream.time_base), name)
-            # Planes of channels, because the library would not average them but add 0.7 of each.
-            resampler = av.AudioResampler(format="fltp", rate=RATE)
+            # All channels, because the library would not average them but add 0.7 of each. Packed,
+            # because PyAV reads beyond the planes of a frame with eight.
+            resampler = av.AudioResampler(format="flt", rate=RATE)
             for frame in itertools.chain(container.decode(stream), (None,)):
                 if monotonic() >= until:
                     raise LateError
+                if frame is not None:
+                    _check_channels(frame.layout.nb_channels, name)
                 for part in resampler.resample(frame):
-                    samples += part.to_ndarray().mean(axis=0, dtype=np.float32).tobytes()
+                    packed = part.to_ndarray().reshape(-1, part.layout.nb_channels)
+                    samples += packed.mean(axis=1, dtype=np.float32).tobytes()
                 # The length in the header may be wrong.
                 _check_length(len(samples) / 4 / RATE, name)
     except (av.FFmpegError, ValueError, ArithmeticError) as error:

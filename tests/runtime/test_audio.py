@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -178,8 +180,11 @@ def test_without_soundfile_a_compressed_file_names_the_extra(monkeypatch: pytest
         read_audio(b"fLaC" + bytes(100))
 
 
+LAYOUTS = {1: "mono", 2: "stereo", 3: "3.0", 4: "4.0", 5: "5.0", 6: "5.1", 7: "6.1(back)", 8: "7.1"}
+
+
 def m4a(samples: np.ndarray, rate: int = RATE, video: bool = False) -> bytes:
-    """Return an MP4 file with AAC of samples [n] or [n, 2], or with one stream of `video`."""
+    """Return an MP4 file with AAC of samples [n] or [n, channels], or with one stream of `video`."""
     av = pytest.importorskip("av")
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as container:
@@ -187,10 +192,10 @@ def m4a(samples: np.ndarray, rate: int = RATE, video: bool = False) -> bytes:
             stream = container.add_stream("mpeg4", rate=25, width=16, height=16)
             frame = av.VideoFrame.from_ndarray(np.zeros((16, 16, 3), np.uint8), format="rgb24")
         else:
-            layout = "mono" if samples.ndim == 1 else "stereo"
+            packed = samples.reshape(len(samples), -1).astype(np.float32)
+            layout = LAYOUTS[packed.shape[1]]
             stream = container.add_stream("aac", rate=rate, layout=layout)
-            planes = np.ascontiguousarray(samples.reshape(len(samples), -1).T, np.float32)
-            frame = av.AudioFrame.from_ndarray(planes, format="fltp", layout=layout)
+            frame = av.AudioFrame.from_ndarray(packed.reshape(1, -1), format="flt", layout=layout)
             frame.sample_rate = rate
             frame.pts = 0  # the file then names the encoder's delay
         for each in (frame, None):
@@ -209,6 +214,46 @@ def test_m4a_files_are_read(rate: int, tmp_path: Path) -> None:
     assert abs(len(samples) - RATE) < 0.1 * RATE  # whole frames
     # The encoder begins roughly, as the tone does at once.
     assert np.abs(samples[2000:15000] - wanted[2000:15000]).max() < 0.03
+
+
+def read_damaged(content: bytes, times: int) -> int:
+    """Read a file with 1 to 15 changed bytes, `times` times. Return how often it was refused."""
+    random = np.random.default_rng(0)
+    refused = 0
+    for _ in range(times):
+        damaged = np.frombuffer(content, np.uint8).copy()
+        places = random.integers(len(content), size=random.integers(1, 16))
+        damaged[places] = random.integers(256, size=len(places))
+        try:
+            read_audio(damaged.tobytes())
+        except PromptError as error:
+            assert "\n" not in str(error)
+            refused += 1
+    return refused
+
+
+@pytest.mark.parametrize("times", [20, pytest.param(1000, marks=pytest.mark.slow)])
+def test_a_damaged_m4a_file_of_any_number_of_channels_is_read_or_refused(times: int) -> None:
+    # In another process, because a crash would end this one.
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        for channels in LAYOUTS:
+            content = m4a(np.stack([sound(0.1)] * channels, axis=1))
+            assert 0.3 * times < pool.submit(read_damaged, content, times).result() <= times
+
+
+@pytest.mark.parametrize("channels", LAYOUTS)
+def test_channels_of_m4a_files_are_averaged(channels: int) -> None:
+    tone = np.sin(2 * np.pi * 440 * np.arange(RATE) / RATE)
+    parts = np.stack([tone * (channel == 0) for channel in range(channels)], axis=1) / 2
+    samples = read_audio(m4a(parts))
+    assert np.abs(samples[2000:15000] - tone[2000:15000] / 2 / channels).max() < 0.03
+
+
+def test_an_m4a_file_with_an_unknown_codec_is_refused_in_a_line() -> None:
+    content = m4a(sound(0.1))
+    kind = content.index(b"\x40\x15", content.index(b"esds"))  # 0x40 is AAC
+    with pytest.raises(PromptError, match=r"but cannot be decoded \(its codec is unknown\); convert it"):
+        read_audio(content[:kind] + b"\1" + content[kind + 1 :])
 
 
 def test_a_false_m4a_file_is_refused_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
