@@ -46,7 +46,7 @@ from freeexport.serving.transcriptions import (
     late,
 )
 from runtime import FreeExportError, PromptError, Session
-from runtime.audio import RATE, LateError, read_audio
+from runtime.audio import RATE, LateError
 from runtime.text.prompt import check_text
 from runtime.text.tokenizer import Tokenizer
 
@@ -231,7 +231,9 @@ class Endpoints:
                 raise invalid("model", f"model {name!r} accepts only text; use a speech model")
             record.line["model"] = name
             try:
-                samples = await asyncio.to_thread(read_audio, transcription.file, until=until)
+                samples = await asyncio.to_thread(
+                    self._service.audio.read, transcription.file, until
+                )
             except LateError:
                 raise late(options.deadline) from None
             left = None if options.deadline is None else max(until - time.monotonic(), 1e-3)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from freeexport.serving.answers import AnswerReader
+from freeexport.serving.audio_process import AudioReader
 from freeexport.serving.errors import ApiError, draining
 from freeexport.serving.grammar_trial import GrammarTrial
 from runtime import GenerationResult, OptionError, Session, SessionOptions
@@ -137,6 +138,7 @@ class Service:
         self.idle = asyncio.Event()
         self.idle.set()
         self.answers = AnswerReader(self.idle)
+        self.audio = AudioReader()
         self._open = ExitStack()
 
     def open(self) -> None:
@@ -156,6 +158,8 @@ class Service:
             # The first constraint loads the vocabulary, which holds the GIL.
             with suppress(OptionError):
                 session.prepare(choice=["a"])
+        if any(session.manifest.speech for session in opened.values()):
+            self.audio.prepare()
         self.trials = {name: GrammarTrial(session.bundle.path) for name, session in opened.items()}
         self.sessions = opened
         if self.state == "loading":
@@ -163,6 +167,7 @@ class Service:
 
     def close(self) -> None:
         """Close the sessions. Requests that still run end with an error."""
+        self.audio.close()
         self._open.close()
 
     async def drain(self) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import onnx
 import pytest
@@ -294,6 +295,19 @@ def test_the_server_answers_the_official_client(bundle: Path) -> None:
             with pytest.raises(PromptError), Session(bundle, threads=1) as session:
                 session.generate(broken)
             assert refused.value.code == "invalid_prompt"
+
+
+def test_an_upload_that_crashes_its_decoder_ends_no_server(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "soundfile.py").write_text("import ctypes; ctypes.string_at(0)")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with running(bundle, names=("w",)) as server:
+        for content, expected in ((b"fLaC" + bytes(100), 400), (wav(SOUND), 200)) * 2:
+            form = {"data": {"language": "de"}, "files": {"file": content}}
+            answer = httpx.post(f"{server.url}/v1/audio/transcriptions", timeout=60, **form)
+            assert answer.status_code == expected, answer.text
+            assert expected == 200 or "makes its decoder crash" in answer.text
 
 
 def test_the_servers_limits_hold_for_a_sound(bundle: Path) -> None:
