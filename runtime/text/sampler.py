@@ -199,7 +199,8 @@ def race(
     states = (tokens.astype(np.uint64) + np.uint64(1)) * np.uint64(_GOLDEN) + np.uint64(key)
     uniform = ((_mixed(states) >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
     arrivals = np.full(len(probabilities), np.inf)
-    np.divide(-np.log(uniform), probabilities, out=arrivals, where=probabilities > 0)
+    with np.errstate(over="ignore"):  # of probabilities below 1e-307
+        np.divide(-np.log(uniform), probabilities, out=arrivals, where=probabilities > 0)
     return int(np.argmin(arrivals))
 
 
@@ -229,12 +230,15 @@ def _possible(scores: np.ndarray, count: int) -> np.ndarray:
     maxima = scores[: parts * _PART].reshape(_PART, parts).max(axis=0)  # faster than along rows
     least = np.partition(maxima, -count)[-count]
     # Scores that differ in the last bits may be equal after they are divided by the temperature.
-    return np.flatnonzero(scores >= least - np.abs(least) * np.float32(1e-6))
+    with np.errstate(over="ignore"):  # scores outside an exit vocabulary
+        least -= np.abs(least) * np.float32(1e-6)
+    return np.flatnonzero(scores >= least)
 
 
 def _float32_softmax(scores: np.ndarray) -> np.ndarray:
     """Return probabilities as in transformers, to decide which tokens can be drawn."""
-    weights = np.exp(scores - scores.max())
+    with np.errstate(over="ignore"):  # scores outside an exit vocabulary
+        weights = np.exp(scores - scores.max())
     result: np.ndarray = weights / weights.sum(dtype=np.float64).astype(np.float32)
     return result
 

@@ -289,3 +289,18 @@ def test_a_penalty_of_what_an_exit_does_not_know_is_no_overflow() -> None:
     with np.errstate(over="raise", invalid="raise"):
         token = Sampler(0, repetition_penalty=1e6, warping=Warping(0.5, 0, 1.0, 0.0))(logits, np.array([0, 1, 2]))
     assert token == 0
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("warping", [Warping(0.7, 3, 1.0, 0.0), Warping(1.0, 0, 0.9, 0.0), Warping(1.0, 0, 1.0, 0.1)])
+def test_scores_outside_an_exit_vocabulary_cause_no_warnings(warping: Warping) -> None:
+    logits = np.full(1024, UNKNOWN, np.float32)
+    logits[[3, 500]] = 1.0, 1e32
+    sampler = Sampler(prompt_length=0, repetition_penalty=1.3, warping=warping)
+    assert sampler(logits, np.array([3, 7])) == 500
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_tiny_probability_causes_no_warning() -> None:
+    tiny = np.array([1.0, 5e-324, 0.0])
+    assert {race(tiny, (seed, 0), 0) for seed in range(50)} == {0}
