@@ -13,12 +13,13 @@ from typing import Any, NamedTuple
 
 from runtime.bundle.bundle import sha256_of, snapshot_repository
 from runtime.bundle.manifest import LARGEST_MANIFEST, MANIFEST, Manifest
-from runtime.errors import FreeExportError, HubError, OptionError, one_line
+from runtime.errors import FreeExportError, HubError, OptionError, one_line, shown
 from runtime.json_file import read_text
 
 INSTALL = "pip install 'freeexport[hub]'"
 _PART = r"[A-Za-z0-9][\w.-]{0,95}"
-_NAME = re.compile(rf"({_PART}/{_PART})(?:@([\w][\w./-]{{0,255}}))?", re.ASCII)
+_NAME = re.compile(rf"({_PART}/{_PART})(?:@([\w][\w./-]*))?", re.ASCII)
+LONGEST_REVISION = 255  # characters
 
 
 class HubName(NamedTuple):
@@ -34,9 +35,20 @@ class HubName(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> HubName | None:
-        """Parse "owner/name" or "owner/name@revision". None for any other text."""
+        """Parse "owner/name" or "owner/name@revision". None for any other text.
+
+        Raises:
+            HubError: If the revision is too long.
+        """
         match = _NAME.fullmatch(text)
-        return None if match is None else cls(match[1], match[2])
+        if match is None:
+            return None
+        if len(match[2] or "") > LONGEST_REVISION:
+            raise HubError(
+                f"{match[1]}: the revision {shown(match[2])} has {len(match[2])} characters, more "
+                f"than {LONGEST_REVISION}; give a branch, a tag or a commit"
+            )
+        return cls(match[1], match[2])
 
 
 def import_hub(name: HubName) -> Any:
@@ -135,18 +147,40 @@ def hub_file(
         HubError: If it cannot be downloaded.
     """
     hub = import_hub(named)
+    name, revision = named
     with hub_errors(named, f"{file} cannot be downloaded"):
+        if not local_files_only and not isinstance(
+            hub.try_to_load_from_cache(name, file, cache_dir, revision), str
+        ):
+            _check_reachable(hub, named, file, token)
         return Path(
             hub.hf_hub_download(
-                named.repository,
+                name,
                 file,
-                revision=named.revision,
+                revision=revision,
                 token=token,
                 local_files_only=local_files_only,
                 cache_dir=cache_dir,
                 library_name="freeexport",
             )
         )
+
+
+def _check_reachable(hub: Any, named: HubName, file: str, token: str | bool | None) -> None:
+    """Ask the hub once about a file. A download would ask six times, with a warning each time.
+
+    Raises:
+        HubError: If there is no answer. Answers with an error are left to the download.
+    """
+    from huggingface_hub import errors
+
+    name, revision = named
+    try:
+        hub.get_hf_file_metadata(hub.hf_hub_url(name, file, revision=revision), token=token)
+    except (errors.HfHubHTTPError, errors.OfflineModeIsEnabled):
+        pass
+    except Exception as error:  # of the HTTP library, which depends on the version
+        raise HubError(f"{name} is not in the cache, and {_unreachable(error)}") from None
 
 
 @contextmanager

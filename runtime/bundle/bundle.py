@@ -124,7 +124,7 @@ def sha256_of(path: Path) -> str:
 
 
 def _read_manifest(root: Path) -> str:
-    if not root.exists():
+    if not os.path.exists(root):  # Path.exists raises OSError for a name that is too long
         raise BundleError(
             f"no bundle at {root}; create one with: freeexport convert MODEL {_quoted(root)}"
         )

@@ -125,19 +125,21 @@ def test_offline_only_the_cache_is_used(hub: HubStandIn, monkeypatch: pytest.Mon
     assert refusal(local_files_only=True) == off
 
 
-def test_without_a_network_the_cache_is_used(hub: HubStandIn, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from huggingface_hub import constants, file_download
+def test_without_a_network_the_cache_is_used_and_nothing_is_tried_again(
+    hub: HubStandIn, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from huggingface_hub import constants
 
     path = find_bundle(NAME)
     # Nobody listens there.
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", "http://127.0.0.1:9/{repo_id}/{revision}/{filename}")
-    monkeypatch.setattr(file_download, "_ETAG_RETRY_TIMEOUT", 0.1, raising=False)
-    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail(f"waits for {seconds} s"))
     assert find_bundle(NAME) == path
     found = refusal(cache_dir=tmp_path / "empty")
     assert re.fullmatch(
         rf"{NAME} is not in the cache, and the hub cannot be reached \(.+\); check the network, and try again", found
     )
+    assert capfd.readouterr().err == ""
 
 
 def test_a_cut_connection_is_resumed(hub: HubStandIn, bundle: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -270,8 +272,20 @@ def test_without_the_package_only_directories_are_loaded(monkeypatch: pytest.Mon
 def test_names() -> None:
     assert HubName.parse("ada/tiny-llama.v2") == HubName("ada/tiny-llama.v2", None)
     assert HubName.parse("ada/tiny@refs/pr/1") == HubName("ada/tiny", "refs/pr/1")
+    assert HubName.parse(f"ada/tiny@{'a' * 255}") is not None
     for text in ("tiny", "a/b/c", "./tiny", "../tiny", "/tiny", "ada/", "ada/..", "ada/t y", "ada/tiny@", "a/b@-x"):
         assert HubName.parse(text) is None, text
+
+
+def test_a_name_that_is_too_long_is_refused_in_a_line() -> None:
+    for length in (256, 5000):
+        shown = "'" + "a" * 76 + "..."
+        assert refusal(f"{NAME}@{'a' * length}") == (
+            f"{NAME}: the revision {shown} has {length} characters, more than 255; give a branch, a tag or a commit"
+        )
+    for path in ("a" * 5000, "a/b/" + "c" * 300):
+        with pytest.raises(BundleError, match=r"^no bundle at [^\n]*$"):
+            Session.from_pretrained(path)
 
 
 def test_the_endpoint_and_offline_mode_of_the_environment_count(hub: HubStandIn, cache: Path) -> None:
