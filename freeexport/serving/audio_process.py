@@ -135,8 +135,8 @@ def _exchange(process: Process, content: bytes) -> np.ndarray | str | None:
     (length,) = LENGTH.unpack(head[1:])
     if length > LONGEST_SECONDS * RATE * 4:  # the decoder was taken over
         return None
-    result = bytearray(length)
-    if process.stdout.readinto(result) < length:
+    result = process.stdout.read(length)
+    if len(result) < length:
         return None
     if head[:1] == SAMPLES:
         return np.frombuffer(result, np.float32, length // 4)
@@ -168,7 +168,7 @@ def main() -> None:
 
 def _read(content: bytes) -> tuple[bytes, bytes | memoryview]:
     try:
-        return SAMPLES, memoryview(read_audio(content)).cast("B")
+        return SAMPLES, read_audio(content).data.cast("B")
     except PromptError as error:
         return REFUSED, str(error).encode()
     except MemoryError:

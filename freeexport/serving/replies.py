@@ -14,6 +14,8 @@ from freeexport.serving.protocol import ChatRequest, CompletionRequest
 from freeexport.serving.tools import CallReader, form_of, read_calls
 from runtime import GenerationResult, Session, Stats, Token
 from runtime.result import PromptLogprobs
+from runtime.text.detokenizer import Detokenizer
+from runtime.text.tokenizer import Tokenizer
 
 REASONS = {"eos": "stop", "stop": "stop", "length": "length", "deadline": "length"}
 
@@ -45,6 +47,7 @@ class Reply:
         self._read: dict[int, int] = {}
         self.prompts: Sequence[int] = ()
         self._written: dict[int, int] = {}  # tokens of each choice in chunks
+        self._places: dict[int, TextPlaces] = {}  # of the tokens of each choice
 
     def encode(self, data: Any) -> bytes:
         """Serialize a chunk as a server-sent event."""
@@ -93,9 +96,7 @@ class Reply:
             content = (
                 {"message": message} if self._chat else {"text": self._echo(index) + result.text}
             )
-            choice = self._choice(index, content, tokens, reason)
-            if result.prompt_logprobs is not None:
-                choice["logprobs"] = self._logprobs_after_prompt(result.prompt_logprobs, tokens)
+            choice = self._choice(index, content, tokens, reason, result.prompt_logprobs)
             choices.append(with_end(choice, result))
         kind = "chat.completion" if self._chat else "text_completion"
         return {**self._head(kind), "choices": choices, "usage": self._usage(results, prompts)}
@@ -116,7 +117,11 @@ class Reply:
         request = self._request
         if not isinstance(request, CompletionRequest) or not request.echo:
             return ""
-        prompt = request.prompts[index // request.n]
+        return self._prompt(index)
+
+    def _prompt(self, index: int) -> str:
+        """Return the text of the prompt of a completion's choice."""
+        prompt = self._request.prompts[index // self._request.n]
         if isinstance(prompt, str):
             return prompt
         return "" if self._tokenizer is None else self._tokenizer.decode(prompt)
@@ -206,11 +211,16 @@ class Reply:
         return {**chunk, "usage": so_far}
 
     def _choice(
-        self, index: int, content: Any, tokens: Sequence[Token] | None, reason: str | None
+        self,
+        index: int,
+        content: Any,
+        tokens: Sequence[Token] | None,
+        reason: str | None,
+        prompt: PromptLogprobs | None = None,
     ) -> dict[str, Any]:
-        logprobs = (
-            None if self._request.alternatives is None or tokens is None else self._logprobs(tokens)
-        )
+        logprobs = None
+        if self._request.alternatives is not None and tokens is not None:
+            logprobs = self._logprobs(index, tokens, prompt)
         choice = {"index": index, **content, "logprobs": logprobs, "finish_reason": reason}
         free = dict[str, list[Any]]()
         if self._request.free.exits:
@@ -219,8 +229,14 @@ class Reply:
             free["sources"] = [token.source for token in tokens or ()]
         return choice | ({"free": free} if free else {})
 
-    def _logprobs(self, tokens: Sequence[Token]) -> dict[str, Any]:
-        """Return the log-probabilities of tokens, except end-of-sequence tokens."""
+    def _logprobs(
+        self, index: int, tokens: Sequence[Token], prompt: PromptLogprobs | None
+    ) -> dict[str, Any]:
+        """Return the log-probabilities of tokens, except end-of-sequence tokens.
+
+        After a prompt, those of its end are included: clients such as lm-evaluation-harness count
+        on one entry for every generated token.
+        """
         printable = [token for token in tokens if token.id not in self._ends]
         if self._chat:
             content = [
@@ -231,16 +247,14 @@ class Reply:
                 for token in printable
             ]
             return {"content": content, "refusal": None}
-        return self._listed(printable)
-
-    def _logprobs_after_prompt(
-        self, prompt: PromptLogprobs, tokens: Sequence[Token]
-    ) -> dict[str, Any]:
-        """Return the log-probabilities of a prompt and all tokens after it.
-
-        Clients such as lm-evaluation-harness count on one entry for every generated token, so that
-        of an end of sequence is included.
-        """
+        if index not in self._places:
+            self._places[index] = TextPlaces(self._tokenizer, len(self._prompt(index)))
+        places = self._places[index]
+        if prompt is None:
+            return self._listed(printable, [places.of(token.id) for token in printable])
+        before = TextPlaces(self._tokenizer, 0)
+        # Its tokens may have another text than a prompt that the tokenizer normalizes.
+        offsets = [min(before.of(token), places.start) for token in prompt.token_ids]
         fields = (prompt.token_ids, prompt.logprobs, prompt.top_logprobs)
         read = [
             Token(
@@ -253,12 +267,14 @@ class Reply:
             )
             for token, logprob, best in zip(*fields, strict=True)
         ]
-        listed = self._listed([*read, *tokens])
+        listed = self._listed(
+            [*read, *tokens], [*offsets, *(places.of(token.id) for token in tokens)]
+        )
         if listed["top_logprobs"] is not None:
             listed["top_logprobs"][0] = None
         return listed
 
-    def _listed(self, tokens: Sequence[Token]) -> dict[str, Any]:
+    def _listed(self, tokens: Sequence[Token], offsets: Sequence[int]) -> dict[str, Any]:
         """Return log-probabilities in the format of completions."""
         return {
             "tokens": [self._spelled(token.id) for token in tokens],
@@ -266,7 +282,7 @@ class Reply:
             "top_logprobs": [self._by_text(token) for token in tokens]
             if self._request.alternatives
             else None,
-            "text_offset": [],
+            "text_offset": offsets,
         }
 
     def _entry(self, token: int, logprob: float | None) -> dict[str, Any]:
@@ -289,6 +305,25 @@ class Reply:
         if self._tokenizer is None:
             return str(token)
         return self._tokenizer.decode([token]) or self._tokenizer.token(token) or str(token)
+
+
+class TextPlaces:
+    """Where the tokens of a text begin, in characters.
+
+    Attributes:
+        start: Place of the first token. Without a tokenizer, that of all tokens.
+    """
+
+    def __init__(self, tokenizer: Tokenizer | None, start: int) -> None:
+        self.start = start
+        self._detokenizer = Detokenizer(tokenizer)
+        self._next = start
+
+    def of(self, token: int) -> int:
+        """Return the place of the next token. All parts of a character have its place."""
+        place = self._next
+        self._next += len(self._detokenizer.push(token))
+        return place
 
 
 class EventReply(Reply):

@@ -109,6 +109,30 @@ def test_each_token_of_a_completion_has_its_alternatives_by_text(client: openai.
     assert (alone.tokens, alone.top_logprobs) == (whole.tokens, None)
 
 
+@pytest.mark.parametrize("as_ids", [False, True])
+def test_text_offsets_are_the_places_of_tokens_from_the_begin_of_the_prompt(
+    as_ids: bool, client: openai.OpenAI, session: Session
+) -> None:
+    text = "n\u00f6 \U0001f600 once"
+    prompt = [session.encode(text).tolist()] if as_ids else text
+    letters = dict.fromkeys(session.tokenizer.encode("abc", special=False), 50)
+    asked: dict[str, Any] = {"model": "chat", "prompt": prompt, "max_tokens": 12, "logprobs": 0, "seed": 3}
+    asked |= {"temperature": 1.2, "logit_bias": letters, "extra_body": FREE}
+    echoed = client.completions.create(echo=True, **asked).choices[0]
+    tokens, offsets = echoed.logprobs.tokens, echoed.logprobs.text_offset
+    assert len(offsets) == len(tokens) > 20
+    assert offsets[:3] == [0, 0, 1]  # the first token is a special one
+    assert offsets == sorted(offsets)
+    for token, place in zip(tokens[1:], offsets[1:], strict=True):
+        assert "\ufffd" in token or echoed.text.startswith(token, place)  # or a part of a character
+    assert offsets[tokens.index(" ") + 1] == text.index("\U0001f600")
+    plain = client.completions.create(**asked).choices[0]
+    assert plain.logprobs.text_offset == offsets[-12:]
+    assert offsets[-12] == len(text)
+    told = [chunk.choices[0].logprobs for chunk in client.completions.create(stream=True, **asked)]
+    assert [place for part in told if part is not None for place in part.text_offset] == offsets[-12:]
+
+
 def test_a_prediction_is_drafted_from_and_changes_no_token(client: openai.OpenAI, session: Session) -> None:
     letters = dict.fromkeys(session.tokenizer.encode("".join(map(chr, range(97, 123))), special=False), 50)
     asked: dict[str, Any] = {"model": "chat", "messages": MESSAGES, "max_tokens": 60, "logit_bias": letters}
