@@ -24,13 +24,13 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
 
 from freeexport.serving import messages, openapi, protocol
 from freeexport.serving.embeddings import Embedder, EmbeddingRequest
 from freeexport.serving.errors import ApiError, api_error, invalid
 from freeexport.serving.events import ClientGone, while_there
 from freeexport.serving.generation import ChoiceStream, begin
+from freeexport.serving.middleware import Unambiguous, UnreadBody
 from freeexport.serving.page import page
 from freeexport.serving.parsing import Body, parse
 from freeexport.serving.prometheus import SessionCollector
@@ -56,9 +56,6 @@ GenerationBody = (
 # Time limit for receiving a body, in seconds.
 BODY_SECONDS = 30.0
 LARGEST_BODY = 4 << 20  # bytes
-# Bodies that are too large are still read up to this size, in bytes, and discarded. Most clients
-# read no response before they have sent the whole body.
-DISCARDED = 64 << 20
 
 
 def json(content: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
@@ -95,7 +92,11 @@ def application(service: Service) -> Starlette:
     )
     served = Starlette(
         routes=routes,
-        middleware=[Middleware(Unambiguous), *([allow] if origins else [])],
+        middleware=[
+            Middleware(UnreadBody),
+            Middleware(Unambiguous),
+            *([allow] if origins else []),
+        ],
         exception_handlers=dict.fromkeys(
             (ApiError, FreeExportError, HTTPException, Exception), _refuse
         ),
@@ -103,27 +104,6 @@ def application(service: Service) -> Starlette:
     # A redirection would go to the host that the client names.
     served.router.redirect_slashes = False
     return served
-
-
-class Unambiguous:
-    """Middleware that rejects requests with both Content-Length and Transfer-Encoding.
-
-    A proxy may read such a request as two (request smuggling). The connection is closed.
-    """
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        app = self._app
-        if {b"content-length", b"transfer-encoding"} <= {
-            name for name, _ in scope.get("headers", ())
-        }:
-            failed = ApiError(
-                400, "the request has Content-Length and Transfer-Encoding; send only one"
-            )
-            app = json(failed.body, 400, {"Connection": "close"})
-        await app(scope, receive, send)
 
 
 class Endpoints:
@@ -390,23 +370,18 @@ async def read_body(request: Request, most: int) -> bytes:
     too_large = ApiError(
         413, f"the body is larger than {most} bytes; send a smaller one", "body_too_large"
     )
-    if declared.isdigit() and int(declared[:20]) > most and "expect" in request.headers:
-        raise too_large  # the client waits for an interim response before it sends the body
+    if declared.isdigit() and int(declared[:20]) > most:
+        raise too_large
     body = bytearray()
-    size = 0
     try:
         async with asyncio.timeout(BODY_SECONDS):
             async for piece in request.stream():
-                size += len(piece)
-                if size <= most:
-                    body += piece
-                elif size > max(most, DISCARDED):
-                    break
+                body += piece
+                if len(body) > most:
+                    raise too_large
     except TimeoutError:
         late = f"the body was not received within {BODY_SECONDS:g} s; retry"
         raise ApiError(408, late, "body_timeout") from None
-    if size > most:
-        raise too_large
     return bytes(body)
 
 

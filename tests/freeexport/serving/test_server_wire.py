@@ -7,8 +7,12 @@ import gc
 import json
 import random
 import re
+import signal
+import socket
 import threading
 import time
+import urllib.error
+import urllib.request
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -18,10 +22,10 @@ import httpx
 import psutil
 import pytest
 from draft_plans import draft_candidates
-from running_server import ENDLESS, MESSAGES, ROOT, Running, eventually, read, running, status
+from running_server import ENDLESS, MESSAGES, ROOT, Running, command, eventually, read, running, status
 from starlette.testclient import TestClient
 
-from freeexport.serving import events, routes
+from freeexport.serving import events, middleware, routes
 from freeexport.serving.service import ServerOptions, Service
 from runtime import AsyncStream, EngineError, Session, Token
 from runtime.engines.onnx import Call
@@ -241,6 +245,44 @@ def test_a_body_of_ten_megabytes_is_refused(told: bool, server: Running) -> None
 def _send(connection: Any, data: bytes) -> None:
     with suppress(OSError):  # the server had enough
         connection.sendall(data)
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"), [("/missing", 404), ("/health", 405), ("/v1/audio/transcriptions", 400), (CHAT, 413)]
+)
+def test_a_client_that_sends_its_whole_body_first_reads_a_refusal(path: str, expected: int, server: Running) -> None:
+    # It asks to close the connection, and would not read before it has sent everything.
+    request = urllib.request.Request(server.url + path, data=b"x" * 40_000_000)
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(request, timeout=30)
+    with refused.value as answer:
+        assert answer.code == expected
+        assert json.load(answer)["error"]["message"]
+
+
+def test_no_more_than_a_limit_of_a_refused_body_is_read(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(middleware, "DISCARDED", 1_000_000)
+    connection = server.send(b"POST /missing HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
+    assert status(connection.recv(1 << 16)) == 404
+    piece = b"10000\r\n" + b"x" * (1 << 16) + b"\r\n"
+    with pytest.raises(ConnectionError):
+        connection.sendall(2_000 * piece)
+    connection.close()
+    monkeypatch.setattr(middleware, "DISCARD_SECONDS", 0.2)
+    connection = server.send(b"POST /missing HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n")
+    assert status(read(connection)) == 404  # closed by the server
+
+
+def test_a_refused_body_that_does_not_come_leaves_no_traceback_at_shutdown(chat: Path) -> None:
+    with command(str(chat), "--port", "0", "--threads", "1") as (process, url, _):
+        address = httpx.URL(url)
+        connection = socket.create_connection((address.host, address.port))
+        connection.sendall(b"POST /missing HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n")
+        assert status(connection.recv(1 << 16)) == 404
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=60)
+        connection.close()
+    assert "Traceback" not in said
 
 
 def test_a_body_that_does_not_come_is_given_up(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
