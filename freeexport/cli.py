@@ -25,7 +25,7 @@ from freeexport import INTERRUPTED, __version__
 from freeexport.system.child import tell_parent
 from freeexport.system.extras import how_to_install
 from freeexport.system.output import writing_error
-from runtime.errors import FreeExportError, first_line
+from runtime.errors import FreeExportError, first_line, shown
 
 # In the order of use, grouped as in the help.
 GROUPS: dict[str, dict[str, str]] = {
@@ -79,7 +79,7 @@ class Verbs(click.Group):
         except click.UsageError:
             near = difflib.get_close_matches(args[0], self.list_commands(ctx), 1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            ctx.fail(f"No such command {args[0]!r}{hint}")
+            ctx.fail(f"No such command {shown(args[0])}{hint}")
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         for title, verbs in GROUPS.items():

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from runtime.errors import FreeExportError, OptionError
+from runtime.errors import FreeExportError, OptionError, shown
 
 NAMES = (
     *(
@@ -163,7 +163,7 @@ def check_name(name: str) -> None:
     ):
         return
     raise OptionError(
-        f"{name!r} is no metric; choose from {', '.join(NAMES)}, or name a function as "
+        f"{shown(name)} is no metric; choose from {', '.join(NAMES)}, or name a function as "
         "module:function"
     )
 

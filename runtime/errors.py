@@ -64,10 +64,16 @@ class BatchError(FreeExportError):
 
 def shown(value: Any) -> str:
     """Format a value for a message: one line of at most 80 characters. Never raises."""
+    if isinstance(value, str):
+        value = value[:200]  # a text of megabytes takes a tenth of a second
     try:
-        text = repr(value)
+        return cut(repr(value))
     except Exception:  # an int with too many digits for Python, or a foreign class
         return f"of type {type(value).__name__}, which cannot be printed"
+
+
+def cut(text: str) -> str:
+    """Return a text as one line of at most 80 characters."""
     text = " ".join(text.split())
     return text if len(text) <= 80 else f"{text[:77]}..."
 

@@ -107,7 +107,7 @@ def find_bundle(
     known = None if named is None else named.revision
     if revision is not None and (named is None or known is not None):
         where = "names one already" if known is not None else "is a path"
-        raise OptionError(f"revision is {revision!r}, but {bundle} {where}; leave it out")
+        raise OptionError(f"revision is {shown(revision)}, but {bundle} {where}; leave it out")
     if named is None:
         return Path(bundle)
     fetch = partial(hub_file, token=token, local_files_only=local_files_only, cache_dir=cache_dir)

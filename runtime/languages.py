@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 
 from runtime.bundle.manifest import Manifest
-from runtime.errors import OptionError, PromptLengthError
+from runtime.errors import OptionError, PromptLengthError, shown
 
 
 def check_languages(manifest: Manifest, is_text: bool, **codes: str | None) -> None:
@@ -25,7 +25,7 @@ def check_languages(manifest: Manifest, is_text: bool, **codes: str | None) -> N
     for name, code in codes.items():
         if code is None:
             continue
-        given = f"{name} is {code!r}"
+        given = f"{name} is {shown(code)}"
         if languages is None:
             raise OptionError(f"{given}; this bundle has no language tokens; omit it")
         if name == "src_lang" and languages.source is None:

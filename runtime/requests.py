@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from runtime.errors import OptionError
+from runtime.errors import OptionError, shown
 from runtime.generation import Generation
 from runtime.languages import check_languages
 from runtime.model import Model
@@ -221,6 +221,6 @@ def check_count(count: int, options: GenerationOptions) -> None:
     most = MOST_SEQUENCES if options.samples else options.num_beams
     if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= most:
         raise OptionError(
-            f"num_return_sequences is {count!r}; choose 1 to {MOST_SEQUENCES} with do_sample=True "
-            "or a temperature above 0, or up to num_beams"
+            f"num_return_sequences is {shown(count)}; choose 1 to {MOST_SEQUENCES} with "
+            "do_sample=True or a temperature above 0, or up to num_beams"
         )

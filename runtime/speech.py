@@ -18,7 +18,7 @@ import numpy as np
 
 from runtime.audio import FRAMES_A_SECOND, LateError, log_mel, read_audio, window
 from runtime.bundle.manifest import Manifest
-from runtime.errors import OptionError, PromptLengthError
+from runtime.errors import OptionError, PromptLengthError, shown
 from runtime.options import GenerationOptions, SpeechOptions
 from runtime.result import GenerationResult, Segment, Stats, Word
 from runtime.speech_rules import Rules
@@ -111,7 +111,7 @@ class Transcriber:
         if options.language is not None and options.language not in (
             self._speech.languages or ("en",)
         ):
-            raise OptionError(f"language is {options.language!r}; choose {known}")
+            raise OptionError(f"language is {shown(options.language)}; choose {known}")
         if options.task == "translate" and "translate" not in self._speech.tasks:
             raise OptionError("task is 'translate', but the model is English-only; omit it")
         if (

@@ -19,7 +19,7 @@ from freeexport.system.jsonl import BrokenLine, Request, read_requests
 from graphs.description import Description
 from runtime.audio import LARGEST_WAV, RATE, log_mel, read_audio, window
 from runtime.bundle.manifest import Speech
-from runtime.errors import FreeExportError, PromptError
+from runtime.errors import FreeExportError, PromptError, shown
 from runtime.json_file import UnreadableError, read_bytes
 from runtime.speech import FRAMES_A_POSITION, SECONDS_A_TIMESTAMP
 
@@ -351,7 +351,7 @@ def recording_of(request: Request, speech: Speech, rows: int, path: Path) -> Rec
         )
     if language not in (speech.languages or ("en",)):
         known = ", ".join(list(speech.languages)[:8]) or "en alone"
-        raise DataError(f"{where}: 'language' is {language!r}; the model knows {known}")
+        raise DataError(f"{where}: 'language' is {shown(language)}; the model knows {known}")
     try:
         content = read_bytes(request.input, LARGEST_WAV)
         seconds = len(read_audio(content, str(request.input))) / RATE

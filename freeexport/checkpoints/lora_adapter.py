@@ -10,6 +10,7 @@ import numpy as np
 
 from freeexport.checkpoints.weight_files import CheckpointError, Shape, TensorFile, open_weights
 from graphs.weights import Weights
+from runtime.errors import shown
 from runtime.json_file import read_object
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -76,7 +77,8 @@ def check_adapter(config: dict[str, Any], path: Path) -> None:
         )
     if (start := config.get("init_lora_weights")) not in _PLAIN_STARTS:
         raise CheckpointError(
-            f"{path}: init_lora_weights {start!r} changes the base; merge the adapter with peft"
+            f"{path}: init_lora_weights {shown(start)} changes the base; merge the adapter "
+            "with peft"
         )
     alpha = config.get("lora_alpha", 8)
     rank = config.get("r", 8)

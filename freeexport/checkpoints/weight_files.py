@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from graphs.quantization.panels import InFile
-from runtime.errors import FreeExportError, one_line
+from runtime.errors import FreeExportError, one_line, shown
 from runtime.json_file import read_object
 
 if TYPE_CHECKING:
@@ -172,7 +172,7 @@ def weight_files(path: Path) -> tuple[list[TensorFile], dict[str, TensorFile]]:
     for name in sorted(set(map(str, shards.values()))):
         if Path(name).name != name:
             raise CheckpointError(
-                f"{found} names the shard {name!r}, outside its directory; do not use this "
+                f"{found} names the shard {shown(name)}, outside its directory; do not use this "
                 "checkpoint"
             )
         if not (path / name).is_file():

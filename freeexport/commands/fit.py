@@ -20,6 +20,7 @@ from freeexport.commands.verb_options import (
 from freeexport.fit.options import FitOptions
 from freeexport.system.page import pairs, print_page
 from freeexport.system.progress import progress
+from runtime.errors import shown
 
 _UNITS = {"h": 3600, "m": 60, "min": 60, "s": 1}
 
@@ -38,7 +39,8 @@ class Time(click.ParamType):
         parts = re.findall(r"(\d+(?:\.\d+)?)(h|min|m|s)", text)
         if not parts or "".join(map("".join, parts)) != text:
             self.fail(
-                f"{value!r} is not a duration; give hours and minutes, as in 2h, 90min or 1h30min",
+                f"{shown(value)} is not a duration; give hours and minutes, as in 2h, 90min or "
+                "1h30min",
                 param,
                 ctx,
             )

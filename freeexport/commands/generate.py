@@ -17,7 +17,7 @@ from freeexport.commands.verb_options import DEVICE, THREADS, SectionedCommand, 
 from freeexport.system.answers import answer_file, fields_of
 from freeexport.system.jsonl import STANDARD
 from runtime import FreeExportError, GenerationResult, OptionError, Session
-from runtime.errors import PromptError, PromptLengthError
+from runtime.errors import PromptError, PromptLengthError, shown
 from runtime.json_file import UnreadableError, read_text
 from runtime.options import Mode
 
@@ -36,7 +36,7 @@ def _others(
     for text in given:
         name, found, value = text.partition("=")
         if not found:
-            raise click.BadParameter(f"{text!r} is not NAME=VALUE", context, parameter)
+            raise click.BadParameter(f"{shown(text)} is not NAME=VALUE", context, parameter)
         try:
             options[name] = json.loads(value)
         except (ValueError, RecursionError):

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 from runtime.bundle.beta import NEVER_EXIT
 from runtime.bundle.bundle import Bundle
 from runtime.bundle.manifest import Manifest
-from runtime.errors import OptionError
+from runtime.errors import OptionError, shown
 from runtime.hub import bundle_name
 from runtime.machine.device import Device
 from runtime.machine.machine import usable_cores
@@ -119,7 +119,9 @@ def methods_of(text: str) -> tuple[Method, ...]:
     names = [name.strip() for name in text.split(",")]
     for name in names:
         if name not in known:
-            raise OptionError(f"--methods {name!r} is no method; choose from {', '.join(METHODS)}")
+            raise OptionError(
+                f"--methods {shown(name)} is no method; choose from {', '.join(METHODS)}"
+            )
     return tuple(known[name] for name in names)
 
 

@@ -28,6 +28,7 @@ from freeexport.serving.protocol import (
 )
 from freeexport.serving.replies import EventReply, usage, with_end
 from runtime import GenerationResult, Token
+from runtime.errors import shown
 
 PATH = "/v1/messages"
 ERROR_TYPES = {
@@ -184,7 +185,7 @@ def _text(content: str | list[ContentBlock], where: str) -> str:
 def _check(block: ContentBlock, where: str, types: Sequence[str]) -> None:
     if block.type not in types:
         advice = f"send {' or '.join(map(repr, types))}"
-        raise unsupported(f"{where}.type", advice, f" {block.type[:40]!r}")
+        raise unsupported(f"{where}.type", advice, f" {shown(block.type)}")
     if block.type == "text" and block.text is None:
         raise invalid(f"{where}.text", f"{where}.text is missing; send text")
     if block.type == "tool_use" and not block.name:

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from freeexport.serving.errors import ApiError, unsupported
+from runtime.errors import cut
 
 # Fields that clients send by default, and their values without effect. Other values are rejected.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -73,12 +74,18 @@ def parse(body: bytes, kind: type[Body]) -> Body:
         known = {field.name for field in msgspec.structs.fields(kind)}
         for name in [name for name in values if name not in known]:
             if not _neutral(name, values.pop(name)) and name not in HARMLESS:
-                raise unsupported(name[:80], ADVICE.get(name, "remove it"))
+                raise unsupported(cut(name), ADVICE.get(name, "remove it"))
         fields = b",".join(b'"%s":%s' % (name.encode(), value) for name, value in values.items())
         return msgspec.json.decode(b"{%s}" % fields, type=kind)
     except msgspec.ValidationError as error:
-        message, _, path = str(error).partition(" - at ")
+        # It ends with the path of the field, and may quote a value of the client before.
+        message, at, path = str(error).rpartition(" - at ")
+        if not at:
+            message, path = path, ""
         param = re.sub(r"^(`key` in )?`\$\.?|`$", "", path) or None
+        message = re.sub(
+            r"""(["'`]).{80,}\1""", lambda quoted: cut(quoted[0]), message, flags=re.DOTALL
+        )
         if message.startswith("Invalid enum value"):
             message += _choices(kind, param or "")
         raise ApiError(400, f"{param or 'the body'}: {message}", "invalid_type", param) from None

@@ -9,6 +9,7 @@ import msgspec
 
 from freeexport.serving.errors import invalid, unsupported
 from runtime import GenerationOptions
+from runtime.errors import shown
 from runtime.options import MOST_TOP_LOGPROBS, Mode
 
 Count = Annotated[int, msgspec.Meta(ge=1)]
@@ -238,7 +239,7 @@ def content_text(content: str | list[ContentPart], where: str) -> str:
     for place, part in enumerate(content):
         if part.type != "text" or part.text is None:
             raise unsupported(
-                f"{where}[{place}].type", "the model accepts only text", f" {part.type[:40]!r}"
+                f"{where}[{place}].type", "the model accepts only text", f" {shown(part.type)}"
             )
     return "".join(part.text or "" for part in content)
 
@@ -283,7 +284,7 @@ def plain(messages: list[Message]) -> list[dict[str, Any]]:
             field = "tool_calls" if calls else "tool_call_id"
             raise invalid(
                 f"{where}.{field}",
-                f"{where}.{field} is given with role {message.role[:40]!r}; remove it",
+                f"{where}.{field} is given with role {shown(message.role)}; remove it",
             )
         if message.content is None and not calls:
             raise invalid(f"{where}.content", f"{where}.content is missing; send text")
@@ -354,7 +355,7 @@ class ChatRequest(GenerationRequest, kw_only=True):
         if chosen is not None and chosen not in names:
             raise invalid(
                 "tool_choice",
-                f"tool_choice names {chosen[:80]!r}, which is not in tools; add the function",
+                f"tool_choice names {shown(chosen)}, which is not in tools; add the function",
             )
         if self.tool_choice == "required" and not names:
             raise invalid("tool_choice", "tool_choice is 'required' without tools; add tools")

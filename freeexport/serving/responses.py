@@ -30,6 +30,7 @@ from freeexport.serving.protocol import (
 )
 from freeexport.serving.replies import REASONS, EventReply, usage, with_end
 from runtime import GenerationResult, Token
+from runtime.errors import shown
 
 TEXTS = ("input_text", "output_text", "text")
 
@@ -150,7 +151,7 @@ def _add(messages: list[Message], item: InputItem, where: str) -> None:
             raise unsupported(
                 f"{where}.{name}[{number}].type",
                 "the model accepts only text",
-                f" {part.type[:40]!r}",
+                f" {shown(part.type)}",
             )
     text = content if isinstance(content, str) else "".join(part.text or "" for part in content)
     if name == "output":

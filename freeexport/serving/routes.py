@@ -47,6 +47,7 @@ from freeexport.serving.transcriptions import (
 )
 from runtime import FreeExportError, PromptError, Session
 from runtime.audio import RATE, LateError
+from runtime.errors import cut
 from runtime.text.prompt import check_text
 from runtime.text.tokenizer import Tokenizer
 
@@ -393,11 +394,11 @@ def _tokenizer(session: Session) -> Tokenizer:
 
 async def _refuse(request: Request, error: Exception) -> Response:
     if isinstance(error, HTTPException):
-        path = request.scope["path"][:80]
+        path = cut(request.scope["path"])
         method = request.method
         known = {
             404: f"path {path} not found",
-            405: f"method {method} is not allowed for this path",
+            405: f"method {cut(method)} is not allowed for this path",
         }
         failed = ApiError(error.status_code, known.get(error.status_code, error.detail))
         failed.headers = dict(error.headers or {})

@@ -24,7 +24,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from freeexport.serving.events import PING
 from freeexport.serving.routes import application
 from freeexport.serving.service import ServerOptions, Service
-from runtime.errors import OptionError
+from runtime.errors import OptionError, cut, shown
 
 BACKLOG = 1024
 KEEP_ALIVE = 75  # timeout of idle connections in seconds, longer than that of usual proxies
@@ -156,7 +156,7 @@ def listen(host: str, port: int) -> socket.socket:
         ][0]
     except OSError as error:
         raise OptionError(
-            f"host {host!r} is not available: {error.strerror}; choose another --host"
+            f"host {shown(host)} is not available: {error.strerror}; choose another --host"
         ) from None
     try:
         return _Listening(
@@ -164,7 +164,7 @@ def listen(host: str, port: int) -> socket.socket:
         )
     except OSError as error:
         problem = os.strerror(error.errno or 0)
-        raise OptionError(f"port {port} of {host}: {problem}; choose another --port") from None
+        raise OptionError(f"port {port} of {cut(host)}: {problem}; choose another --port") from None
 
 
 async def serve(

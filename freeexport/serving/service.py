@@ -17,6 +17,7 @@ from freeexport.serving.audio_process import AudioReader
 from freeexport.serving.errors import ApiError, draining
 from freeexport.serving.grammar_trial import GrammarTrial
 from runtime import GenerationResult, OptionError, Session, SessionOptions
+from runtime.errors import shown
 from runtime.hub import bundle_name
 from runtime.options import Mode
 
@@ -209,7 +210,7 @@ class Service:
         if name not in self.sessions:
             raise ApiError(
                 404,
-                f"model {name[:80]!r} not found; choose {choices}",
+                f"model {shown(name)} not found; choose {choices}",
                 "model_not_found",
                 "model",
             )

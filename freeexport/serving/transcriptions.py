@@ -15,10 +15,11 @@ from typing import Any, Literal
 
 import msgspec
 
-from freeexport.serving.errors import ApiError, draining, invalid
+from freeexport.serving.errors import ApiError, draining, invalid, unsupported
 from freeexport.serving.events import EventStream
 from freeexport.serving.service import RequestLog
 from runtime import GenerationResult, Segment, SegmentStream, SpeechOptions
+from runtime.errors import cut, shown
 from runtime.options import Mode
 
 FORMATS = ("json", "text", "srt", "verbose_json", "vtt")
@@ -85,12 +86,12 @@ class Transcription:
         if format not in FORMATS:
             raise invalid(
                 "response_format",
-                f"response_format is {format[:80]!r}; choose {', '.join(FORMATS)}",
+                f"response_format is {shown(format)}; choose {', '.join(FORMATS)}",
             )
         for wrong in sorted({*granularities} - {"segment", "word"})[:1]:
             raise invalid(
                 "timestamp_granularities",
-                f"timestamp_granularities has {wrong[:80]!r}; choose segment, word or both",
+                f"timestamp_granularities has {shown(wrong)}; choose segment, word or both",
             )
         if granularities and format != "verbose_json":
             raise invalid(
@@ -106,12 +107,12 @@ class Transcription:
         language = text.pop("language", None)
         temperature = text.pop("temperature", "0")
         for name in text:
-            raise invalid(name[:80], f"{name[:80]} is not supported; remove it")
+            raise unsupported(cut(name), "remove it")
         try:
             degree = float(temperature)
         except ValueError:
             raise invalid(
-                "temperature", f"temperature is {temperature[:80]!r}; give a number from 0 to 1"
+                "temperature", f"temperature is {shown(temperature)}; give a number from 0 to 1"
             ) from None
         return cls(
             file,
@@ -297,7 +298,7 @@ def form_fields(content_type: str, body: bytes) -> dict[str, bytes]:
         key = name[1].decode("utf-8", "replace")
         listed = key.endswith("[]")
         if key in fields and not listed:
-            raise _invalid(f"the form field {key[:80]!r} is repeated; send it once")
+            raise _invalid(f"the form field {shown(key)} is repeated; send it once")
         value = body[split + 4 : end]
         fields[key] = fields[key] + b"\n" + value if key in fields else value
         parts += 1

@@ -12,7 +12,7 @@ from freeexport.checkpoints.exit_file import LossName, Tune
 from freeexport.checkpoints.transformers_model import Dtype
 from freeexport.task_metrics import check_name
 from runtime.bundle.manifest import TrainedInput
-from runtime.errors import OptionError
+from runtime.errors import OptionError, shown
 
 if TYPE_CHECKING:
     import torch
@@ -122,11 +122,11 @@ class TrainingOptions:
             if (value := getattr(self, name)) not in get_args(known):
                 flag = name.replace("_", "-")
                 raise OptionError(
-                    f"--{flag} {value!r} is unknown; choose {', '.join(get_args(known))}"
+                    f"--{flag} {shown(value)} is unknown; choose {', '.join(get_args(known))}"
                 )
         if isinstance(self.loss, str) and self.loss not in get_args(BuiltInLoss):
             raise OptionError(
-                f"--loss {self.loss!r} is unknown; choose {', '.join(get_args(BuiltInLoss))}"
+                f"--loss {shown(self.loss)} is unknown; choose {', '.join(get_args(BuiltInLoss))}"
             )
         counts = (
             "steps",

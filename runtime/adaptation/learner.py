@@ -15,7 +15,7 @@ from typing import Annotated, Any, TypeVar
 
 from runtime.bundle.manifest import ConfidenceMeasure, Manifest
 from runtime.bundle.schema import Range, Reader
-from runtime.errors import BundleError, CalibrationError, OptionError
+from runtime.errors import BundleError, CalibrationError, OptionError, shown
 
 STATE_VERSION = 1
 
@@ -112,7 +112,7 @@ class Learner:
             value = getattr(state, name)
             if value != expected:
                 raise OptionError(
-                    f"adaptive_state: {name} is {value!r}, this bundle has {expected!r}; "
+                    f"adaptive_state: {name} is {shown(value)}, this bundle has {expected!r}; "
                     "start without a state"
                 )
         return state

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from runtime.errors import CalibrationError
+from runtime.errors import CalibrationError, shown
 
 NEVER_EXIT = 1.0
 # Confidences are clipped to [EPSILON, 1 - EPSILON], because 0 and 1 have no finite logarithms.
@@ -70,7 +70,7 @@ class Beta:
         for name, shape in (("a", self.a), ("b", self.b)):
             if not 0 < shape <= MOST_SHAPE:
                 raise CalibrationError(
-                    f"{name} = {shape!r} is not a valid shape of a Beta distribution; "
+                    f"{name} = {shown(shape)} is not a valid shape of a Beta distribution; "
                     f"give a number above 0, at most {MOST_SHAPE:g}"
                 )
 
@@ -210,7 +210,7 @@ class BetaMixture:
     def __post_init__(self) -> None:
         if not 0 < self.weight_agree < 1:
             raise CalibrationError(
-                f"weight_agree = {self.weight_agree!r} is not a share of tokens; "
+                f"weight_agree = {shown(self.weight_agree)} is not a share of tokens; "
                 "give a number in (0, 1)"
             )
 
@@ -247,7 +247,9 @@ def threshold_at(mixture: BetaMixture, target: float) -> float:
         CalibrationError: If `target` is not in (0, 1).
     """
     if not 0 < target < 1:
-        raise CalibrationError(f"target = {target!r} is not a probability; give a number in (0, 1)")
+        raise CalibrationError(
+            f"target = {shown(target)} is not a probability; give a number in (0, 1)"
+        )
     agree = mixture.agree
     disagree = mixture.disagree
     wanted = math.log(target) - math.log1p(-target)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 from collections.abc import Sequence
 
-from runtime.errors import OptionError
+from runtime.errors import OptionError, shown
 from runtime.text.tokenizer import Tokenizer, byte_of
 
 REPLACEMENT = "\ufffd"
@@ -145,11 +145,11 @@ class Detokenizer:
 
 def _check_stop(tokenizer: Tokenizer | None, stop: Sequence[str]) -> None:
     if isinstance(stop, str):
-        raise OptionError(f"stop is the string {stop!r}; pass a list of strings")
+        raise OptionError(f"stop is the string {shown(stop)}; pass a list of strings")
     for index, text in enumerate(stop):
         if not isinstance(text, str) or not text:
             raise OptionError(
-                f"stop string {index} is {text!r}; pass strings of at least one character"
+                f"stop string {index} is {shown(text)}; pass strings of at least one character"
             )
     if stop and tokenizer is None:
         raise OptionError(

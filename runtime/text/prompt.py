@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from runtime.errors import OptionError, PromptError, PromptLengthError
+from runtime.errors import OptionError, PromptError, PromptLengthError, shown
 from runtime.text.tokenizer import Tokenizer
 
 Prompt: TypeAlias = str | Sequence[int] | Sequence[Mapping[str, Any]] | npt.NDArray[np.integer[Any]]
@@ -168,7 +168,7 @@ def _checked(ids: Any, vocab_size: int, limit: int) -> npt.NDArray[np.int64]:
     for index, value in enumerate(ids):
         if not isinstance(value, (int, np.integer)) or isinstance(value, bool):
             raise PromptError(
-                f"token id {index} of the prompt is {str(value)[:40]!r}, not an integer; {_FORMS}"
+                f"token id {index} of the prompt is {shown(value)}, not an integer; {_FORMS}"
             )
         if not 0 <= value < vocab_size:
             raise PromptError(

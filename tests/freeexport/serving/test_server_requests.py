@@ -8,8 +8,9 @@ import msgspec
 import pytest
 
 from freeexport.serving.errors import ApiError, api_error
+from freeexport.serving.openapi import POST
 from freeexport.serving.parsing import parse
-from freeexport.serving.protocol import ChatRequest, CompletionRequest
+from freeexport.serving.protocol import ChatRequest, CompletionRequest, GenerationRequest
 from runtime import EngineError, OptionError, PromptError, QueueFullError
 
 CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "x"}]}
@@ -227,3 +228,40 @@ def test_every_error_has_a_status_and_a_code() -> None:
         assert (api_error(error).status, api_error(error).code) == (status, code)
     assert api_error(OptionError("max_new_tokens is 0; choose")).message == "max_tokens is 0; choose"
     assert api_error(OptionError("the session is closed; open a new one")).status == 503
+
+
+LONG = "a" * 5000
+LONG_VALUES: list[Any] = [
+    LONG, [LONG], {LONG: 1}, {"type": LONG}, [{"type": LONG}], [{"role": LONG, "content": LONG}],
+    [{"role": "user", "content": [{"type": LONG}]}], {"type": "json_schema", "json_schema": {LONG: 1}}, {"mode": LONG},
+    [{"type": "function", "function": {"name": LONG}}], {"type": "function", "function": {"name": LONG}},
+]  # fmt: skip
+
+
+def refusal_of(kind: Any, body: dict[str, Any]) -> ApiError | None:
+    try:
+        request = parse(msgspec.json.encode(body), kind)
+        request = request.chat() if hasattr(request, "chat") else request
+        if isinstance(request, GenerationRequest):
+            assert request.prompts
+            request.options(None, None)
+    except (ApiError, OptionError) as error:
+        return api_error(error)
+    return None
+
+
+@pytest.mark.parametrize("path", POST)
+def test_long_values_are_cut_in_messages(path: str) -> None:
+    _, kind, _ = POST[path]
+    required = {"prompt": "x", "input": "x", **CHAT, "max_tokens": 1, "tokens": [1]}
+    base = {name: required[name] for name in kind.__struct_fields__ if name in required}
+    refused = 0
+    for name in (*kind.__struct_fields__, LONG):
+        for value in LONG_VALUES:
+            error = refusal_of(kind, {**base, name: value})
+            if error is not None:
+                refused += 1
+                assert error.status == 400
+                assert len(error.message) < 330
+                assert len(error.param or "") < 100
+    assert refused > 10
