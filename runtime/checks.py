@@ -28,6 +28,7 @@ from runtime.text.sampler import LogitsProcessor
 MOST = 2**63 - 1
 ABOVE_ZERO = math.ulp(0.0)
 MOST_BIAS = 1e20  # nats, as logits are float32
+LONGEST_SALT = 256  # maximum number of characters of a cache salt
 MOST_GRAMMAR = 256 << 10  # maximum number of characters in a constraint
 # Maximum number of keys per object of a schema. Compile time grows with their square.
 MOST_PROPERTIES = 1000
@@ -155,6 +156,13 @@ def text(name: str, value: Any) -> str:
     if not (isinstance(value, str) and value):
         raise OptionError(f"{name} is {shown(value)}; give a text that is not empty")
     return value
+
+
+def salt(name: str, value: Any) -> str:
+    """Check for a text of 1 to LONGEST_SALT characters."""
+    if len(text(name, value)) > LONGEST_SALT:
+        raise OptionError(f"{name} has {len(value)} characters; give at most {LONGEST_SALT}")
+    return str(value)
 
 
 def adaptive_state(name: str, value: Any) -> Mapping[str, Any]:

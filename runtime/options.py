@@ -215,9 +215,10 @@ class GenerationOptions:
     likely tokens at each position. Reads the whole prompt, without the prefix cache. Decoder-only
     bundles. Default: none."""
 
-    cache_salt: str | None = None
+    cache_salt: Annotated[str | None, checks.salt] = None
     """Isolates the prefix cache and the draft memory between users: a request reuses prefixes and
-    drafts outputs only of requests with the same salt. Requests without a salt share theirs."""
+    drafts outputs only of requests with the same salt. Requests without a salt share theirs. At
+    most 256 characters."""
 
     num_beams: Annotated[int, checks.Whole(1, 256)] = 1
     """Number of beams. More than 1 enables beam search, for encoder-decoders in mode "full" without

@@ -136,15 +136,9 @@ async def begin(
 
     def encode() -> tuple[list[np.ndarray], GenerationOptions]:
         given = options
-        read = prompts
-        tools = [msgspec.to_builtins(tool) for tool in request.offered]
-        if isinstance(request, ChatRequest) and not form.shown:
-            read = [tools_as_text(messages, tools, form) for messages in prompts]
-            tools = []
-        encoded = [
-            session.encode(prompt, tools=tools, src_lang=given.src_lang, tgt_lang=given.tgt_lang)
-            for prompt in read
-        ]
+        encoded = encoded_prompts(
+            session, request, src_lang=given.src_lang, tgt_lang=given.tgt_lang
+        )
         languages = session.manifest.languages
         # The encoded prompt may already name the target language.
         in_prompt = languages is not None and languages.target == "prompt"
@@ -182,6 +176,29 @@ async def begin(
         await generation.end()
         raise
     return generation
+
+
+def encoded_prompts(
+    session: Session, request: Generating, **languages: str | None
+) -> list[np.ndarray]:
+    """Return the token ids, int64 [n], of each prompt of a request.
+
+    Args:
+        session: Session of the requested model.
+        request: A chat or a completion.
+        **languages: See `Session.encode`.
+
+    Raises:
+        PromptError: If a prompt cannot be encoded or is too long.
+        OptionError: If a language is invalid.
+    """
+    prompts = request.prompts
+    tools = [msgspec.to_builtins(tool) for tool in request.offered]
+    form = form_of(session.tokenizer)
+    if isinstance(request, ChatRequest) and not form.shown:
+        prompts = [tools_as_text(messages, tools, form) for messages in prompts]
+        tools = []
+    return [session.encode(prompt, tools=tools, **languages) for prompt in prompts]
 
 
 async def _constrained(

@@ -1,4 +1,4 @@
-"""Anthropic's /v1/messages, whole or as events.
+"""Anthropic's /v1/messages, whole or as events, and /v1/messages/count_tokens.
 
 Input is text, calls of tools and their results. Output is text and calls. Nothing is stored.
 """
@@ -20,6 +20,7 @@ from freeexport.serving.protocol import (
     FunctionCall,
     Message,
     Named,
+    Salt,
     Stop,
     StreamOptions,
     Tool,
@@ -83,22 +84,17 @@ class ClientToolChoice(msgspec.Struct, kw_only=True):
     disable_parallel_tool_use: bool = False
 
 
-class MessagesRequest(msgspec.Struct, kw_only=True):
+class CountRequest(msgspec.Struct, kw_only=True):
+    """A request to count the tokens of a message's prompt."""
+
     messages: Annotated[list[ConversationTurn], msgspec.Meta(min_length=1, max_length=10_000)]
-    max_tokens: Count
     model: str | None = None
     system: str | list[ContentBlock] = ""
-    stop_sequences: Annotated[list[Stop], msgspec.Meta(max_length=16)] = []
-    temperature: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
     tools: Annotated[list[ClientTool], msgspec.Meta(max_length=128)] = []
     tool_choice: ClientToolChoice | None = None
-    stream: bool = False
-    free: Free = msgspec.field(default_factory=Free)
 
-    def chat(self) -> ChatRequest:
-        """Convert to an equivalent chat request.
+    def chat(self, **options: Any) -> ChatRequest:
+        """Convert to an equivalent chat request with further fields.
 
         Raises:
             ApiError: If a content block is unsupported, or the tools are invalid.
@@ -119,13 +115,6 @@ class MessagesRequest(msgspec.Struct, kw_only=True):
         return ChatRequest(
             messages=messages,
             model=self.model,
-            max_tokens=self.max_tokens,
-            temperature=self.temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            stop=self.stop_sequences,
-            stream=self.stream,
-            stream_options=StreamOptions(include_usage=True) if self.stream else None,
             tools=[
                 Tool(
                     type="function",
@@ -137,7 +126,33 @@ class MessagesRequest(msgspec.Struct, kw_only=True):
             ],
             tool_choice=choice.get(chosen.type, chosen.type),
             parallel_tool_calls=not chosen.disable_parallel_tool_use,
+            **options,
+        )
+
+
+class MessagesRequest(CountRequest, kw_only=True):
+    max_tokens: Count
+    stop_sequences: Annotated[list[Stop], msgspec.Meta(max_length=16)] = []
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    stream: bool = False
+    cache_salt: Salt | None = None
+    free: Free = msgspec.field(default_factory=Free)
+
+    def chat(self, **options: Any) -> ChatRequest:
+        """Convert to an equivalent chat request. See `CountRequest.chat`."""
+        return super().chat(
+            max_tokens=self.max_tokens,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            stop=self.stop_sequences,
+            stream=self.stream,
+            stream_options=StreamOptions(include_usage=True) if self.stream else None,
+            cache_salt=self.cache_salt,
             free=self.free,
+            **options,
         )
 
 

@@ -9,7 +9,7 @@ import msgspec
 
 from freeexport import __version__
 from freeexport.serving.embeddings import EmbeddingRequest
-from freeexport.serving.messages import MessagesRequest
+from freeexport.serving.messages import CountRequest, MessagesRequest
 from freeexport.serving.parsing import HARMLESS, NEUTRAL
 from freeexport.serving.protocol import (
     ChatRequest,
@@ -42,6 +42,11 @@ POST: dict[str, tuple[str, Any, tuple[str, ...]]] = {
         "Create a message with Anthropic's API, optionally streamed as events",
         MessagesRequest,
         ("id", "type", "role", "model", "content", "stop_reason", "usage"),
+    ),
+    "/v1/messages/count_tokens": (
+        "Count the tokens of a message's prompt with Anthropic's API",
+        CountRequest,
+        ("input_tokens",),
     ),
     "/v1/embeddings": (
         "Embed texts: the means of the encoder's states, scaled to length 1",

@@ -9,12 +9,14 @@ import msgspec
 
 from freeexport.serving.errors import invalid, unsupported
 from runtime import GenerationOptions
+from runtime.checks import LONGEST_SALT
 from runtime.errors import shown
 from runtime.options import MOST_TOP_LOGPROBS, Mode
 
 Count = Annotated[int, msgspec.Meta(ge=1)]
 Stop = Annotated[str, msgspec.Meta(max_length=1024)]
 TokenId = Annotated[int, msgspec.Meta(ge=0)]
+Salt = Annotated[str, msgspec.Meta(min_length=1, max_length=LONGEST_SALT)]
 Language = Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
 
 
@@ -130,7 +132,7 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
     stream: bool = False
     stream_options: StreamOptions | None = None
     user: str | None = None
-    cache_salt: str | None = None
+    cache_salt: Salt | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     free: Free = msgspec.field(default_factory=Free)

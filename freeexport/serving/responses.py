@@ -23,6 +23,7 @@ from freeexport.serving.protocol import (
     Message,
     Named,
     ResponseFormat,
+    Salt,
     StreamOptions,
     Tool,
     ToolCall,
@@ -81,6 +82,7 @@ class ResponseRequest(msgspec.Struct, kw_only=True):
     parallel_tool_calls: bool = True
     user: str | None = None
     metadata: dict[str, str] = {}  # returned unchanged
+    cache_salt: Salt | None = None
     free: Free = msgspec.field(default_factory=Free)
 
     def chat(self) -> ChatRequest:
@@ -124,6 +126,7 @@ class ResponseRequest(msgspec.Struct, kw_only=True):
             else chosen,
             parallel_tool_calls=self.parallel_tool_calls,
             user=self.user,
+            cache_salt=self.cache_salt,
             free=self.free,
         )
 

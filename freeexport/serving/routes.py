@@ -29,7 +29,7 @@ from freeexport.serving import messages, openapi, protocol
 from freeexport.serving.embeddings import Embedder, EmbeddingRequest
 from freeexport.serving.errors import ApiError, api_error, invalid
 from freeexport.serving.events import ClientGone, while_there
-from freeexport.serving.generation import ChoiceStream, begin
+from freeexport.serving.generation import ChoiceStream, begin, encoded_prompts
 from freeexport.serving.middleware import Unambiguous, UnreadBody
 from freeexport.serving.page import page
 from freeexport.serving.parsing import Body, parse
@@ -71,6 +71,7 @@ def application(service: Service) -> Starlette:
         Route("/v1/completions", endpoints.completions, methods=["POST"]),
         Route("/v1/responses", endpoints.responses, methods=["POST"]),
         Route(messages.PATH, endpoints.messages, methods=["POST"]),
+        Route(f"{messages.PATH}/count_tokens", endpoints.count_tokens, methods=["POST"]),
         Route("/v1/embeddings", endpoints.embeddings, methods=["POST"]),
         Route("/v1/audio/transcriptions", endpoints.transcriptions, methods=["POST"]),
         Route("/v1/audio/translations", endpoints.translations, methods=["POST"]),
@@ -127,6 +128,12 @@ class Endpoints:
 
     async def messages(self, request: Request) -> Any:
         return await self._generate(request, messages.MessagesRequest)
+
+    async def count_tokens(self, request: Request) -> Response:
+        parsed = (await self._parsed(request, messages.CountRequest)).chat()
+        _, session = self._service.session(parsed.model)
+        (ids,) = await asyncio.to_thread(encoded_prompts, session, parsed)
+        return json({"input_tokens": len(ids)})
 
     async def _generate(self, request: Request, kind: type[GenerationBody]) -> Any:
         record = RequestLog(self._service, request.scope["path"])
@@ -405,6 +412,6 @@ async def _refuse(request: Request, error: Exception) -> Response:
     else:
         failed = api_error(error)
     body = failed.body
-    if request.scope["path"] == messages.PATH:
+    if request.scope["path"].startswith(messages.PATH):
         body = messages.error_body(failed)
     return json(body, failed.status, failed.headers)

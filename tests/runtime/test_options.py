@@ -134,6 +134,7 @@ def test_a_speech_option_out_of_range_is_refused_by_name_and_value(name: str, va
         ({"do_sample": 1}, "do_sample is 1; choose True, False or None"),
         ({"early_stopping": 1}, "early_stopping is 1; choose True, False or 'never'"),
         ({"cache_salt": ""}, "cache_salt is ''; give a text that is not empty"),
+        ({"cache_salt": "a" * 257}, "cache_salt has 257 characters; give at most 256"),
     ],
 )
 def test_a_refusal_says_what_is_allowed(options: dict[str, Any], message: str) -> None:

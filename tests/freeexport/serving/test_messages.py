@@ -143,6 +143,30 @@ def test_other_errors_have_anthropics_format_too(chat: Path) -> None:
         assert client.post("/v1/messages", json=ASKED, headers=headers).status_code == 200
 
 
+@pytest.mark.parametrize("more", [{}, {"system": "be brief", "tools": [TOOL]}, {"tool_choice": {"type": "none"}}])
+def test_the_tokens_of_a_message_are_counted_as_it_reads_them(more: dict[str, Any], http: httpx.Client) -> None:
+    asked = {"messages": HELLO, **more}
+    usage = http.post("/v1/messages", json={**asked, "max_tokens": 1}).json()["usage"]
+    counted = http.post("/v1/messages/count_tokens", json={"model": "m", **asked})
+    assert counted.json() == {"input_tokens": usage["input_tokens"] + usage["cache_read_input_tokens"]}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "kind"),
+    [
+        ("count_tokens", {"messages": []}, 400, "invalid_request_error"),
+        ("count_tokens", {"messages": HELLO, "max_tokens": 1}, 400, "invalid_request_error"),
+        ("count_tokens", {"messages": HELLO, "model": "x"}, 404, "not_found_error"),
+        ("batches", {}, 404, "not_found_error"),
+    ],
+)
+def test_errors_below_messages_have_anthropics_format(
+    path: str, body: dict[str, Any], status: int, kind: str, http: httpx.Client
+) -> None:
+    answer = http.post(f"/v1/messages/{path}", json=body)
+    assert (answer.status_code, answer.json()["type"], answer.json()["error"]["type"]) == (status, "error", kind)
+
+
 def test_the_official_client_reads_messages_streams_calls_and_errors(server: Running, session: Session) -> None:
     anthropic = pytest.importorskip("anthropic")
     pytest.importorskip("llguidance")
@@ -158,5 +182,7 @@ def test_the_official_client_reads_messages_streams_calls_and_errors(server: Run
         with client.messages.stream(max_tokens=200, tools=[TOOL], tool_choice=choice, **asked) as stream:
             message = stream.get_final_message()
         assert [block.input for block in message.content if block.type == "tool_use"] == [CALL["input"]]
+        counted = client.messages.count_tokens(model="m", messages=HELLO)
+        assert counted.input_tokens == expected.stats.prompt_tokens
         with pytest.raises(anthropic.NotFoundError, match="model 'other' not found"):
             client.messages.create(max_tokens=20, **{**asked, "model": "other"})

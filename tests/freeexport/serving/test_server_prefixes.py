@@ -138,12 +138,34 @@ def test_users_with_a_salt_share_with_nobody_else(server: Running) -> None:
             assert cached(ask(server, [9, *PROMPT], **fields)) == 32 * turn
 
 
-def test_a_salt_is_a_text(http: httpx.Client) -> None:
-    for salt in (5, "", ["a"], True, {}):
-        answer = http.post("/v1/completions", json={"prompt": "x", "cache_salt": salt})
+LONG_MESSAGE = [{"role": "user", "content": "a message of more than one block of the cache, and a salt"}]
+SALTED: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "/v1/chat/completions": ({"messages": LONG_MESSAGE}, ("prompt_tokens_details", "cached_tokens")),
+    "/v1/messages": ({"messages": LONG_MESSAGE, "max_tokens": 1}, ("cache_read_input_tokens",)),
+    "/v1/responses": ({"input": LONG_MESSAGE}, ("input_tokens_details", "cached_tokens")),
+    "/v1/completions": ({"prompt": [10, *PROMPT]}, ("prompt_tokens_details", "cached_tokens")),
+}
+
+
+@pytest.mark.parametrize("path", SALTED)
+def test_every_endpoint_takes_a_salt(path: str, http: httpx.Client) -> None:
+    body, keys = SALTED[path]
+    for turn in range(2):
+        for salt in (f"{path} a", f"{path} b" * 10):
+            counted = http.post(path, json={**body, "cache_salt": salt}).json()["usage"]
+            for key in keys:
+                counted = counted[key]
+            assert (counted > 0) == (turn > 0)
+
+
+@pytest.mark.parametrize("path", SALTED)
+def test_a_salt_is_a_text_of_at_most_256_characters(path: str, http: httpx.Client) -> None:
+    for salt in (5, "", ["a"], True, {}, "a" * 257):
+        answer = http.post(path, json={**SALTED[path][0], "cache_salt": salt})
         error = answer.json()["error"]
-        assert (answer.status_code, error["param"]) == (400, "cache_salt")
+        assert (answer.status_code, error.get("param", "cache_salt")) == (400, "cache_salt")
         assert error["message"].startswith("cache_salt")
+    assert http.post(path, json={**SALTED[path][0], "cache_salt": "\u00e4" * 256}).status_code == 200
 
 
 def test_metrics_count_looked_up_and_reused_tokens(server: Running, http: httpx.Client) -> None:
