@@ -44,6 +44,11 @@ def blocks(page: Path, mark: str = RUN) -> list[tuple[str, str]]:
     return found
 
 
+def test_examples_import_from_freeexport() -> None:
+    named = {page.name for page in PAGES if re.search(r"^(from|import) runtime\b", page.read_text(), re.MULTILINE)}
+    assert named <= {"decoding.md"}
+
+
 def run_page(page: Path) -> None:
     """Run the marked blocks of a page in order, in the working directory."""
     for language, text in blocks(page, RUN):
