@@ -10,6 +10,7 @@ array or an error message.
 
 from __future__ import annotations
 
+import math
 import os
 import struct
 import subprocess
@@ -38,7 +39,7 @@ Process = subprocess.Popen[bytes]
 class AudioReader:
     """Reads audio files, each in a process that reads one at a time. Thread-safe.
 
-    Processes start when they are needed. One idle process is kept for the next file.
+    One idle process is kept for the next file. More start when they are needed.
     """
 
     def __init__(self) -> None:
@@ -77,6 +78,9 @@ class AudioReader:
             raise PromptError(result)
         if self._closed:
             raise draining()
+        if not self._idle:
+            with suppress(ApiError):
+                self._idle.append(_start())
         if time.monotonic() >= until:
             raise LateError
         if time.monotonic() >= limit:
@@ -86,8 +90,9 @@ class AudioReader:
         raise PromptError("the audio makes its decoder crash; convert it to a WAV file")
 
     def prepare(self) -> None:
-        """Start a process for the first file."""
-        self._idle.append(_start())
+        """Start a process for the first file, and wait until it is ready."""
+        with suppress(PromptError, ApiError):
+            self.read(b"", math.inf)
 
     def _take(self) -> Process:
         with suppress(IndexError):

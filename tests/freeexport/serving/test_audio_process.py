@@ -39,8 +39,11 @@ def damaged_by(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, code: str) -> by
 
 
 def test_files_are_read_in_one_process_after_another(reader: AudioReader) -> None:
+    reader.prepare()
+    prepared = reader._idle[:]
     np.testing.assert_array_equal(reader.read(SOUND, NEVER), read_audio(SOUND))
-    (process,) = reader._idle
+    assert reader._idle == prepared
+    (process,) = prepared
     with pytest.raises(PromptError, match=r"^the audio is no WAV file of PCM samples \(it ends early\)"):
         reader.read(b"none", NEVER)
     assert len(reader.read(SOUND, NEVER)) == len(read_audio(SOUND))
@@ -59,7 +62,7 @@ def test_a_file_that_crashes_its_decoder_is_refused(
         assert len(reader.read(SOUND, NEVER)) == len(read_audio(SOUND))
         with pytest.raises(PromptError, match="the audio makes its decoder crash; convert it to a WAV file"):
             reader.read(content, NEVER)
-    assert reader._idle == []
+    assert len(reader._idle) == 1  # for the next file
 
 
 def test_a_file_that_takes_too_long_or_too_much_memory_is_refused(
@@ -76,6 +79,7 @@ def test_a_file_that_takes_too_long_or_too_much_memory_is_refused(
     monkeypatch.setattr(audio_process, "READ_SECONDS", 0.2)
     with pytest.raises(PromptError, match=r"^the audio takes more than 0\.2 s to read; send a shorter file$"):
         reader.read(slow, NEVER)
+    reader.close()
     assert reader._idle == []
 
 
