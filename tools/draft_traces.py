@@ -18,7 +18,7 @@ from runtime import Session
 from runtime.decoding.decoder import Decoder
 from tools.data.splits import run_tool
 
-CHAIN = 8  # drafts after a token
+CHAIN = 15  # drafts after a token
 
 
 def chain_of(decoder: Decoder, token: int) -> list[tuple[int, float]]:

@@ -349,7 +349,7 @@ class Drafts(Plain):
         found = self._continuation
         if found is not None and found.tokens and outcome.accept_length >= outcome.proposed:
             accepted_here = outcome.accept_length - outcome.proposed
-            before = outcome.rows - len(found.tokens)
+            before = max(1, outcome.rows - len(found.tokens))
             cost = sum(self._row_seconds(before + row) for row in range(len(found.tokens)))
             self._count_search(accepted_here - self._pace * cost / self._token)
             for place, evidence in enumerate(found.evidence[: accepted_here + 1]):
@@ -371,10 +371,14 @@ class Drafts(Plain):
         return self._costs.prices(self._sequences).token + self._outside
 
     def _row_seconds(self, rows: int) -> float:
-        """Seconds of one more row of a deep pass over `rows` rows."""
+        """Seconds of one more row of a deep pass over `rows` rows.
+
+        Averaged over twice as many rows, because the difference of two measured costs is noisy.
+        """
         costs = self._costs
-        together = self._sequences - 1 + rows
-        return max(0.0, costs.seconds("pass", together + 1) - costs.seconds("pass", together))
+        others = self._sequences - 1
+        more = costs.seconds("pass", others + 2 * rows) - costs.seconds("pass", others + rows)
+        return max(0.0, more / rows)
 
     def _exit_seconds(self, rows: float, heads: float) -> float:
         """Return the expected seconds of a draft of the exit, interpolated between whole rows."""
