@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from runtime.adaptation.learner import RequestLabels
 from runtime.decoding.calls import SlotCall
 from runtime.decoding.decoder import Decoder
-from runtime.decoding.loops import Loop
+from runtime.decoding.drafts import Plain
+from runtime.decoding.loops import Loop, Policy, decode
 from runtime.decoding.response import Response
 from runtime.engines.kv_cache import KVCache
 from runtime.result import Token
@@ -111,23 +113,24 @@ def cached(engine: Recorder, length: int) -> set[tuple[float, ...]]:
 
 
 def decoded(
-    loop: Callable[..., Loop], decoder: Decoder, prompt: np.ndarray, limit: int, *settings: Any, **options: Any
+    decoder: Decoder,
+    prompt: np.ndarray,
+    limit: int,
+    drafts: Plain | None = None,
+    policy: Policy = Policy(),
+    labels: RequestLabels | None = None,
 ) -> Loop:
-    """Decode a request with `loop`.
+    """Decode a request of `limit` tokens. Default: in mode full.
 
     A prompt first yields its own prediction, except START, which stands for the start token of an encoder-decoder.
-
-    Args:
-        options: Options of the loop. `head=False` skips the shallow head for the prompt's last row.
     """
-    head = options.pop("head", True)
     response = Response(prompt, limit)
     if prompt.tolist() == START:
         decoder.begin(exits=True)
     else:
-        first = yield from decoder.prefilling(prompt, head)
+        first = yield from decoder.prefilling(prompt, head=drafts is not None)
         yield response.add(response.choose(first), False, first.confidence, first)
-    yield from loop(decoder, response, *settings, **options)
+    yield from decode(decoder, response, drafts or Plain(), policy, labels)
 
 
 LENGTH = 60

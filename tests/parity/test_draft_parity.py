@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import BY_NAME, CASES, PROMPTS, VOCAB_SIZE, Bundles, Case, Model
-from draft_plans import draft_candidates, draft_exits
+from draft_plans import draft_texts, draft_exits
 from exit_layer_case import EXIT_CASES
 from reference import (
     Run,
@@ -186,7 +186,7 @@ TIE = 1e-4
 @pytest.mark.parametrize("name", FAMILIES)
 def test_lossless_with_every_source_is_full(name: str, bundle: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is found is drafted, whether it pays or not. A first difference may only be a tie."""
-    draft_candidates(monkeypatch)
+    draft_texts(monkeypatch)
     chance, drafted, ties = np.random.default_rng(len(name)), 0, 0
     with Session(bundle(BY_NAME[name], 1), threads=1, slots=1) as session:
         for _ in range(COUNT):

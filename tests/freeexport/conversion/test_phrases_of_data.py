@@ -12,7 +12,7 @@ import pytest
 from checkpoints import BY_NAME, Case
 from click.testing import CliRunner
 from command_line import error, invoke, succeed
-from draft_plans import draft_candidates
+from draft_plans import draft_texts
 
 from freeexport.conversion import phrases
 from runtime import Session
@@ -28,7 +28,7 @@ FAST = ("--verify", "none", "--capacity", "64", "--exit-layer", "1")
 def test_outputs_like_the_targets_are_drafted(
     name: str, checkpoint: Callable[[Case], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    draft_candidates(monkeypatch)
+    draft_texts(monkeypatch)
     model, plain, data, out = checkpoint(BY_NAME[name]), tmp_path / "plain", tmp_path / "data.jsonl", tmp_path / "out"
     succeed("convert", model, plain, *FAST)
     with Session(plain, threads=1) as session:

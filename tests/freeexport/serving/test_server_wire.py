@@ -21,8 +21,8 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-from draft_plans import draft_candidates
-from running_server import ENDLESS, MESSAGES, ROOT, Running, command, eventually, read, running, status
+from draft_plans import draft_texts
+from running_server import ENDLESS, MESSAGES, ROOT, Running, eventually, read, running, status
 from starlette.testclient import TestClient
 
 from freeexport.serving import events, middleware, routes
@@ -134,7 +134,7 @@ def test_metrics_count_what_the_log_says(chat: Path) -> None:
 def test_drafts_from_a_text_are_counted_as_the_dashboard_divides_them(
     chat: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    draft_candidates(monkeypatch)
+    draft_texts(monkeypatch)
     with running(chat, names=("m",)) as server:
         asked: dict[str, Any] = {"messages": MESSAGES, "max_tokens": 60, **ENDLESS}
         full = {**asked, "free": {"mode": "full"}}

@@ -1,14 +1,13 @@
-"""The decode loops over the real KV caches, with engines that write down positions instead of computing."""
+"""The decode loop on real KV caches, with engines that record positions instead of computing."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import islice
-from typing import Any
 
 import numpy as np
 import pytest
-from draft_plans import PlannedExits
+from draft_plans import PlannedDrafts
 from hypothesis import given
 from hypothesis import strategies as st
 from profiles import tries
@@ -26,8 +25,10 @@ from recording_engine import (
 )
 
 from runtime.adaptation.learner import RequestLabels
-from runtime.decoding import loops as decode
+from runtime.bundle.beta import NEVER_EXIT
 from runtime.decoding.decoder import PREFILL_ROWS, SHARED_PREFILL_ROWS, Decoder
+from runtime.decoding.drafts import ConfidentExits
+from runtime.decoding.loops import Policy
 from runtime.engines.kv_cache import KVCache
 from runtime.engines.runner import Runner
 from runtime.result import Token
@@ -49,11 +50,13 @@ def decoder_of(
 
 
 def free(decoder: Decoder, prompt: np.ndarray, threshold: float, max_pending: int) -> Iterator[Token]:
-    return alone(decoded(decode.free, decoder, prompt, 400, threshold, max_pending))
+    """Decode as published."""
+    policy = Policy(threshold, max_pending=max_pending)
+    return alone(decoded(decoder, prompt, 400, ConfidentExits(NEVER_EXIT), policy))
 
 
 def full(decoder: Decoder, prompt: np.ndarray) -> Iterator[Token]:
-    return alone(decoded(decode.full, decoder, prompt, 400, head=False))
+    return alone(decoded(decoder, prompt, 400))
 
 
 confidences = st.floats(0, 1, width=32) | st.sampled_from([0.0, 0.5, 1.0])
@@ -150,25 +153,26 @@ def test_pieces_keep_others_waiting_for_a_bounded_time(
     assert max(shallow.calls) <= SHARED_PREFILL_ROWS
 
 
-# Modes whose exits are drafts
+# Drafts
 
 traces = st.lists(confidences, min_size=LENGTH, max_size=LENGTH)
-Loop = Any
+flags = st.lists(st.booleans(), min_size=LENGTH, max_size=LENGTH)
 
 
-def drafted(loop: Loop, decoder: Decoder, shallow: Recorder, deep: Recorder, limit: int, prompt: np.ndarray) -> Any:
-    """The steps of a loop up to `limit` tokens. Whenever one is final, both caches must hold what was read so far,
-    and nothing given up; deep rows may lie ahead of a token that is about to be."""
+def drafted(
+    tokens: Iterator[Token], decoder: Decoder, shallow: Recorder, deep: Recorder, prompt: np.ndarray
+) -> list[Token]:
+    """Return the tokens. After each, both caches must hold only final tokens."""
     steps = list[Token]()
-    for step in islice(loop, limit):
+    for step in tokens:
         steps.append(step)
-        known = (*prompt.tolist(), *(earlier.id for earlier in steps))
+        final = (*prompt.tolist(), *(earlier.id for earlier in steps))
         shallow_length, deep_length = decoder.lengths()
         assert shallow_length == deep_length + decoder.stacked
-        assert decoder.stacked == 0
         for engine in (shallow, deep):
-            ((*rows,),) = cached(engine, min(deep_length, len(known)))
-            assert tuple(rows) == known[: len(rows)]
+            # Accepted tokens of a draft are read before they are added to the output.
+            ((*rows,),) = cached(engine, min(deep_length, len(final)))
+            assert tuple(rows) == final[: len(rows)]
     assert sum(step.exited for step in steps) == decoder.stats.exits
     return steps
 
@@ -183,7 +187,7 @@ def drafted(loop: Loop, decoder: Decoder, shallow: Recorder, deep: Recorder, lim
     starts=st.booleans(),
 )
 @tries(50)
-def test_rollback_keeps_exits_up_to_the_first_unlikely_one(
+def test_rollback_accepts_exits_up_to_the_first_unlikely_one(
     trace: list[float],
     nll: list[float],
     threshold: float,
@@ -194,15 +198,15 @@ def test_rollback_keeps_exits_up_to_the_first_unlikely_one(
 ) -> None:
     decoder, shallow, deep = decoder_of(trace, max_pending, nll=nll)
     prompt, predicted = (np.array(START), 0) if starts else (prompt_of(3), 1)
-    loop = alone(decoded(decode.rollback, decoder, prompt, tokens, threshold, max_pending, limit))
-    steps = drafted(loop, decoder, shallow, deep, tokens, prompt)
+    policy = Policy(limit=limit, max_pending=max_pending)
+    loop = alone(decoded(decoder, prompt, tokens, ConfidentExits(threshold), policy))
     pending = 0
-    for index, step in enumerate(steps):
+    for index, step in enumerate(drafted(loop, decoder, shallow, deep, prompt)):
         position = index + len(prompt) - 1
-        sure = index >= predicted and trace[position] > threshold
-        # The last token of the request is verified even where the stack is full but for it.
+        confident = index >= predicted and trace[position] > threshold
+        # The last token of the request is verified even if it fills the stack.
         room = pending < max_pending - 1
-        assert step.exited == (sure and room and nll[position] <= limit)
+        assert step.exited == (confident and room and nll[position] <= limit)
         assert step.id == position + (SHALLOW_TOKEN if step.exited else DEEP_TOKEN)
         assert step.confidence == np.float32(trace[position])
         pending = pending + 1 if step.exited else 0
@@ -211,25 +215,28 @@ def test_rollback_keeps_exits_up_to_the_first_unlikely_one(
 
 def test_drafts_do_not_go_beyond_the_end_of_a_request() -> None:
     decoder, shallow, _ = decoder_of([1.0] * 20)
-    list(islice(alone(decoded(decode.rollback, decoder, prompt_of(3), 5, 0.5, 16, 1.0)), 5))
+    list(alone(decoded(decoder, prompt_of(3), 5, ConfidentExits(0.5), Policy(limit=1.0))))
     assert shallow.calls == [3, 1, 1, 1, 1]  # the prompt, then one step for each of four drafts
+
+
+plans = st.lists(st.integers(0, 7), min_size=1, max_size=20)
 
 
 @given(
     trace=traces,
-    agrees=st.lists(st.booleans(), min_size=LENGTH, max_size=LENGTH),
+    agrees=flags,
     threshold=confidences,
-    plans=st.lists(st.tuples(st.integers(0, 7), st.sampled_from([0.0, 0.0, 0.4, 1.0])), min_size=1, max_size=20),
+    lengths=plans,
     max_pending=st.integers(1, 8),
     tokens=st.integers(1, 40),
     starts=st.booleans(),
 )
 @tries(50)
-def test_lossless_gives_the_tokens_of_full_whatever_is_drafted(
+def test_verified_drafts_give_the_tokens_of_full(
     trace: list[float],
     agrees: list[bool],
     threshold: float,
-    plans: list[tuple[int, float]],
+    lengths: list[int],
     max_pending: int,
     tokens: int,
     starts: bool,
@@ -238,8 +245,10 @@ def test_lossless_gives_the_tokens_of_full_whatever_is_drafted(
     before = len(prompt) - 1
     whole, _, _ = decoder_of(trace, max_pending, agrees=agrees)
     decoder, shallow, deep = decoder_of(trace, max_pending, agrees=agrees)
-    loop = alone(decoded(decode.lossless, decoder, prompt, tokens, threshold, max_pending, PlannedExits(*plans)))
-    steps = drafted(loop, decoder, shallow, deep, tokens, prompt)
+    drafts = PlannedDrafts(*((0, length) for length in lengths), threshold=threshold)
+    loop = alone(decoded(decoder, prompt, tokens, drafts, Policy(max_pending=max_pending)))
+    steps = drafted(loop, decoder, shallow, deep, prompt)
+    assert decoder.stacked == 0
     assert [step.id for step in steps] == [step.id for step in islice(full(whole, prompt), tokens)]
     for index, step in enumerate(steps):
         assert not step.exited or (agrees[index + before] and trace[index + before] > threshold)
@@ -249,48 +258,76 @@ def test_lossless_gives_the_tokens_of_full_whatever_is_drafted(
 
 @given(
     trace=traces,
-    agrees=st.lists(st.booleans(), min_size=LENGTH, max_size=LENGTH),
+    agrees=flags,
     threshold=confidences,
-    lengths=st.lists(st.integers(0, 7), min_size=1, max_size=20),
+    least=confidences,
+    lengths=plans,
     max_pending=st.integers(1, 8),
     tokens=st.integers(1, 40),
+    starts=st.booleans(),
 )
+@tries(50)
+def test_in_mode_free_only_confident_exits_are_final_without_verification(
+    trace: list[float],
+    agrees: list[bool],
+    threshold: float,
+    least: float,
+    lengths: list[int],
+    max_pending: int,
+    tokens: int,
+    starts: bool,
+) -> None:
+    """Predictions with a confidence above `least` are drafted, those above `threshold` are final."""
+    prompt = np.array(START) if starts else prompt_of(3)
+    decoder, shallow, deep = decoder_of(trace, max_pending, agrees=agrees)
+    drafts = PlannedDrafts(*((0, length) for length in lengths), threshold=least)
+    loop = alone(decoded(decoder, prompt, tokens, drafts, Policy(threshold, max_pending=max_pending)))
+    for index, step in enumerate(drafted(loop, decoder, shallow, deep, prompt)):
+        position = index + len(prompt) - 1
+        confident = trace[position] > threshold
+        if step.exited and confident:
+            assert step.id == position + SHALLOW_TOKEN
+        else:
+            assert step.id == deep.token(position)
+            assert not step.exited or trace[position] > least
+    assert max(deep.calls[not starts :], default=1) <= max_pending
+
+
+@given(trace=traces, agrees=flags, threshold=confidences, lengths=plans, tokens=st.integers(1, 40))
 @tries(25)
-def test_drafting_at_once_gives_what_calls_in_turn_give(
-    trace: list[float], agrees: list[bool], threshold: float, lengths: list[int], max_pending: int, tokens: int
+def test_a_sequence_that_runs_its_own_calls_makes_those_of_one_that_waits_for_others(
+    trace: list[float], agrees: list[bool], threshold: float, lengths: list[int], tokens: int
 ) -> None:
     nll = [0.0 if agree else 4.0 for agree in agrees]
-    for loop in (decode.lossless, decode.rollback):
+    for policy in (Policy(), Policy(threshold), Policy(limit=2.0)):
         outcomes = []
-        for at_once in (False, True):
-            decoder, shallow, deep = decoder_of(trace, max_pending, nll=nll, agrees=agrees)
-            decoder.alone = at_once
-            last = 2.0 if loop is decode.rollback else PlannedExits(*((length, 0.0) for length in lengths))
-            items = decoded(loop, decoder, prompt_of(3), tokens, threshold, max_pending, last)
-            steps = list(islice(alone(items), tokens))
+        for alone_with_engines in (False, True):
+            decoder, shallow, deep = decoder_of(trace, nll=nll, agrees=agrees)
+            decoder.alone = alone_with_engines
+            drafts = PlannedDrafts(*((0, length) for length in lengths), threshold=0.3)
+            steps = list(alone(decoded(decoder, prompt_of(3), tokens, drafts, policy)))
             stats = decoder.stats
             outcomes.append((steps, stats.exits, stats.forced, stats.rejected, stats.drafts, shallow.calls, deep.calls))
         assert outcomes[0] == outcomes[1]
 
 
-def test_a_draft_costs_what_python_takes_between_the_calls_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cost_of_a_draft_includes_python_between_its_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     decoder, _, _ = decoder_of([1.0] * 20)
     decoder.alone = True
     seconds = list[float]()
     monkeypatch.setattr(
-        PlannedExits, "observe", lambda self, plan, outcome, shallow, deep, shared: seconds.append(shallow)
+        PlannedDrafts, "observe", lambda self, plan, outcome, shallow, deep, shared: seconds.append(shallow)
     )
-    loop = alone(decoded(decode.lossless, decoder, prompt_of(3), 12, 0.5, 16, PlannedExits((3, 0.0))))
-    assert len(list(islice(loop, 12))) == 12
+    assert len(list(alone(decoded(decoder, prompt_of(3), 12, PlannedDrafts((0, 3)))))) == 12
     assert sum(seconds) > decoder.stats.shallow_seconds > 0
 
 
 @pytest.mark.parametrize("audit", [True, False])
-def test_what_is_left_on_the_stack_is_reported_and_looked_at_if_asked_for(audit: bool) -> None:
+def test_rows_left_on_the_stack_are_reported_and_labelled_by_an_audit(audit: bool) -> None:
     trace = [0, 0, 0.9, 0.2, 0.8, 0.7, 0.9]
     decoder, _, deep = decoder_of(trace, agrees=[False, False, True, False, True, False, True])
     seen = RequestLabels(0.5, learns=True, audits=audit)
-    loop = alone(decoded(decode.free, decoder, prompt_of(2), 400, 0.5, 16, labels=seen))
+    loop = alone(decoded(decoder, prompt_of(2), 400, ConfidentExits(NEVER_EXIT), Policy(0.5), labels=seen))
     steps = list(islice(loop, 5))
     loop.close()
     assert [step.exited for step in steps] == [False, True, False, True, True]
@@ -300,13 +337,13 @@ def test_what_is_left_on_the_stack_is_reported_and_looked_at_if_asked_for(audit:
     assert deep.calls == [2, 2] + [2] * audit
 
 
-def test_a_sequence_that_is_left_during_a_call_cannot_be_looked_at() -> None:
+def test_a_sequence_that_ends_during_a_call_is_not_audited() -> None:
     trace = [0, 0, 0.9, 0.2, 0.9]
     observation = RequestLabels(0.5, learns=True, audits=True)
     for calls, left in ((1, []), (2, [0.9]), (3, [0.9, 0.2])):
         decoder, _, deep = decoder_of(trace)
         observation.unlabelled.clear()
-        loop = decoded(decode.free, decoder, prompt_of(2), 400, 0.5, 16, labels=observation)
+        loop = decoded(decoder, prompt_of(2), 400, ConfidentExits(NEVER_EXIT), Policy(0.5), labels=observation)
         while calls:  # up to a step, the next step, and the sync pass, none of which is run
             item = next(loop)
             calls -= not isinstance(item, Token)
@@ -317,7 +354,7 @@ def test_a_sequence_that_is_left_during_a_call_cannot_be_looked_at() -> None:
         assert (observation.labelled, observation.audited, deep.calls) == ([], False, [2])
 
 
-def test_reset_forgets_the_sequence_the_stack_and_the_counts() -> None:
+def test_reset_clears_the_sequence_the_stack_and_the_counts() -> None:
     decoder, _, deep = decoder_of([1.0] * 20)
     first = list(islice(free(decoder, prompt_of(2), 0.5, 16), 6))
     assert decoder.stacked == 5

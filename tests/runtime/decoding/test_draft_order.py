@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 from checkpoints import BY_NAME, Bundles
-from draft_plans import draft_candidates
+from draft_plans import draft_texts
 
 from runtime import Session
 from runtime.adaptation.call_costs import CallCosts
@@ -70,7 +70,7 @@ def test_passes_that_share_calls_are_not_compared() -> None:
 
 
 def test_both_orders_give_the_tokens_of_full(bundle: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
-    draft_candidates(monkeypatch)
+    draft_texts(monkeypatch)
     orders: list[bool] = []
     chosen = DraftOrder.next
 

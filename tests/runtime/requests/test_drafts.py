@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from checkpoints import BY_NAME, PROMPTS, VOCAB_SIZE, Bundles, Case, Open, Sessions
-from draft_plans import draft_candidates, draft_exits
+from draft_plans import draft_texts, draft_exits
 from exit_layer_case import EXIT_LAYER, with_exit_layers, with_feature
 
 from runtime import BatchError, OptionError, Session
@@ -25,7 +25,7 @@ both = pytest.mark.parametrize("name", [LLAMA, T5])
 @pytest.fixture
 def eager(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is found is drafted, whether it pays or not."""
-    draft_candidates(monkeypatch)
+    draft_texts(monkeypatch)
 
 
 def changed(tokens: tuple[int, ...], share: float = 0.1, seed: int = 0) -> list[int]:

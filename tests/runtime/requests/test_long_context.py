@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from checkpoints import LONG, Bundles
-from draft_plans import draft_candidates, draft_exits
+from draft_plans import draft_texts, draft_exits
 
 from runtime import Session
 
@@ -30,7 +30,7 @@ def test_lossless_is_full_behind_a_long_prompt(
         expected = [1 if n % 9 == 8 else token for n, token in enumerate(full.token_ids)]
         for drafts, choose, more in (
             ("exit", draft_exits, {}),
-            ("lookup", draft_candidates, {"predicted_output": expected}),
+            ("lookup", draft_texts, {"predicted_output": expected}),
         ):
             with monkeypatch.context() as patch:
                 choose(patch)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from checkpoints import BY_NAME, PROMPTS, Bundles
-from draft_plans import draft_candidates
+from draft_plans import draft_texts
 
 from runtime import OptionError, Session
 
@@ -27,7 +27,7 @@ def memory_drafts(result: Any) -> int:
 @pytest.mark.parametrize("name", [LLAMA, T5])
 def test_tokens_with_a_memory_are_those_without(name: str, bundle: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
     """Alone and in batches, with and without the exit, greedy, sampled and in mode rollback."""
-    draft_candidates(monkeypatch)
+    draft_texts(monkeypatch)
     ways: list[dict[str, Any]] = [
         {"mode": "lossless", "drafts": "lookup"},
         {"mode": "lossless", "drafts": "auto"},
@@ -50,7 +50,7 @@ def test_tokens_with_a_memory_are_those_without(name: str, bundle: Bundles, monk
 
 
 def test_outputs_of_one_salt_are_never_drafted_for_another(bundle: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
-    draft_candidates(monkeypatch)
+    draft_texts(monkeypatch)
     with Session(bundle(BY_NAME[LLAMA], 2), threads=1, slots=1) as session:
 
         def drafted(salt: str | None) -> int:
@@ -66,7 +66,7 @@ def test_outputs_of_one_salt_are_never_drafted_for_another(bundle: Bundles, monk
 def test_a_corpus_is_drafted_in_the_first_request(
     bundle: Bundles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    draft_candidates(monkeypatch)
+    draft_texts(monkeypatch)
     path, file = bundle(BY_NAME[LLAMA], 2), tmp_path / "texts.jsonl"
     with Session(path, threads=1, slots=1) as session:
         wanted = session.generate(PROMPTS[0], mode="full", **OPTIONS)
