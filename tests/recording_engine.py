@@ -117,7 +117,7 @@ def decoded(
     prompt: np.ndarray,
     limit: int,
     drafts: Plain | None = None,
-    policy: Policy = Policy(),
+    policy: Policy | None = None,
     labels: RequestLabels | None = None,
 ) -> Loop:
     """Decode a request of `limit` tokens. Default: in mode full.
@@ -130,7 +130,7 @@ def decoded(
     else:
         first = yield from decoder.prefilling(prompt, head=drafts is not None)
         yield response.add(response.choose(first), False, first.confidence, first)
-    yield from decode(decoder, response, drafts or Plain(), policy, labels)
+    yield from decode(decoder, response, drafts or Plain(), policy or Policy(), labels)
 
 
 LENGTH = 60

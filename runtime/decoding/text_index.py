@@ -119,9 +119,10 @@ def _counted(entry: int, token: int) -> int:
         hits += 1
     else:
         misses += 1
-        # The newer token takes over unless the older one followed more often.
+        # The newer token takes over unless the older one followed more often. Counts start again.
+        # Otherwise, every other token would take over from then on.
         if misses >= hits:
-            hits = 1
+            hits = misses = 1
         else:
             token = entry >> 16
     return token << 16 | hits << 8 | misses
