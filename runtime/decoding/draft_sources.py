@@ -27,8 +27,8 @@ MAX_INDEXED = 16_384
 NEAR = 64
 # Number of newest tokens that are compared to find that place.
 COMPARED = 5
-# Number of tokens from the caller's draft source that are checked, even if fewer fit into a sync
-# pass. Bounds the time for a long list.
+# Number of tokens and probabilities from the caller's draft source that are checked, even if fewer
+# fit into a sync pass. Bounds the time for a long list.
 MAX_CHECKED = 256
 # Added to the level of an Expectation that another source shares.
 AGREED = LEVELS * len(ORDERS)
@@ -242,35 +242,38 @@ class Own:
         tokens: Any = given
         if isinstance(given, tuple) and len(given) == 2 and not isinstance(given[0], Integral):
             tokens, probabilities = given
-        tokens = self._checked(tokens, max_tokens)
+        tokens = self._checked(tokens, max(max_tokens, MAX_CHECKED))
         if tokens is None:
             raise OptionError(
                 f"draft_source returned {shown(given)}; return a list of token ids, integers from "
                 f"0 to {self._vocab_size - 1}, empty where nothing is expected"
             )
         if probabilities is None:
-            return _agreeing("own", 0, tokens, self._acceptance)
+            return _agreeing("own", 0, tokens[:max_tokens], self._acceptance)
         estimates = _probabilities(probabilities, len(tokens))
         if estimates is None:
             raise OptionError(
                 f"draft_source returned probabilities {shown(probabilities)}; return one from 0 "
                 "to 1 for each token id"
             )
-        evidence = [self._acceptance.of_estimate("own", estimate) for estimate in estimates]
-        return Proposal("own", tokens, [*map(self._acceptance.rate, evidence)], evidence)
+        evidence = [
+            self._acceptance.of_estimate("own", estimate) for estimate in estimates[:max_tokens]
+        ]
+        probabilities = [*map(self._acceptance.rate, evidence)]
+        return Proposal("own", tokens[:max_tokens], probabilities, evidence)
 
-    def _checked(self, given: Any, max_tokens: int) -> list[int] | None:
-        """Return at most `max_tokens` ids, or None if one of the first MAX_CHECKED is not valid."""
+    def _checked(self, given: Any, count: int) -> list[int] | None:
+        """Return the first `count` token ids, or None if one of them is not valid."""
         is_list = isinstance(given, (list, tuple))
         if not is_list and not (isinstance(given, np.ndarray) and given.ndim == 1):
             return None
-        tokens = given[: max(max_tokens, MAX_CHECKED)]
+        tokens = given[:count]
         for token in tokens:
             if not isinstance(token, Integral) or isinstance(token, bool):
                 return None
             if not 0 <= int(token) < self._vocab_size:
                 return None
-        return [int(token) for token in tokens[:max_tokens]]
+        return [int(token) for token in tokens]
 
 
 def _probabilities(given: Any, count: int) -> list[float] | None:
@@ -281,7 +284,7 @@ def _probabilities(given: Any, count: int) -> list[float] | None:
     if len(given) < count:
         return None
     for each in given[:count]:
-        if not isinstance(each, Real) or not 0 <= float(each) <= 1:
+        if not isinstance(each, Real) or isinstance(each, bool) or not 0 <= float(each) <= 1:
             return None
     return [float(each) for each in given[:count]]
 

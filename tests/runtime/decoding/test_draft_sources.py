@@ -1,257 +1,288 @@
-"""Sources of drafts, against searching all of the text; and the loop that drafts them, on recorded engines."""
+"""Sources of drafts: what each proposes, and the error for a caller's source that returns something else."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Iterator
-from itertools import islice
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import pytest
+from draft_plans import PlannedDrafts
 from hypothesis import given
 from hypothesis import strategies as st
 from profiles import tries
 from recording_engine import DEEP_TOKEN, LENGTH, alone, decoded, prompt_of
 from test_decode import decoder_of, drafted, full
 
-from runtime.adaptation.call_costs import CallCosts
-from runtime.decoding import loops as decode
-from runtime.decoding.draft_acceptance import Acceptance
-from runtime.decoding.draft_rule import RULE
-from runtime.decoding.draft_sources import (
-    GAP,
-    LONGEST,
-    SHORTEST,
-    Candidates,
-    DraftSources,
-    Expected,
-    Own,
-    Repetition,
-    agreeing,
-)
-from runtime.decoding.drafts import NO_DRAFT, DraftPlan, Drafts
-from runtime.decoding.response import Response
+from runtime.decoding.acceptance import Acceptance
+from runtime.decoding.draft_sources import HOPELESS, MAX_CHECKED, MAX_INDEXED, Own, Predicted, Proposal, Texts
+from runtime.decoding.loops import Policy
+from runtime.decoding.phrases import PhraseTable
+from runtime.decoding.text_index import TextMemory
 from runtime.errors import OptionError
 
 VOCAB = 4
-
-
-def measured() -> CallCosts:
-    """Costs that know what a token takes, without which nothing is drafted."""
-    costs = CallCosts()
-    for kind in ("step", "pass"):
-        for _ in range(2):
-            costs.observe(kind, 1, costs.seconds(kind, 1))
-    return costs
-
-
-class Chosen(Drafts):
-    """Lengths of drafts as they are given, over and over: exits, candidates."""
-
-    _gain = 0.0  # a draft's tokens cost nothing
-
-    def __init__(self, sources: DraftSources, plans: list[tuple[int, int]]) -> None:
-        super().__init__(measured(), Acceptance(), sources)
-        self.turns, self.now = itertools.cycle(plans), plans[0]
-
-    def plan(self, response: Response, most: int, sequences: int = 1) -> DraftPlan:
-        self.now = next(self.turns)
-        return super().plan(response, most, sequences)
-
-    def _length(self, found: Candidates, count: int) -> int:
-        return min(self.now[1], count)
-
-    def _plan_exit(self, most: int) -> DraftPlan:
-        length = min(self.now[0], most)
-        return DraftPlan(exits=length) if length else NO_DRAFT
-
-
+MB = 1_000_000
 tokens = st.integers(0, VOCAB - 1)
-texts = st.lists(tokens | st.just(GAP), max_size=80)
+texts = st.lists(tokens, max_size=40)
 
 
-def searched(text: list[int], longest: int = LONGEST) -> tuple[int, int]:
-    """The latest place after the longest n-gram that the text ends with, by brute force."""
-    for size in range(longest, SHORTEST - 1, -1):
-        newest = text[-size:]
-        if len(newest) < size or GAP in newest:
-            continue
-        for place in range(len(text) - 1, size - 1, -1):
-            if text[place - size : place] == newest and text[place] != GAP:
-                return place, size
-    return 0, 0
+def proposed(source: Any, drafted: Sequence[int] = (), max_tokens: int = 15) -> list[int]:
+    """Return the tokens of a proposal, after checking that it fits its tokens."""
+    found: Proposal = source.propose(drafted, max_tokens)
+    assert len(found.tokens) == len(found.probabilities) == len(found.evidence) <= max_tokens
+    assert all(0 <= probability <= 1 for probability in found.probabilities)
+    return found.tokens
 
 
-@given(texts)
-def test_the_index_finds_what_a_search_of_all_the_text_finds(text: list[int]) -> None:
-    index = Repetition(VOCAB)
-    for count, token in enumerate(text, 1):
-        index.push([token])
-        assert index.repeated() == searched(text[:count])
-        for size in range(LONGEST + 1):
-            longer = searched(text[:count])
-            assert index.repeated(longer_than=size) == (longer if longer[1] > size else (0, 0))
+# Texts
 
 
-@given(st.lists(tokens, min_size=30, max_size=300))
-def test_a_bounded_index_knows_the_newest_half_and_holds_no_more_than_it_may(text: list[int]) -> None:
-    index = Repetition(VOCAB, most=20)
-    for count, token in enumerate(text, 1):
-        index.push([token])
-        assert sum(map(len, index._places)) <= 20 * (LONGEST - SHORTEST + 1)
-        place, size = index.repeated()
-        assert size == 0 or text[place - size : place] == text[count - size : count]
-        assert size >= searched(text[:count][-10:])[1]
-    assert index.tokens == text
-
-
-@given(st.lists(tokens, max_size=120), st.lists(st.integers(1, 20)), st.integers(10, 100))
-def test_tokens_read_at_once_are_found_like_those_read_one_by_one(
-    text: list[int], counts: list[int], most: int
+@given(texts, texts, texts, texts, st.integers(1, 15))
+def test_text_proposals_do_not_change_with_how_tokens_arrive(
+    prompt: list[int], output: list[int], drafted: list[int], remembered: list[int], max_tokens: int
 ) -> None:
-    index = Repetition(VOCAB, most)
-    known = Repetition(VOCAB, most)
-    rest = iter(text)
-    for count in counts:
-        new = list(islice(rest, count))
-        index.read(new)
-        for token in new:
-            known.read([token])
-        assert index.tokens == known.tokens
-        if len(text) < most:
-            assert min(index.agrees, LONGEST) == min(known.agrees, LONGEST)
-        agreeing = index.tokens[index.place - index.agrees : index.place]
-        assert agreeing == index.tokens[len(index.tokens) - index.agrees :]
-
-
-@given(texts)
-def test_repetition_follows_the_longest_match(text: list[int]) -> None:
-    sources = DraftSources(VOCAB)
-    source = sources._repetition
-    read: list[int] = []
-    for token in text:
-        if token == GAP:
-            source.push([token])
-            source.agrees = 0
-        else:
-            source.read([token])
-        read.append(token)
-        assert min(source.agrees, LONGEST) == searched(read)[1]
-        candidates = sources._chain((), 6, Acceptance().rate).tokens
-        assert GAP not in candidates
-        assert bool(candidates) == bool(source.agrees)
-        # What was found really stood there: the tokens that agree, then the candidates.
-        whole = [*read[len(read) - source.agrees :], *candidates]
-        assert not source.agrees or any(read[at : at + len(whole)] == whole for at in range(len(read)))
-
-
-def test_an_expected_text_is_followed_over_changes_insertions_and_deletions() -> None:
-    expected = list(range(100, 140))
-    output = [*expected[:6], 7, *expected[7:12], 8, 9, *expected[12:20], *expected[25:]]
-    source, right = Expected(expected), 0
+    memory = TextMemory(VOCAB, MB)
+    memory.keep("a", [], remembered)
+    sources = [Texts(Acceptance(), VOCAB, [prompt], memory, "a", [PhraseTable.build([remembered])]) for _ in range(2)]
+    sources[0].follow(output)
     for token in output:
-        right += source.candidates(1) == [token]
-        source.read(token)
-    # Wrong are the three new tokens, the first one after each change of the length, and what follows the deletion.
+        sources[1].follow([token])
+    found = proposed(sources[0], drafted, max_tokens)
+    assert found == proposed(sources[1], drafted, max_tokens)
+    # Each token followed the one before it in some text.
+    before = [*prompt, *output, *drafted][-1:]
+    for token in found:
+        pair = [*before, token]
+        places = ([*prompt, *output], remembered)
+        assert not before or any(text[at : at + 2] == pair for text in places for at in range(len(text)))
+        before = [token]
+
+
+def test_a_repeated_text_is_proposed_until_it_becomes_unlikely() -> None:
+    acceptance = Acceptance()
+    source = Texts(acceptance, 1000, [[*range(100), *range(8)]])
+    found = source.propose((), 90)
+    assert found.source == "lookup"
+    assert found.tokens == list(range(8, 8 + len(found.tokens)))
+    assert np.prod(found.probabilities) <= HOPELESS < np.prod(found.probabilities[:-1])
+    for _ in range(50):  # now such tokens are known to be accepted
+        for evidence in found.evidence:
+            acceptance.of(evidence).observe(1.0)
+    assert proposed(source, max_tokens=90) == list(range(8, 98))
+    assert proposed(source, drafted=[8, 9, 10], max_tokens=5) == [11, 12, 13, 14, 15]
+
+
+def test_the_source_whose_tokens_are_accepted_more_often_continues() -> None:
+    acceptance = Acceptance()
+    memory = TextMemory(100, MB)
+    memory.keep(None, [], [1, 2, 3, 4, 50, 51, 52])
+    source = Texts(acceptance, 100, [[1, 2, 3, 4, 60, 61, 62, 1, 2, 3, 4]], memory)
+    first, second = (source.propose((), 1) for _ in range(2))
+    assert first == second
+    for _ in range(30):
+        acceptance.of(first.evidence[0]).observe(0.0)
+    other = source.propose((), 1)
+    assert {first.source, other.source} == {"lookup", "memory"}
+    assert {first.tokens[0], other.tokens[0]} == {50, 60}
+
+
+def test_a_phrase_continues_where_neither_the_request_nor_the_memory_does() -> None:
+    memory = TextMemory(100, MB)
+    memory.keep(None, [], [1, 2, 3, 4] * 3)
+    table = PhraseTable.build([[7, 8, 9, 10]] * 3 + [[3, 30]])
+    found = Texts(Acceptance(), 100, [[5, 7]], memory, phrases=[table]).propose((), 8)
+    assert (found.source, found.tokens) == ("phrases", [8, 9, 10])
+    found = Texts(Acceptance(), 100, [[2, 3]], memory, phrases=[table]).propose((), 1)
+    assert (found.source, found.tokens) == ("memory", [4])
+
+
+@given(texts, texts, st.integers(1, 15))
+def test_proposals_for_a_user_do_not_depend_on_outputs_of_others(
+    prompt: list[int], text: list[int], max_tokens: int
+) -> None:
+    alone, shared = (TextMemory(VOCAB, MB) for _ in range(2))
+    for memory in (alone, shared):
+        memory.keep("a", [], prompt[::-1])
+    shared.keep("b", [], text)
+    shared.keep(None, [], text)
+    found = [Texts(Acceptance(), VOCAB, [prompt], memory, "a").propose((), max_tokens) for memory in (alone, shared)]
+    assert found[0] == found[1]
+
+
+def test_the_newest_tokens_of_a_long_text_are_indexed() -> None:
+    text = list(range(3 * MAX_INDEXED))
+    source = Texts(Acceptance(), 1 << 16, [text[: 2 * MAX_INDEXED]])
+    source.follow(text[2 * MAX_INDEXED :])
+    assert proposed(source, text[-100:-50], 3) == text[-50:-47]
+    assert proposed(source, text[-MAX_INDEXED // 2 : -MAX_INDEXED // 2 + 20], 1)
+    assert proposed(source, text[100:110], 1) == []
+    assert len(source._own._entries) + len(source._older._entries) <= 4 * MAX_INDEXED
+
+
+# A predicted output
+
+
+def test_a_predicted_output_is_followed_over_changes_insertions_and_deletions() -> None:
+    predicted = list(range(100, 140))
+    output = [*predicted[:6], 7, *predicted[7:12], 8, 9, *predicted[12:20], *predicted[25:]]
+    source = Predicted(Acceptance(), predicted)
+    right = 0
+    for token in output:
+        right += proposed(source, max_tokens=1) == [token]
+        source.follow([token])
+    # Wrong are the three new tokens, the first one after each change of the length, and the one after the deletion.
     assert right >= len(output) - 7
-    assert source.candidates(5) == []
-    # It is found again after a long insertion, and stands still for an output that is another.
-    source, other = Expected(range(100, 200)), Expected([1, 2, 3])
-    for token in [*range(100, 110), *range(1000, 1200), 110, 111]:
-        source.read(token)
-        other.read(token)
-    assert (source.agrees, source.candidates(3)) == (2, [112, 113, 114])
-    assert (other.agrees, other.candidates(4)) == (0, [])
+    assert proposed(source) == []
+    # It is found again after a long insertion. It proposes its start for an output that is another.
+    source = Predicted(Acceptance(), range(100, 200))
+    source.follow([*range(100, 110), *range(1000, 1200)])
+    assert proposed(source, drafted=[110, 111], max_tokens=3) == [112, 113, 114]
+    source.follow([110, 111])
+    assert proposed(source, max_tokens=3) == [112, 113, 114]
+
+
+def test_what_follows_an_unrelated_predicted_output_is_unlikely() -> None:
+    acceptance = Acceptance()
+    source = Predicted(acceptance, [1, 2, 3])
+    source.follow(range(10, 200))
+    assert proposed(source, max_tokens=4) == []
+    source = Predicted(acceptance, range(100))
+    likely = source.propose((), 1).probabilities[0]
+    source.follow([0, 1, 2])
+    assert source.propose((), 1).probabilities[0] > likely
+
+
+# The caller's source
+
+
+def own(returned: Any) -> Own:
+    return Own(Acceptance(), lambda ids: returned, [1], VOCAB)
 
 
 @pytest.mark.parametrize(
-    "given", [None, 5, "12", b"12", {1: 2}, [1, VOCAB], [-1], [1.0], [True], np.zeros((1, 2), np.int64), [[1]], [2**70]]
+    "returned",
+    [None, 5, "12", b"12", {1: 2}, [1, VOCAB], [-1], [1.0], [True], np.zeros((1, 2), np.int64), [[1]], [2**70]]
+    + [(None, [0.5]), ([VOCAB], [0.5]), ("1", [0.5]), ([1], [0.5], [2])],
+    ids=repr,
 )
-def test_what_is_no_list_of_token_ids_is_refused_with_its_value(given: Any) -> None:
+def test_a_source_that_returns_no_list_of_token_ids_is_refused_with_its_value(returned: Any) -> None:
     with pytest.raises(OptionError, match=r"draft_source returned .*; return a list of token ids"):
-        Own(lambda ids: given, VOCAB).candidates([1], 15)
-    # Of too many those are used that fit a pass.
-    assert Own(lambda ids: [1] * 10_000, VOCAB).candidates([1], 15) == [1] * 15
+        own(returned).propose((), 15)
 
 
-@pytest.mark.parametrize("given", [[1, 2, VOCAB], (1, 2, "3"), [1, 2, -1], np.array([1, 2, VOCAB])])
-def test_ids_that_do_not_fit_a_pass_are_checked_too(given: Any) -> None:
-    for most in (0, 1, 2, 3):
-        with pytest.raises(OptionError, match=r"draft_source returned .*; return a list of token ids"):
-            Own(lambda ids: given, VOCAB).candidates([1], most)
+@pytest.mark.parametrize("returned", [[1, 2, VOCAB], (1, 2, "3"), [1, 2, -1], np.array([1, 2, VOCAB])], ids=repr)
+@pytest.mark.parametrize("max_tokens", [1, 2, 3])
+def test_token_ids_that_do_not_fit_into_a_pass_are_checked_too(returned: Any, max_tokens: int) -> None:
+    with pytest.raises(OptionError, match=r"draft_source returned .*; return a list of token ids"):
+        own(returned).propose((), max_tokens)
 
 
-@given(
-    plans=st.lists(st.tuples(st.integers(0, 5), st.integers(0, 7)), min_size=1, max_size=20),
-    right=st.lists(st.booleans(), min_size=1, max_size=LENGTH),
-    agrees=st.lists(st.booleans(), min_size=LENGTH, max_size=LENGTH),
-    max_pending=st.integers(1, 8),
-    limit=st.integers(1, 40),
+@pytest.mark.parametrize(
+    "probabilities",
+    [[0.5], [], 0.5, "ab", [0.5, 1.1], [0.5, -0.1], [0.5, float("nan")], [0.5, None], [0.5, "1"], [0.5, True]]
+    + [np.array([0.5, 2.0]), np.full((1, 2), 0.5), {0: 0.5, 1: 0.5}],
+    ids=repr,
 )
-@tries(50)
-def test_drafts_of_every_source_give_the_tokens_of_full_and_leave_only_them_in_the_caches(
-    plans: list[tuple[int, int]], right: list[bool], agrees: list[bool], max_pending: int, limit: int
-) -> None:
-    """Candidates are right at some positions; where none is drafted, exits are."""
-    prompt = prompt_of(3)
-    whole, _, _ = decoder_of([1.0] * LENGTH, max_pending, agrees=agrees)
-    wanted = [step.id for step in islice(full(whole, prompt), limit)]
-    decoder, shallow, deep = decoder_of([1.0] * LENGTH, max_pending, agrees=agrees)
+@pytest.mark.parametrize("max_tokens", [1, 15])
+def test_probabilities_that_cannot_be_used_are_refused_with_their_value(probabilities: Any, max_tokens: int) -> None:
+    with pytest.raises(OptionError, match=r"draft_source returned probabilities .*; return one from 0 to 1 for each"):
+        own(([1, 2], probabilities)).propose((), max_tokens)
 
-    def own(ids: np.ndarray) -> list[int]:
-        place = len(ids) - len(prompt)
-        return [token if right[at % len(right)] else 1 for at, token in enumerate(wanted[place:], place)]
 
-    drafts = Chosen(DraftSources(DEEP_TOKEN + LENGTH, prompt.tolist(), own=own), plans)
-    loop = alone(decoded(decode.lossless, decoder, prompt, limit, 0.5, max_pending, drafts))
-    steps = drafted(loop, decoder, shallow, deep, limit, prompt)
-    assert [step.id for step in steps] == wanted
-    assert max(deep.calls[1:], default=1) <= max_pending
-    counted = decoder.stats.drafts
-    assert sum(counts.accepted for counts in counted.values()) <= len(steps)
-    assert sum(counts.proposed - counts.accepted for counts in counted.values()) == decoder.stats.rejected
-    if limit > 2 and max_pending > 1 and all(right) and all(plan[1] for plan in plans):
-        assert counted["own"].accepted == counted["own"].proposed > 0
+@pytest.mark.parametrize(
+    "returned", [[2] * 10_000, ([2] * 10_000, [0.5] * 10_000), np.full(1000, 2), [*[2] * MAX_CHECKED, "not checked"]]
+)
+def test_of_more_tokens_than_fit_the_first_are_proposed(returned: Any) -> None:
+    assert proposed(own(returned)) == [2] * 15
+
+
+@pytest.mark.parametrize("returned", [[], (), np.array([]), ([], []), ([], [0.5]), (np.array([], int), np.array([]))])
+def test_a_source_may_propose_nothing(returned: Any) -> None:
+    assert proposed(own(returned)) == []
+
+
+@pytest.mark.parametrize("kind", [list, tuple, np.array])
+def test_a_source_may_return_probabilities_which_acceptance_corrects(kind: Callable[[Any], Any]) -> None:
+    acceptance = Acceptance()
+    source = Own(acceptance, lambda ids: (kind([1, 2, 1]), kind([0.9, 0.3, 0.92])), [1], VOCAB)
+    found = source.propose((), 15)
+    assert found.tokens == [1, 2, 1]
+    assert found.probabilities == pytest.approx([0.9, 0.3, 0.9], abs=0.06)
+    for _ in range(30):
+        acceptance.of(found.evidence[0]).observe(0.0)
+    first, second, third = source.propose((), 15).probabilities
+    assert first == third < 0.2 < second
+
+
+def test_a_pair_of_token_ids_is_not_mistaken_for_tokens_with_probabilities() -> None:
+    assert proposed(own((1, 2))) == [1, 2]
+    assert proposed(own((np.int64(1), np.int64(0)))) == [1, 0]
+
+
+def test_a_source_reads_final_and_drafted_tokens() -> None:
+    read = list[list[int]]()
+    source = Own(Acceptance(), lambda ids: read.append(ids.tolist()) or [], [1, 2], VOCAB)
+    source.propose((), 5)
+    source.follow([3])
+    source.propose([0, 1], 5)
+    assert read == [[1, 2], [1, 2, 3, 0, 1]]
+
+
+# Through the loop
 
 
 @given(
-    confidences=st.lists(st.sampled_from((0.2, 0.9)), min_size=LENGTH, max_size=LENGTH),
+    plans=st.lists(st.tuples(st.integers(0, 7), st.integers(0, 5)), min_size=1, max_size=20),
     right=st.lists(st.booleans(), min_size=1, max_size=LENGTH),
+    trace=st.lists(st.sampled_from((0.2, 0.9)), min_size=LENGTH, max_size=LENGTH),
     agrees=st.lists(st.booleans(), min_size=LENGTH, max_size=LENGTH),
     max_pending=st.integers(1, 9),
     limit=st.integers(1, 40),
+    kind=st.sampled_from(["own", "predicted"]),
 )
-@tries(50)
-def test_text_after_drafts_of_the_exit_gives_the_tokens_of_full_and_leaves_only_them_in_the_caches(
-    confidences: list[float], right: list[bool], agrees: list[bool], max_pending: int, limit: int
+@tries(80)
+def test_drafts_of_texts_and_the_exit_give_the_tokens_of_full(
+    plans: list[tuple[int, int]],
+    right: list[bool],
+    trace: list[float],
+    agrees: list[bool],
+    max_pending: int,
+    limit: int,
+    kind: str,
 ) -> None:
+    """Texts are right at some positions, and continue drafts of the exit."""
     prompt = prompt_of(3)
-    whole, _, _ = decoder_of(confidences, max_pending, agrees=agrees)
-    wanted = [step.id for step in islice(full(whole, prompt), limit)]
-    decoder, shallow, deep = decoder_of(confidences, max_pending, agrees=agrees)
-    predicted = [token if right[at % len(right)] else 1 for at, token in enumerate(wanted)]
-    drafts = Chosen(DraftSources(DEEP_TOKEN + LENGTH, prompt.tolist(), predicted=predicted), [(100, 0)])
-    loop = alone(decoded(decode.lossless, decoder, prompt, limit, 0.5, max_pending, drafts))
-    steps = drafted(loop, decoder, shallow, deep, limit, prompt)
+    whole, _, _ = decoder_of(trace, max_pending, agrees=agrees)
+    wanted = [step.id for _, step in zip(range(limit), full(whole, prompt), strict=False)]
+    text = [token if right[at % len(right)] else 1 for at, token in enumerate(wanted)]
+    acceptance = Acceptance()
+    source: Any = Predicted(acceptance, text)
+    if kind == "own":
+        source = Own(acceptance, lambda ids: text[len(ids) - 3 :], prompt.tolist(), DEEP_TOKEN + LENGTH)
+    decoder, shallow, deep = decoder_of(trace, max_pending, agrees=agrees)
+    drafts = PlannedDrafts(*plans, sources=[source], acceptance=acceptance)
+    loop = alone(decoded(decoder, prompt, limit, drafts, Policy(max_pending=max_pending)))
+    steps = drafted(loop, decoder, shallow, deep, prompt)
     assert [step.id for step in steps] == wanted
     assert max(deep.calls[1:], default=1) <= max_pending
-    assert sum(step.exited for step in steps) == decoder.stats.exits
     counted = decoder.stats.drafts
     assert sum(counts.accepted for counts in counted.values()) <= len(steps)
-    if all(right) and max_pending > 1:  # then whatever the exit stops at is read after it
-        assert decoder.stats.sync_passes <= 2 + limit // max_pending + agrees[:limit].count(False) * 2
+    assert sum(step.exited for step in steps) == decoder.stats.exits
+    if limit > 2 and max_pending > 1 and all(right) and all(text for text, _ in plans):
+        assert counted[kind].accepted == counted[kind].proposed > 0
 
 
-def test_a_text_goes_on_after_the_exit() -> None:
-    """Sure of two tokens, then not: the expected ones are read in the same pass."""
-    trace, prompt = [*[0.9] * 5, *[0.2] * LENGTH], prompt_of(3)
+def test_a_text_continues_a_draft_of_the_exit_in_the_same_pass() -> None:
+    """The exit is confident of two tokens, then not."""
+    trace = [*[0.9] * 5, *[0.2] * LENGTH]
+    prompt = prompt_of(3)
     whole, _, _ = decoder_of(trace, agrees=[True] * LENGTH)
-    wanted = [step.id for step in islice(full(whole, prompt), 9)]
+    wanted = [step.id for _, step in zip(range(9), full(whole, prompt), strict=False)]
     decoder, _, deep = decoder_of(trace, agrees=[True] * LENGTH)
-    sources = DraftSources(DEEP_TOKEN + LENGTH, prompt.tolist(), predicted=wanted)
-    loop = alone(decoded(decode.lossless, decoder, prompt, 9, 0.5, 16, Chosen(sources, [(100, 0)])))
-    steps = list(loop)
+    acceptance = Acceptance()
+    drafts = PlannedDrafts((0, 100), sources=[Predicted(acceptance, wanted)], acceptance=acceptance)
+    steps = list(alone(decoded(decoder, prompt, 9, drafts)))
     assert [step.id for step in steps] == wanted
     assert deep.calls == [3, 8]
     assert {name: counts.outcomes for name, counts in decoder.stats.drafts.items()} == {
@@ -260,109 +291,13 @@ def test_a_text_goes_on_after_the_exit() -> None:
     }
 
 
-@given(texts, st.lists(tokens, min_size=1, max_size=7))
-def test_what_follows_drafted_tokens_is_what_a_search_finds(text: list[int], drafted: list[int]) -> None:
-    sources = DraftSources(VOCAB)
-    sources._repetition.push(text)
-    _, size, found, _ = sources._chain(drafted, 6, Acceptance().rate)
-    whole = [*text, *drafted]
-    for longest in range(LONGEST, max(size, SHORTEST - 1), -1):
-        newest = whole[-longest:]
-        if len(newest) == longest and GAP not in newest:
-            assert all(text[at - longest : at] != newest or text[at] == GAP for at in range(longest, len(text)))
-    if size:
-        after = [*whole[len(whole) - size :], *found]
-        assert any(text[at : at + len(after)] == after for at in range(len(text)))
-    assert GAP not in found
-
-
-def test_a_draft_is_one_shallow_call_and_one_deep_call() -> None:
+def test_a_draft_from_text_is_one_shallow_call_and_one_deep_call() -> None:
     decoder, shallow, deep = decoder_of([1.0] * LENGTH)
-    prompt, wanted = prompt_of(3), [DEEP_TOKEN + place for place in range(2, 2 + 17)]
-    sources = DraftSources(DEEP_TOKEN + LENGTH, prompt.tolist(), predicted=wanted)
-    loop = alone(decoded(decode.lossless, decoder, prompt, 17, 0.5, 16, Chosen(sources, [(0, 7)])))
-    assert [step.id for step in loop] == wanted  # type: ignore[union-attr]
+    prompt = prompt_of(3)
+    wanted = [DEEP_TOKEN + place for place in range(2, 2 + 17)]
+    acceptance = Acceptance()
+    drafts = PlannedDrafts((7, 0), sources=[Predicted(acceptance, wanted)], acceptance=acceptance)
+    assert [step.id for step in alone(decoded(decoder, prompt, 17, drafts))] == wanted
     assert shallow.calls == deep.calls == [3, 8, 8]
     assert (shallow.heads[1:], deep.heads[1:]) == ([0, 0], [8, 8])
     assert (decoder.stats.drafts["predicted"].mean_accepted, decoder.stats.exits) == (7.0, 0)
-
-
-def test_candidates_are_drafted_in_few_numbers() -> None:
-    """Calls for each number of rows are bound once."""
-    drafts = Drafts(CallCosts(), Acceptance())
-    assert {drafts._length(agreeing("lookup", agrees, [0] * n), n) for n in range(1, 16) for agrees in range(10)} <= {
-        0,
-        *RULE.lengths,
-    }
-
-
-def searches(drafts: Drafts, ids: Iterable[int], seconds: float) -> Iterator[tuple[bool, DraftPlan]]:
-    """Plan at each token, and yield whether the text was searched, which takes `seconds`, and the plan."""
-    response = Response(np.array([1]), 5000)
-    now = itertools.count(0.0, seconds)
-    drafts.clock = lambda: next(now)  # type: ignore[method-assign]
-    for token in ids:
-        response.add(token, False, None)
-        drafts._looked = False
-        plan = drafts.plan(response, 15)
-        yield drafts._looked, plan
-
-
-@given(cost=st.floats(1e-4, 0.08))
-@tries(20)
-def test_where_nothing_repeats_searching_costs_the_time_of_two_tokens_and_half_a_percent(cost: float) -> None:
-    """Requests share what they learned, so only the first ones cost the two tokens."""
-    acceptance = Acceptance()
-    costs = measured()
-    count = 0
-    for _ in range(4):
-        drafts = Drafts(costs, acceptance, DraftSources(10_000), exits=False)
-        count += sum(looked for looked, _ in searches(drafts, range(500), cost * drafts._token_seconds))
-    assert count * cost <= 2 + 2000 * RULE.search_share
-
-
-def test_a_text_that_begins_to_repeat_is_soon_searched_at_every_token() -> None:
-    costs = measured()
-    drafts = Drafts(costs, Acceptance(), DraftSources(10_000), exits=False)
-    found = searches(drafts, [*range(300), *range(100, 200)], 0.1 * drafts._token_seconds)
-    before = [looked for looked, _ in islice(found, 300)]
-    assert sum(before[-100:]) < 10
-    after = [bool(plan.tokens) for _, plan in found]
-    assert after.index(True) <= RULE.longest_rest
-    assert all(after[RULE.longest_rest :])
-
-
-@given(rest=st.integers(0, 30), at_once=st.booleans(), exits=st.booleans())
-@tries(20)
-def test_tokens_without_a_search_are_those_of_full(rest: int, at_once: bool, exits: bool) -> None:
-    """A request that may draft from the exit plans them, too."""
-    decoder, _, _ = decoder_of([0.0] * LENGTH)
-    whole, _, _ = decoder_of([0.0] * LENGTH)
-    decoder.alone = at_once
-    drafts = Drafts(measured(), Acceptance(), DraftSources(10_000), exits)
-    drafts.rest = rest
-    planned = list[bool]()
-    plan = drafts.plan
-
-    def counted(*args: Any) -> DraftPlan:
-        planned.append(True)
-        return plan(*args)
-
-    drafts.plan = counted  # type: ignore[method-assign]
-    steps = list(islice(alone(decoded(decode.lossless, decoder, prompt_of(3), 20, 0.5, 16, drafts)), 20))
-    assert [step.id for step in steps] == [step.id for step in islice(full(whole, prompt_of(3)), 20)]
-    if at_once and not exits:
-        assert len(planned) <= max(0, 19 - rest)
-    else:
-        assert planned
-
-
-def test_searches_that_pay_do_not_rest() -> None:
-    acceptance = Acceptance()
-    drafts = Drafts(measured(), acceptance, DraftSources(10_000), exits=False)
-    seconds = 0.1 * drafts._token_seconds
-    for _ in range(RULE.recent):  # one draft of five in ten searches
-        for _ in range(9):
-            acceptance.search_saved.observe(0.0)
-        acceptance.search_saved.observe(4.0)
-    assert all(looked for looked, _ in islice(searches(drafts, range(30), seconds), 30))
