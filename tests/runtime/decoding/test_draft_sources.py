@@ -18,7 +18,7 @@ from runtime.decoding.acceptance import Acceptance
 from runtime.decoding.draft_sources import HOPELESS, MAX_CHECKED, MAX_INDEXED, Own, Predicted, Proposal, Texts
 from runtime.decoding.loops import Policy
 from runtime.decoding.phrases import PhraseTable
-from runtime.decoding.text_index import TextMemory
+from runtime.decoding.text_index import ORDERS, TextMemory
 from runtime.errors import OptionError
 
 VOCAB = 4
@@ -117,7 +117,7 @@ def test_the_newest_tokens_of_a_long_text_are_indexed() -> None:
     assert proposed(source, text[-100:-50], 3) == text[-50:-47]
     assert proposed(source, text[-MAX_INDEXED // 2 : -MAX_INDEXED // 2 + 20], 1)
     assert proposed(source, text[100:110], 1) == []
-    assert len(source._own._entries) + len(source._older._entries) <= 4 * MAX_INDEXED
+    assert len(source._own._entries) + len(source._older._entries) <= len(ORDERS) * MAX_INDEXED
 
 
 # A predicted output
@@ -162,8 +162,10 @@ def own(returned: Any) -> Own:
 
 @pytest.mark.parametrize(
     "returned",
-    [None, 5, "12", b"12", {1: 2}, [1, VOCAB], [-1], [1.0], [True], np.zeros((1, 2), np.int64), [[1]], [2**70]]
-    + [(None, [0.5]), ([VOCAB], [0.5]), ("1", [0.5]), ([1], [0.5], [2])],
+    [
+        *(None, 5, "12", b"12", {1: 2}, [1, VOCAB], [-1], [1.0], [True], np.zeros((1, 2), np.int64), [[1]], [2**70]),
+        *((None, [0.5]), ([VOCAB], [0.5]), ("1", [0.5]), ([1], [0.5], [2])),
+    ],
     ids=repr,
 )
 def test_a_source_that_returns_no_list_of_token_ids_is_refused_with_its_value(returned: Any) -> None:
@@ -180,8 +182,10 @@ def test_token_ids_that_do_not_fit_into_a_pass_are_checked_too(returned: Any, ma
 
 @pytest.mark.parametrize(
     "probabilities",
-    [[0.5], [], 0.5, "ab", [0.5, 1.1], [0.5, -0.1], [0.5, float("nan")], [0.5, None], [0.5, "1"], [0.5, True]]
-    + [np.array([0.5, 2.0]), np.full((1, 2), 0.5), {0: 0.5, 1: 0.5}],
+    [
+        *([0.5], [], 0.5, "ab", [0.5, 1.1], [0.5, -0.1], [0.5, float("nan")], [0.5, None], [0.5, "1"], [0.5, True]),
+        *(np.array([0.5, 2.0]), np.full((1, 2), 0.5), {0: 0.5, 1: 0.5}),
+    ],
     ids=repr,
 )
 @pytest.mark.parametrize("max_tokens", [1, 15])

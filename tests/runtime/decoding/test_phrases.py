@@ -9,10 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.decoding.draft_acceptance import Acceptance
-from runtime.decoding.draft_memory import LEVELS, LONGEST, ORDERS, TextMemory
-from runtime.decoding.draft_sources import DraftSources
 from runtime.decoding.phrases import ENTRY, MOST_ENTRIES, PhraseTable, _ngrams, misfit
+from runtime.decoding.text_index import LEVELS, LONGEST, ORDERS
 
 TEXTS = st.lists(st.lists(st.integers(0, 3), max_size=30), max_size=6)
 
@@ -74,18 +72,6 @@ def test_a_text_of_many_tokens_is_found_again(vocab: int) -> None:
     assert [one.token for one in found if one is not None] == text[LONGEST:]
 
 
-def test_a_table_continues_where_neither_the_request_nor_the_memory_does() -> None:
-    memory = TextMemory(100, 1_000_000)
-    memory.keep(None, [], [1, 2, 3, 4] * 3)
-    table = PhraseTable.build([[7, 8, 9, 10]] * 3 + [[3, 30]])
-    sources = DraftSources(100, [5, 7], memory=memory, phrases=[table])
-    (found,) = sources.found(8, Acceptance().rate)
-    assert (found.source, found.tokens) == ("phrases", [8, 9, 10])
-    sources = DraftSources(100, [2, 3], memory=memory, phrases=[table])
-    (found,) = sources.found(1, Acceptance().rate)
-    assert (found.source, found.tokens) == ("memory", [4])
-
-
 def table_of(*entries: tuple[int, int, int]) -> np.ndarray:
     return np.array([*entries], ENTRY)
 
@@ -102,7 +88,7 @@ def table_of(*entries: tuple[int, int, int]) -> np.ndarray:
         (table_of((2, 2, 3), (2, 2, 3)), "its phrases are not in order"),
     ],
 )
-def test_what_is_no_table_is_named(entries: np.ndarray, reason: str) -> None:
+def test_an_array_that_is_not_a_table_is_refused_with_the_reason(entries: np.ndarray, reason: str) -> None:
     assert reason in str(misfit(entries, 10))
 
 
