@@ -40,7 +40,7 @@ def draft_texts(patch: pytest.MonkeyPatch) -> None:
         return len(probabilities), 1000 + sum(probabilities) if probabilities else -math.inf
 
     patch.setattr(Drafts, "_length", length)
-    patch.setattr(Drafts, "_search_pause", 0)
+    patch.setattr(Drafts, "_count_search", lambda self, gain: None)  # search at every token
     patch.setattr(CallCosts, "measured", lambda self, kind, rows: True)
 
 

@@ -349,8 +349,8 @@ class Drafts(Plain):
         found = self._continuation
         if found is not None and found.tokens and outcome.accept_length >= outcome.proposed:
             accepted_here = outcome.accept_length - outcome.proposed
-            before = max(1, outcome.rows - len(found.tokens))
-            cost = sum(self._row_seconds(before + row) for row in range(len(found.tokens)))
+            rows = range(outcome.proposed + 1, outcome.proposed + 1 + len(found.tokens))
+            cost = sum(map(self._row_seconds, rows))
             self._count_search(accepted_here - self._pace * cost / self._token)
             for place, evidence in enumerate(found.evidence[: accepted_here + 1]):
                 acceptance.of(evidence).observe(place < accepted_here)
