@@ -22,8 +22,10 @@ MAX_AGREEMENT = 8
 # Assumed until it was measured. Measured on chat prompts: other texts follow a short phrase.
 _OF_SHARE = (0.5, 0.6, 0.85)
 
-# Weight of the rates of other requests in a Trust, in expected tokens.
+# Weight of other requests in a Trust: of their acceptance rates, in expected tokens, and of what
+# their drafts of the exit gained, in drafts.
 TRUST_WEIGHT = 8.0
+TRUST_WEIGHT_OF_EXIT = 16.0
 # Final tokens assumed of a draft from an exit that was never tried.
 FIRST_EXIT_DRAFT = 2.0
 
@@ -73,25 +75,29 @@ class Speed:
 
 
 class Trust:
-    """Factor on the acceptance rates of a source in one request, at most 1.
+    """Factor on what is expected of a source in one request, at most 1.
 
     It falls if fewer drafts are accepted in this request than in others, so that a request in which
     a source fails soon stops using it. Older observations fade.
+
+    Args:
+        weight: Weight of other requests.
     """
 
-    __slots__ = ("_expected", "_right")
+    __slots__ = ("_accepted", "_expected", "_weight")
 
-    def __init__(self) -> None:
-        self._expected = self._right = TRUST_WEIGHT
+    def __init__(self, weight: float = TRUST_WEIGHT) -> None:
+        self._weight = weight
+        self._expected = self._accepted = weight
 
     @property
     def value(self) -> float:
-        return min(1.0, self._right / self._expected)
+        return min(1.0, self._accepted / self._expected)
 
-    def observe(self, probability: float, accepted: bool) -> None:
-        """Add a drafted token that was expected to be accepted with a probability."""
-        self._expected += probability - (self._expected - TRUST_WEIGHT) / RECENT
-        self._right += accepted - (self._right - TRUST_WEIGHT) / RECENT
+    def observe(self, expected: float, accepted: float) -> None:
+        """Add what was expected of a draft, and how much of that was accepted."""
+        self._expected += expected - (self._expected - self._weight) / RECENT
+        self._accepted += accepted - (self._accepted - self._weight) / RECENT
 
 
 class ExitChoice:

@@ -13,7 +13,7 @@ from time import perf_counter
 from typing import NamedTuple
 
 from runtime.adaptation.call_costs import CallCosts
-from runtime.decoding.acceptance import Acceptance, Trust
+from runtime.decoding.acceptance import TRUST_WEIGHT_OF_EXIT, Acceptance, Trust
 from runtime.decoding.calls import Prediction
 from runtime.decoding.draft_sources import NO_PROPOSAL, DraftSource, Proposal
 from runtime.decoding.response import Response
@@ -143,6 +143,7 @@ class Drafts(Plain):
         self._threshold = threshold
         self._trust_text = Trust()
         self._trust_exit = Trust()
+        self._trust_exit_drafts = Trust(TRUST_WEIGHT_OF_EXIT)
         self._followed = 0  # final tokens that the sources have read
         self._open: list[Proposal] = []  # proposals for the next tokens
         self._continuation: Proposal | None = None
@@ -206,7 +207,7 @@ class Drafts(Plain):
         """Return True if a draft of the exit is worth more than `least`, or due for a trial."""
         outcomes = self._acceptance.exit_outcomes(self._sequences)
         time = self._exit_seconds(outcomes.rows.value, outcomes.heads.value) / self._token
-        made = 1 + (outcomes.made.value - 1) * self._trust_exit.value
+        made = 1 + (outcomes.made.value - 1) * self._trust_exit_drafts.value
         if made - self._pace * time > least:
             return True
         return self._acceptance.exit_is_due(self._exit_pause)
@@ -312,8 +313,12 @@ class Drafts(Plain):
             seconds = self._exit_seconds(rows + finals, heads + finals)
             # The text that continues the exit's draft would have been drafted without it, too.
             proposed = outcome.proposed if plan.exits else 0
-            acceptance.exit_outcomes(self._sequences).observe(
-                made=finals + min(outcome.made, proposed + 1),
+            exit_made = finals + min(outcome.made, proposed + 1)
+            outcomes = acceptance.exit_outcomes(self._sequences)
+            gained = (exit_made - 1) / max(0.1, outcomes.made.value - 1)
+            self._trust_exit_drafts.observe(1.0, gained)
+            outcomes.observe(
+                made=exit_made,
                 rows=finals + min(rows, proposed + 1),
                 heads=finals + heads,
             )
