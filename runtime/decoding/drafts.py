@@ -123,7 +123,8 @@ class Drafts(Plain):
         sources: Sources of drafts from text.
         exits: Also draft from the exit.
         threshold: Predictions of the exit with this confidence or less are not drafted.
-        learns: Measure costs. If not, plans depend on the request alone, not on times.
+        learns: Measure costs. If not, plans depend on the request alone: neither on times nor on
+            other sequences.
     """
 
     def __init__(
@@ -156,7 +157,7 @@ class Drafts(Plain):
         self._rows = 1
 
     def plan(self, response: Response, room: int, sequences: int = 1) -> Plan:
-        self._sequences = sequences
+        self._sequences = sequences if self._learns else 1
         self._reach = 1.0
         self._rows = 1
         self._continuation = None

@@ -16,8 +16,8 @@ from runtime.adaptation.call_costs import CallCosts
 from runtime.bundle.costs import NEUTRAL, Costs
 from runtime.decoding.acceptance import Acceptance, LearnedDrafts
 from runtime.decoding.calls import NOTHING, Prediction, Waits
-from runtime.decoding.draft_sources import NO_PROPOSAL, Proposal
-from runtime.decoding.drafts import Drafts
+from runtime.decoding.draft_sources import NO_PROPOSAL, Predicted, Proposal
+from runtime.decoding.drafts import Drafts, Outcome, Plan
 from runtime.decoding.loops import Policy, decode
 from runtime.decoding.response import Response
 from runtime.decoding.text_index import LEVELS
@@ -336,3 +336,149 @@ def test_an_exit_that_fails_in_one_request_costs_little_of_what_text_saves(
             total += Request(machine, learned, 200, text, fails, seed=seed, python=0.4e-3).spent
         spent.append(total)
     assert spent[0] < 1.07 * spent[1]
+
+
+@pytest.mark.parametrize("name", ["smollm2-fp32", "int4"])
+@pytest.mark.parametrize(
+    ("layers", "right", "found"), [(0.6, 0.5, 0.3), (0.3, 0.3, 0.0), (0.1, 0.97, 0.1), (0.02, 0.9, 0.0)]
+)
+def test_requests_use_the_layers_of_an_exit_if_these_make_them_faster(
+    name: str, layers: float, right: float, found: float
+) -> None:
+    """`layers` is their cost, relative to a shallow step without them."""
+    machine = MACHINES[name]
+    with_layers = machine._replace(step=machine.step * (1 + layers))
+
+    def spent(exits: bool | None) -> float:
+        learned = learned_by(machine.costs)
+        choice = learned.acceptance(0.5, False).exit_choice
+        total = 0.0
+        for number in range(80):
+            uses = choice.next() if exits is None else exits
+            rates = (0.8, right) if uses else None
+            text = found, 0.8, number
+            used = with_layers if uses else machine
+            total += Request(used, learned, 50, text, rates, 0.1, number, own_layers=True).spent
+        return total
+
+    with_exit = spent(True)
+    without = spent(False)
+    # The first requests alternate, and later ones retry.
+    assert spent(None) < min(with_exit, without) + 0.15 * abs(with_exit - without) + 0.03 * without
+
+
+# One plan
+
+
+def drafts_of(machine: Machine, **options: Any) -> Drafts:
+    """Return drafts on a machine whose costs of mode full were measured."""
+    costs = CallCosts(machine.costs)
+    for kind, seconds in (("step", machine.step), ("pass", machine.deep)):
+        for _ in range(2):  # the first is ignored
+            costs.observe(kind, 1, seconds)  # type: ignore[arg-type]
+    return Drafts(costs, Acceptance(), **options)
+
+
+def outcome_of(confidence: float, right: bool) -> Outcome:
+    """Return the outcome of one prediction of the exit, which is drafted if it is right."""
+    confidences = (confidence, None)[: 1 + right]
+    return Outcome(
+        rows=1 + right, proposed=int(right), accept_length=int(right), made=1 + right, confidences=confidences
+    )
+
+
+def test_predictions_are_drafted_by_how_often_others_of_their_confidence_were_right() -> None:
+    machine = MACHINES["smollm2-int8"]
+    drafts = drafts_of(machine)
+    for _ in range(40):
+        for confidence, right in ((0.25, True), (0.85, False)):
+            drafts.observe(Plan(exits=1), outcome_of(confidence, right), machine.step, machine.deep, shared=False)
+
+    def drafted(*confidences: float) -> list[bool]:
+        drafts.plan(Response(np.array([RIGHT]), 100), 15)
+        return [drafts.keeps(Prediction(RIGHT, confidence)) for confidence in confidences]
+
+    assert drafted(0.25, 0.25, 0.25) == [True, True, True]
+    assert drafted(0.25, 0.85) == [True, False]
+    assert drafted(0.55, 0.55, 0.55, 0.55)[-1] is False  # right half of the time, so not four times
+    drafts._threshold = 0.3
+    assert drafted(0.25) == [False]
+
+
+def test_a_draft_is_as_long_as_its_rows_are_worth() -> None:
+    """On some processors a pass of two rows takes as long as one, and the third row is expensive."""
+    drafts = drafts_of(MACHINES["int4"])
+    for rows, seconds in ((1, 3.2e-3), (2, 3.2e-3), (3, 4.7e-3), (4, 4.8e-3)):
+        for _ in range(4):
+            drafts._costs.observe("pass", rows, seconds)
+    assert drafts._length([0.9, 0.3])[0] == 1
+    assert drafts._length([0.9, 0.8, 0.8])[0] == 3
+
+
+def test_an_exit_pays_again_once_its_calls_are_as_fast_as_before() -> None:
+    machine = Machine(0.1, 0.1, 1.0, 0.1)
+    drafts = drafts_of(machine)
+    for _ in range(9):
+        drafts._costs.observe("head", 1, machine.step + machine.head)
+    for _ in range(100):
+        drafts._acceptance.exit_outcomes(1).observe(made=3, rows=4, heads=4)
+        drafts._acceptance.pace.observe(1.2, 1.0)
+
+    def pays() -> bool:
+        drafts._acceptance._exit_due = 0  # no trial
+        return drafts.plan(Response(np.array([RIGHT]), 100), 15).exits > 0
+
+    assert pays()
+    for _ in range(9):
+        drafts._costs.observe("pass", 4, 5.2)
+    assert not pays()
+    for _ in range(40):
+        drafts._costs.observe("pass", 4, 1.3)
+    assert pays()
+
+
+@pytest.mark.parametrize("name", ["demo", "int4"])
+def test_searches_where_nothing_repeats_take_at_most_two_percent_of_the_time(name: str) -> None:
+    learned = learned_by()
+    Request(MACHINES[name], learned, 500, (0.0, 0.0))
+    request = Request(MACHINES[name], learned, 500, (0.0, 0.0))
+    assert request.text is not None
+    assert 0 < request.text.searches * SEARCH < 0.02 * request.spent
+    assert request.speed > 0.98
+
+
+@given(
+    times=st.lists(st.floats(0, 1), min_size=2, max_size=30),
+    sequences=st.integers(1, 4),
+    right=st.lists(st.booleans(), min_size=1, max_size=30),
+)
+@tries(30)
+def test_plans_that_do_not_learn_depend_on_the_request_alone(
+    times: list[float], sequences: int, right: list[bool]
+) -> None:
+    """Neither on measured times nor on how many requests share calls, because they change tokens of mode free."""
+    plans = []
+    for together, seconds in ((1, [0.0] * len(times)), (sequences, times)):
+        acceptance = Acceptance()
+        now = iter(np.cumsum([*seconds, *[0.0] * 1000]))
+        drafts = Drafts(
+            CallCosts(MACHINES["int4"].costs), acceptance, [Predicted(acceptance, [RIGHT] * 40)], learns=False
+        )
+        drafts.clock = lambda now=now: float(next(now))  # type: ignore[method-assign]
+        response = Response(np.array([RIGHT]), 100)
+        made = []
+        for step in range(20):
+            plan = drafts.plan(response, 15, together)
+            accepted = right[step % len(right)]
+            kept = [drafts.keeps(Prediction(RIGHT, SURE)) for _ in range(3)] if plan.exits else []
+            made.append((plan, kept, drafts.continues(5)))
+            for _ in range(1 + accepted):
+                response.add(RIGHT if accepted else WRONG, False, None)
+            outcome = outcome_of(SURE, accepted)
+            if not plan.exits:
+                proposed = len(plan.proposal.tokens)
+                outcome = Outcome(proposed + 1, proposed, proposed * accepted, 1 + proposed * accepted, (), False)
+            duration = seconds[step % len(seconds)]
+            drafts.observe(plan, outcome, duration, duration, shared=together > 1)
+        plans.append(made)
+    assert plans[0] == plans[1]
