@@ -31,7 +31,7 @@ from runtime import Session
 from runtime.bundle.bundle import Bundle
 from runtime.bundle.costs import Costs
 from runtime.decoding.calls import SlotCall
-from runtime.decoding.draft_sources import NO_CANDIDATES
+from runtime.decoding.draft_sources import NO_PROPOSAL
 from runtime.decoding.drafts import Drafts
 from runtime.kernels import missing
 
@@ -131,7 +131,7 @@ def test_calls_are_those_that_ran(
 
     monkeypatch.setattr(SlotCall, "run", noted)
     # A text that continues a draft of the exit takes a call of its own, which `calls_of` does not count.
-    monkeypatch.setattr(Drafts, "continuation", lambda self, *args: NO_CANDIDATES)
+    monkeypatch.setattr(Drafts, "continuation", lambda self, *args: NO_PROPOSAL)
     with Session(bundle(case, EXIT_LAYER), threads=1, slots=1) as session:
         for _ in range(2):  # what pays is learned in the first
             ran.clear()

@@ -5,14 +5,14 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
 
 import numpy as np
 import pytest
 from checkpoints import BY_NAME, PROMPTS, Bundles
-from draft_plans import PlannedExits, draft_exits
+from draft_plans import PlannedDrafts, draft_exits
 from hypothesis import given
 from hypothesis import strategies as st
 from profiles import tries
@@ -20,8 +20,10 @@ from recording_engine import LENGTH, WIDTH, Recorder, alone, cached, decoded, pr
 from thread_runner import ThreadRunner, runners_beside
 
 from runtime import Session
-from runtime.decoding import loops as decode
+from runtime.bundle.beta import NEVER_EXIT
 from runtime.decoding.decoder import Decoder
+from runtime.decoding.drafts import ConfidentExits, Plain
+from runtime.decoding.loops import Policy
 from runtime.decoding.overlapping import OverlappingDecoder
 from runtime.engines.backend import Backend
 from runtime.engines.kv_cache import KVCache
@@ -71,18 +73,19 @@ def decoder_of(
 def steps_of(
     decoder: Decoder, mode: str, threshold: float, max_pending: int, sync_every: int, tokens: int
 ) -> list[Token]:
-    loops: dict[str, tuple[Callable[..., decode.Loop], Sequence[Any]]] = {
-        "full": (decode.full, ()),
-        "free": (decode.free, (threshold, max_pending, sync_every)),
-        "rollback": (decode.rollback, (threshold, max_pending, 2.0)),
-        "lossless": (decode.lossless, (threshold, max_pending, PlannedExits())),
+    ways: dict[str, tuple[Plain | None, Policy]] = {
+        "full": (None, Policy()),
+        "published": (ConfidentExits(NEVER_EXIT), Policy(threshold, sync_every=sync_every)),
+        "free": (PlannedDrafts(threshold=0.3), Policy(threshold, sync_every=sync_every)),
+        "rollback": (ConfidentExits(threshold), Policy(limit=2.0)),
+        "lossless": (PlannedDrafts(), Policy()),
     }
-    loop, arguments = loops[mode]
-    decoding = decoded(loop, decoder, prompt_of(3), tokens, *arguments, head=mode != "full")
-    return list(islice(alone(decoding), tokens))
+    drafts, policy = ways[mode]
+    policy = policy._replace(max_pending=max_pending)
+    return list(alone(decoded(decoder, prompt_of(3), tokens, drafts, policy)))
 
 
-@pytest.mark.parametrize("mode", ["free", "rollback", "lossless", "full"])
+@pytest.mark.parametrize("mode", ["published", "free", "rollback", "lossless", "full"])
 @given(
     trace=st.lists(st.sampled_from([0.1, 0.6, 0.9, 0.9]), min_size=LENGTH, max_size=LENGTH),
     agrees=st.lists(st.sampled_from([True, True, False]), min_size=LENGTH, max_size=LENGTH),
@@ -93,7 +96,7 @@ def steps_of(
     seed=st.integers(0, 2**31),
 )
 @tries(25)
-def test_overlap_changes_no_token_whatever_the_lanes_take(
+def test_overlap_changes_no_token(
     mode: str,
     trace: list[float],
     agrees: list[bool],

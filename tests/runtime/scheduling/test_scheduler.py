@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from draft_plans import PlannedExits
+from draft_plans import PlannedDrafts
 from hypothesis import given
 from hypothesis import strategies as st
 from profiles import tries
@@ -24,10 +24,12 @@ from thread_runner import ThreadRunner
 from runtime import EngineError, OptionError
 from runtime.adaptation.call_costs import CallCosts
 from runtime.batching import LEARNED, BatchedCall, BatchPolicy, grouped, rules_of
+from runtime.bundle.beta import NEVER_EXIT
 from runtime.bundle.costs import NEUTRAL, Costs
-from runtime.decoding import loops as decode
 from runtime.decoding.calls import Prediction, SlotCall, Waiting
 from runtime.decoding.decoder import Decoder
+from runtime.decoding.drafts import ConfidentExits, Plain
+from runtime.decoding.loops import Policy, decode
 from runtime.decoding.overlapping import OverlappingDecoder
 from runtime.decoding.response import Response
 from runtime.engines.kv_cache import CrossCache, KVCache
@@ -201,13 +203,20 @@ class Ask:
         output.start, output.fails, output.poisons = len(prompt), self.fails, self.poisons
         output.greedy = max(self.fails, self.poisons) < 0  # else it is to choose
         yield output.add(output.choose(first), False, first.confidence, first)
-        if self.mode == "full":
-            return (yield from decode.full(decoder, output))
-        if self.mode == "free":
-            return (yield from decode.free(decoder, output, self.threshold, self.max_pending, 2))
-        if self.mode == "rollback":
-            return (yield from decode.rollback(decoder, output, self.threshold, self.max_pending, 2.0))
-        return (yield from decode.lossless(decoder, output, self.threshold, self.max_pending, PlannedExits()))
+        policy = Policy(max_pending=self.max_pending)
+        drafts = Plain()
+        if self.mode == "published":
+            policy = policy._replace(threshold=self.threshold, sync_every=2)
+            drafts = ConfidentExits(NEVER_EXIT)
+        elif self.mode == "free":
+            policy = policy._replace(threshold=self.threshold)
+            drafts = PlannedDrafts(threshold=self.threshold / 2)
+        elif self.mode == "rollback":
+            policy = policy._replace(limit=2.0)
+            drafts = ConfidentExits(self.threshold)
+        elif self.mode == "lossless":
+            drafts = PlannedDrafts(threshold=self.threshold)
+        yield from decode(decoder, output, drafts, policy)
 
     def run(self, decoder: Decoder) -> Generator[Token | Waiting, None, None]:
         decoder.reset()
@@ -271,7 +280,7 @@ def test_an_engine_that_fails_ends_the_request_that_is_alone(mode: str, monkeypa
 asks = st.builds(
     Ask,
     prompt=st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=12).map(tuple),
-    mode=st.sampled_from(["free", "full", "rollback", "lossless"]),
+    mode=st.sampled_from(["published", "free", "full", "rollback", "lossless"]),
     tokens=st.integers(1, 14),
     threshold=st.sampled_from([0.0, 0.2, 0.5, 1.0]),
     max_pending=st.integers(1, MAX_PENDING),
