@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import BY_NAME, CASES, PROMPTS, VOCAB_SIZE, Bundles, Case, Model
-from draft_plans import draft_texts, draft_exits
+from draft_plans import draft_exits, draft_texts
 from exit_layer_case import EXIT_CASES
 from reference import (
     Run,

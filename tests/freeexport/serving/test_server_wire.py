@@ -22,7 +22,7 @@ import httpx
 import psutil
 import pytest
 from draft_plans import draft_texts
-from running_server import ENDLESS, MESSAGES, ROOT, Running, eventually, read, running, status
+from running_server import ENDLESS, MESSAGES, ROOT, Running, command, eventually, read, running, status
 from starlette.testclient import TestClient
 
 from freeexport.serving import events, middleware, routes

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from checkpoints import BY_NAME, PROMPTS, VOCAB_SIZE, Bundles, Case, Open, Sessions
-from draft_plans import draft_texts, draft_exits
+from draft_plans import draft_exits, draft_texts
 from exit_layer_case import EXIT_LAYER, with_exit_layers, with_feature
 
 from runtime import BatchError, OptionError, Session

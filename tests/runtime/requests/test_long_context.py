@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from checkpoints import LONG, Bundles
-from draft_plans import draft_texts, draft_exits
+from draft_plans import draft_exits, draft_texts
 
 from runtime import Session
 
