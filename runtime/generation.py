@@ -280,7 +280,12 @@ class Generation:
             # A background pass returns no predictions, so it provides no labels.
             sync_every = self.options.sync_every if labels is None else 0
             policy = policy._replace(threshold=self._threshold, sync_every=sync_every)
-            published = self.options.drafts == "exit"
+            # Plans need costs that do not change, and a confidence of every token needs the exit.
+            published = (
+                self.options.drafts == "exit"
+                or self.options.output_confidence
+                or self.model.manifest.costs is None
+            )
             drafts = ConfidentExits(NEVER_EXIT) if published else self._drafts()
         elif self.options.output_confidence:
             drafts = ConfidentExits(NEVER_EXIT)

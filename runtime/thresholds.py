@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from runtime.adaptation.adaptive_threshold import AdaptiveThreshold
 from runtime.adaptation.learner import Learner, RequestLabels
@@ -141,10 +142,14 @@ class Thresholds:
 
     def _row(self, threshold: float) -> TableRow | None:
         """Return the row of the calibration's table for a threshold, None if there is none."""
-        calibration = self._bundle.calibration
-        table = () if calibration is None else calibration.table
-        row = min(table, key=lambda row: abs(row.threshold - threshold), default=None)
+        row = min(self._table, key=lambda row: abs(row.threshold - threshold), default=None)
         return None if row is None or abs(row.threshold - threshold) >= 5e-3 else row
+
+    @cached_property
+    def _table(self) -> tuple[TableRow, ...]:
+        """Rows of the calibration, read from its file once."""
+        calibration = self._bundle.calibration
+        return () if calibration is None else calibration.table
 
     def with_mode(self, options: GenerationOptions) -> GenerationOptions:
         """Return options with a mode.

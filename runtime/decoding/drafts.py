@@ -62,6 +62,10 @@ class Outcome(NamedTuple):
     agreed: bool = False
 
 
+# A token of the deep decoder without a draft.
+PLAIN_OUTCOME = Outcome(rows=1, proposed=0, accept_length=0, made=1)
+
+
 class Plain:
     """Drafts nothing, as in mode full. The base of other rules."""
 

@@ -16,7 +16,7 @@ from runtime.adaptation.learner import RequestLabels
 from runtime.bundle.beta import NEVER_EXIT
 from runtime.decoding.calls import AT_ONCE, NOTHING, Prediction, Waiting, Waits
 from runtime.decoding.decoder import Decoder
-from runtime.decoding.drafts import Outcome, Plain, Plan
+from runtime.decoding.drafts import NO_DRAFT, PLAIN_OUTCOME, Outcome, Plain, Plan
 from runtime.decoding.response import Response
 from runtime.result import Token
 
@@ -110,6 +110,9 @@ def decode(
                     return
             room = max_pending - decoder.stacked - len(unread)
             plan = drafts.plan(response, room, decoder.batch_size)
+            if plan is NO_DRAFT and labels is None:
+                yield (yield from _plain(decoder, response, drafts, unread))
+                continue
             shallow_seconds = stats.shallow_seconds
             deep_seconds = stats.deep_seconds
             began = drafts.clock()
@@ -156,6 +159,26 @@ def decode(
             confidences = [row.confidence or 0.0 for row in unlabelled]
             if labels.leave(confidences, at_rest):
                 labels.label(_labels(unlabelled, decoder.sync(len(unlabelled))))
+
+
+def _plain(
+    decoder: Decoder, response: Response, drafts: Plain, unread: Sequence[int]
+) -> Waits[Token]:
+    """Read final tokens with both decoders, and add the deep decoder's next token."""
+    stats = decoder.stats
+    shallow_seconds = stats.shallow_seconds
+    deep_seconds = stats.deep_seconds
+    yield from decoder.stepping(unread, head=False)
+    (prediction,) = yield from decoder.syncing(heads=1)
+    token = response.add(response.choose(prediction), False, None, prediction)
+    drafts.observe(
+        NO_DRAFT,
+        PLAIN_OUTCOME,
+        shallow=stats.shallow_seconds - shallow_seconds,
+        deep=stats.deep_seconds - deep_seconds,
+        shared=not decoder.alone or len(unread) > 1,
+    )
+    return token
 
 
 def shallow(decoder: Decoder, response: Response) -> Loop:
