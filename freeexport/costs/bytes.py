@@ -157,9 +157,11 @@ def calls_of(result: GenerationResult) -> Calls:
     prompt = stats.prompt_tokens
     tokens = stats.candidates
     passes = dict(stats.sync_sizes)
-    rows = sum(size * count for size, count in passes.items())
-    if stats.mode in ("free", "shallow"):  # no pass may follow the last tokens
+    if stats.mode == "shallow":
         return Calls(prompt, tokens, tokens, heads=tokens, own=True, further=0, passes=passes)
+    rows = sum(size * count for size, count in passes.items())
+    if stats.mode == "free":  # no pass may follow the last tokens
+        rows = tokens + sum(drafts.proposed - drafts.accepted for drafts in stats.drafts.values())
     # Drafts from text are read in one call. Drafts after the last token of a request are not read.
     further = min(
         rows, sum(drafts.proposed for source, drafts in stats.drafts.items() if source != "exit")
@@ -168,7 +170,7 @@ def calls_of(result: GenerationResult) -> Calls:
     heads = 0
     if stats.mode == "rollback":
         heads = steps
-    elif stats.mode == "lossless":
+    elif stats.mode in ("free", "lossless"):
         of_exit = stats.drafts.get("exit")
         rejected = of_exit.proposed - of_exit.accepted if of_exit is not None else 0
         heads = sum(one is not None for one in result.confidence[stats.predicted :]) + rejected

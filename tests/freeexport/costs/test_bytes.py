@@ -112,6 +112,7 @@ def test_bytes_of_a_token(bundle: Bundles) -> None:
         {"mode": "full"},
         {"mode": "shallow"},
         {"mode": "free", "threshold": 0.05},
+        {"mode": "free", "drafts": "exit", "threshold": 0.05},
         {"mode": "rollback", "threshold": 0.05, "rollback_threshold": 3.0},
         {"mode": "lossless", "threshold": 0.05},
         {"mode": "lossless", "drafts": "exit", "threshold": 0.02},
@@ -130,7 +131,7 @@ def test_calls_are_those_that_ran(
         run(call)
 
     monkeypatch.setattr(SlotCall, "run", noted)
-    # A text that continues a draft of the exit takes a call of its own, which `calls_of` does not count.
+    # A text that continues a draft of the exit takes another call, which `calls_of` does not count.
     monkeypatch.setattr(Drafts, "continuation", lambda self, *args: NO_PROPOSAL)
     with Session(bundle(case, EXIT_LAYER), threads=1, slots=1) as session:
         for _ in range(2):  # what pays is learned in the first
