@@ -22,8 +22,12 @@ from runtime.text.sampler import LogitsProcessor
 Mode = Literal["free", "rollback", "lossless", "full", "shallow"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 Drafts = Literal["auto", "exit", "phrases", "lookup", "none"]
-# Returns token ids that may follow, given the tokens read and generated so far, int64 [n].
-DraftSource = Callable[[np.ndarray], Sequence[int] | np.ndarray]
+# Given the tokens read and generated so far, int64 [n], returns token ids that may follow, or a
+# pair of token ids and their probabilities.
+DraftSource = Callable[
+    [np.ndarray],
+    Sequence[int] | np.ndarray | tuple[Sequence[int] | np.ndarray, Sequence[float] | np.ndarray],
+]
 
 # Limits of temperature and penalty. Beyond them float32 logits become infinite, and every token
 # becomes token 0.
@@ -47,20 +51,21 @@ class GenerationOptions:
     cache. 0 only reads the prompt, for the prefix cache or `prompt_logprobs`."""
 
     mode: Mode | None = None
-    """How tokens are decided. "free": exits are final. "rollback": exits are final unless the next
-    deep pass finds them unlikely. "lossless": exits are drafts, and the output is that of "full".
-    "full": never exits and does not run the shallow head. "shallow": every token exits, and the
-    deep decoder only reads a decoder-only model's prompt (static exiting, for comparison). Default:
-    "free" if a threshold is given or calibrated, otherwise "lossless", or "full" for beams and
-    output_confidence. `stats.mode` reports the mode used."""
+    """How tokens are decided. "free": confident exits are final, and other drafts are verified.
+    "rollback": exits are final unless the next deep pass finds them unlikely. "lossless": all
+    drafts are verified, and the output is that of "full". "full": never exits and does not run the
+    shallow head. "shallow": every token exits, and the deep decoder only reads a decoder-only
+    model's prompt (static exiting, for comparison). Default: "free" if a threshold is given or
+    calibrated, otherwise "lossless", or "full" for beams and output_confidence. `stats.mode`
+    reports the mode used."""
 
     threshold: Annotated[float | None, checks.Real(0, 1, "from 0 (exit always) to 1 (never)")] = (
         None
     )
     """Confidence above which a token exits. At 1 nothing exits: "free" and "rollback" then decode
     as "full", without the shallow head. Default: the bundle's threshold. In "lossless", it is the
-    minimum confidence of a draft. By default, drafts have no minimum, and their length follows from
-    their measured benefit."""
+    minimum confidence of a draft of the exit. By default, drafts have no minimum there, nor in
+    "free", and their length follows from their expected benefit."""
 
     output_confidence: bool = False
     """Return the shallow confidence of every token, also in "full" and at threshold 1. Runs the
@@ -75,21 +80,22 @@ class GenerationOptions:
     value that `calibrate` chose, if any."""
 
     drafts: Drafts | None = None
-    """Source of drafts in "lossless". "exit": the shallow decoder. "lookup": text repeated from the
-    prompt, the output or earlier outputs (draft_memory_mb). "phrases": also the bundle's table of
-    the model's frequent phrases. "none": no drafts, as "full". "auto": phrases and the exit, or
-    phrases alone if `convert` measured that the exit does not pay (docs/decoding.md). Default:
-    "auto"."""
+    """Source of drafts in "lossless" and "free". "exit": the shallow decoder; in "free" nothing is
+    drafted, as in the published method. "lookup": text repeated from the prompt or the output, and
+    in "lossless" from earlier outputs (draft_memory_mb). "phrases": also the bundle's table of the
+    model's frequent phrases. "none": no drafts, as "full". "auto": phrases and the exit, or in
+    "lossless" phrases alone if `convert` measured that the exit does not pay (docs/decoding.md).
+    Default: "auto"."""
 
     predicted_output: Annotated[str | Sequence[int] | None, checks.expected_output] = None
     """Text or token ids that the output is expected to resemble, such as the earlier version of an
-    edited document. Used as drafts in "lossless"."""
+    edited document. Used as drafts in "lossless" and "free"."""
 
     draft_source: Annotated[DraftSource | None, checks.draft_source] = None
-    """Callable that proposes drafts in "lossless": draft_source(token_ids) receives the tokens read
-    and generated so far, int64 [n], and returns a list of token ids that may follow. Tokens that do
-    not fit into a sync pass are ignored. It runs in the session's worker thread, so it must return
-    quickly."""
+    """Callable that proposes drafts in "lossless" and "free": draft_source(token_ids) receives the
+    tokens read and generated so far, int64 [n]. It returns a list of token ids that may follow, or
+    a pair of token ids and their probabilities. Tokens that do not fit into a sync pass are
+    ignored. It runs in the session's worker thread, so it must return quickly."""
 
     sync_every: Annotated[int, checks.Whole(0)] = 4
     """Mode "free" with overlap: number of pending tokens that start a deep pass in the background.

@@ -87,8 +87,8 @@ class Stats:
         forced: Candidates that were confident enough, but did not exit because the stack was full.
         forced_tokens: Tokens that a grammar forced. They need no prediction and are read with the
             next token.
-        rejected: Drafted tokens that a sync pass rejected ("rollback", "lossless").
-        drafts: Drafts in "lossless" by source: "exit", "lookup", "memory" (outputs of earlier
+        rejected: Drafted tokens that a sync pass rejected.
+        drafts: Drafts by source: "exit", "lookup", "memory" (outputs of earlier
             requests), "phrases" (the bundle's table, or `draft_corpus`), "predicted"
             (`predicted_output`) and "own" (`draft_source`).
         single_passes: Number of deep passes over one token.
