@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from dataclasses import asdict, dataclass, field, fields
+from itertools import zip_longest
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 if TYPE_CHECKING:
     from runtime.options import Mode
@@ -22,44 +23,43 @@ class DraftStats:
     A draft of the exit that was continued from text counts for both sources.
 
     Attributes:
-        outcomes: `outcomes[p, a]` counts drafts of p tokens of which a were accepted.
+        drafts: Number of drafts.
+        proposed: Number of tokens in all drafts.
+        accepted: Number of tokens that the full model also chose.
+        by_position: Accepted and compared tokens at each position of a draft. Tokens after a
+            rejected one are not compared.
     """
 
-    outcomes: Counter[tuple[int, int]] = field(default_factory=Counter)
-
-    @property
-    def drafts(self) -> int:
-        """Number of drafts."""
-        return self.outcomes.total()
-
-    @property
-    def proposed(self) -> int:
-        """Number of tokens in all drafts."""
-        return sum(proposed * count for (proposed, _), count in self.outcomes.items())
-
-    @property
-    def accepted(self) -> int:
-        """Number of tokens that the full model also chose."""
-        return sum(accepted * count for (_, accepted), count in self.outcomes.items())
+    drafts: int = 0
+    proposed: int = 0
+    accepted: int = 0
+    by_position: list[tuple[int, int]] = field(default_factory=list)
 
     @property
     def mean_accepted(self) -> float:
         """Mean number of accepted tokens per draft."""
         return self.accepted / max(1, self.drafts)
 
-    @property
-    def by_position(self) -> list[tuple[int, int]]:
-        """Accepted and compared tokens at each position of a draft.
+    def add(self, proposed: int, accepted: int) -> None:
+        """Count a draft of `proposed` tokens of which the first `accepted` were accepted."""
+        self.drafts += 1
+        self.proposed += proposed
+        self.accepted += accepted
+        self._compare([(1, 1)] * accepted + [(0, 1)] * (accepted < proposed))
 
-        Tokens after a rejected one are not compared.
-        """
-        right = Counter[int]()
-        compared = Counter[int]()
-        for (proposed, accepted), count in self.outcomes.items():
-            for position in range(min(accepted + 1, proposed)):
-                right[position] += count * (position < accepted)
-                compared[position] += count
-        return [(right[position], compared[position]) for position in range(len(compared))]
+    def __iadd__(self, other: DraftStats) -> DraftStats:
+        self.drafts += other.drafts
+        self.proposed += other.proposed
+        self.accepted += other.accepted
+        self._compare(other.by_position)
+        return self
+
+    def _compare(self, positions: Sequence[tuple[int, int]]) -> None:
+        """Add accepted and compared tokens at each position."""
+        both = zip_longest(self.by_position, positions, fillvalue=(0, 0))
+        self.by_position = [
+            (accepted + more, compared + others) for (accepted, compared), (more, others) in both
+        ]
 
 
 @dataclass(slots=True)
@@ -175,7 +175,8 @@ class Stats:
                     start = 0 if part is parts[0] else getattr(whole, each.name)
                     setattr(whole, each.name, start + getattr(part, each.name))
             for source, counts in part.drafts.items():
-                whole.drafts.setdefault(source, DraftStats()).outcomes += counts.outcomes
+                total = whole.drafts.setdefault(source, DraftStats())
+                total += counts
             for rows, done in part.longer_passes.items():
                 passes = whole.longer_passes.setdefault(rows, PassStats())
                 passes.count += done.count
@@ -191,7 +192,7 @@ class Stats:
         counts = self.drafts.get(source)
         if counts is None:
             counts = self.drafts[source] = DraftStats()
-        counts.outcomes[proposed, accepted] += 1
+        counts.add(proposed, accepted)
 
     def count_pass(self, rows: int, seconds: float) -> None:
         """Add a deep pass over `rows` tokens."""
@@ -370,3 +371,7 @@ class GenerationResult:
     def interrupted(self) -> bool:
         """True if the request was cancelled or its deadline passed."""
         return self.finish_reason in ("cancelled", "deadline")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all fields, including those of `stats`, as values that json.dumps accepts."""
+        return asdict(self)
