@@ -64,7 +64,12 @@ class DraftStats:
 
 @dataclass(slots=True)
 class PassStats:
-    """Number and total time of the deep passes over a given number of tokens."""
+    """Deep passes over a given number of tokens.
+
+    Attributes:
+        count: Number of passes.
+        seconds: Their total time.
+    """
 
     count: int = 0
     seconds: float = 0.0

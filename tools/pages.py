@@ -1,6 +1,6 @@
-"""Generates docs/options.md and runtime/option_keywords.py from the declared options.
+"""Generates docs/api.md, docs/options.md and runtime/option_keywords.py from the code.
 
-python -m tools.pages              writes both
+python -m tools.pages              writes them
 python -m tools.pages --check      fails if one differs
 
 Run from the root of the repository.
@@ -22,6 +22,7 @@ from freeexport.system.output import write_whole
 from runtime.checks import Real, Whole
 from runtime.options import GenerationOptions, SpeechOptions
 from runtime.session_options import SessionOptions
+from tools.api_page import api
 
 OPTIONS = """# Options
 
@@ -152,6 +153,7 @@ def write_pages(pages: Mapping[Path, str], check: bool, command: str) -> None:
 @click.option("--check", is_flag=True, help="Write nothing; fail where a page differs.")
 def main(check: bool) -> None:
     pages = {
+        Path("docs/api.md"): api(),
         Path("docs/options.md"): options(),
         Path("runtime/option_keywords.py"): keywords(),
     }

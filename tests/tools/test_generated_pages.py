@@ -12,8 +12,10 @@ import pytest
 from click.testing import CliRunner
 
 from freeexport.cli import main as freeexport_command
+import runtime
 from runtime import GenerationOptions, SessionOptions, SpeechOptions
 from tools import pages
+from tools.api_page import OTHER_RECORDS, RESULTS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -52,3 +54,19 @@ def test_every_option_is_shown_and_a_change_by_hand_is_found(tmp_path: Path, mon
 @pytest.mark.parametrize("kind", [SessionOptions, GenerationOptions, SpeechOptions])
 def test_each_option_has_a_text(kind: type[Any]) -> None:
     assert all(option.text.endswith((".", ")")) for option in pages.declared(kind))
+
+
+def test_api_page_has_every_field_of_a_result() -> None:
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    for kind in (*RESULTS, *OTHER_RECORDS):
+        section = page.partition(f"## `{kind.__name__}`\n")[2].partition("\n## ")[0]
+        names = kind._fields if issubclass(kind, tuple) else [field.name for field in fields(kind)]
+        for name in names:
+            text = section.partition(f"| `{name}` | `")[2].partition("\n")[0]
+            assert len(text.split("` | ")[1]) > 8, f"{kind.__name__}.{name} has no text"
+
+
+def test_api_page_has_every_public_name_but_options() -> None:
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    for name in runtime.__all__:
+        assert f"`{name}`" in page or name.endswith("Options"), name
