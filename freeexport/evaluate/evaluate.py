@@ -120,7 +120,7 @@ def evaluate(
             for entry in entries
         },
         "rows": rows,
-        "curves": curves_of(rows, metrics[0].name, options.quality),
+        "curves": curves_of(rows, metrics[0], options.quality),
         "notes": notes,
     }
     lines = {request.line_number: request for request in requests}

@@ -110,7 +110,9 @@ def score(metric: Metric, table: np.ndarray, whole: np.ndarray) -> dict[str, flo
 
     Returns:
         The value, the value relative to the full model's with its 95 % interval, and for metrics
-        that count errors also the error.
+        that count errors also the error. `support` is the number of lines that the full model's
+        value rests on: if its scores are equal in some lines and 0 in all others, the number of
+        these lines.
     """
     value = metric.of(table)
     full = metric.of(whole)
@@ -124,7 +126,14 @@ def score(metric: Metric, table: np.ndarray, whole: np.ndarray) -> dict[str, flo
     low, high = (
         percentiles([one / other for one, other in drawn if other]) if full else (None, None)
     )
-    found = {"value": value, "relative": value / full if full else None, "low": low, "high": high}
+    each = np.array([bounded((metric.single or metric.value)(line)) for line in whole])
+    found = {
+        "value": value,
+        "relative": value / full if full else None,
+        "low": low,
+        "high": high,
+        "support": float(each.sum() ** 2 / np.square(each).sum()) if each.any() else 0.0,
+    }
     return found | ({"error": 1 - value} if metric.error else {})
 
 

@@ -28,6 +28,7 @@ from freeexport.evaluate.evaluate import evaluate
 from freeexport.evaluate.page import Story, write_evaluation
 from freeexport.evaluate.scores import Row
 from freeexport.evaluate.speed import speed_prompts
+from freeexport.evaluate.verdicts import keeps, too_few_lines
 from freeexport.fit.options import FitOptions
 from freeexport.fit.paper import comparison, written
 from freeexport.fit.plan import SPEED_SECONDS, Plan
@@ -36,6 +37,7 @@ from freeexport.fit.steps import (
     DONE,
     FINISHED,
     GIVEN,
+    TRAINED,
     Places,
     Step,
     evaluations,
@@ -165,34 +167,26 @@ def conclude(rows: Sequence[Row], options: FitOptions, places: Places) -> tuple[
     A bundle whose full model scores worse than the other's is not served, however fast it is. Mode
     free counts only at its calibrated threshold.
     """
-    metric = options.metric
+    metric = metric_of(options.metric)
     quality = options.quality
-    full = {
-        row["bundle"]: row["scores"][metric]["value"] for row in rows if row["method"] == "full"
-    }
-    least = (FitOptions.quality if quality is None else quality) or 0.0
-    good = [row for row in rows if full[row["bundle"]] >= least * max(full.values())]
-    keeps = [
+    share = FitOptions.quality if quality is None else quality
+    full = {row["bundle"]: row["scores"][metric.name] for row in rows if row["method"] == "full"}
+    highest = max(score["value"] for score in full.values())
+    good = [row for row in rows if full[row["bundle"]]["value"] >= share * highest]
+    kept = [
         row
         for row in good
         if row["method"] == "lossless"
-        or (
-            quality is not None
-            and row["calibrated"]
-            and (row["scores"][metric]["low"] or 0.0) >= quality
-        )
+        or (quality is not None and row["calibrated"] and keeps(row, metric, quality))
     ]
-    best = max(keeps, key=lambda row: row["request_low"] or 0.0)
+    best = max(kept, key=lambda row: row["request_low"] or 0.0)
     speed, low, high = (best[name] for name in ("request_speed", "request_low", "request_high"))
     bounds = f"95 %: {low:.2f} to {high:.2f}, {best['lines']} lines"
     if best["method"] == "free":
-        kept, worst, most = (
-            100 * best["scores"][metric][name] for name in ("relative", "low", "high")
+        value, worst, most = (
+            100 * best["scores"][metric.name][name] for name in ("relative", "low", "high")
         )
-        tokens = (
-            f"at {kept:.1f} % of the full model's {metric_of(metric).label} ({worst:.1f} to "
-            f"{most:.1f})"
-        )
+        tokens = f"at {value:.1f} % of the full model's {metric.label} ({worst:.1f} to {most:.1f})"
     elif best["same"] == 1:
         tokens = "with every token equal"
     else:
@@ -200,15 +194,29 @@ def conclude(rows: Sequence[Row], options: FitOptions, places: Places) -> tuple[
     faster = low > 1
     mode = best["method"]
     text = f"{speed:.2f}x a request {tokens} ({bounds})"
+    too_few = too_few_lines(full[best["bundle"]], best["lines"], metric, share)
     if not faster:
-        best = max(good, key=lambda row: (full[row["bundle"]], row["method"] == "lossless"))
+        whose = "the trained model" if best["bundle"] == TRAINED else "the given model"
+        scope = (
+            f"every token of {whose}"
+            if quality is None or too_few
+            else f"{100 * quality:.4g} % of the {metric.label} of {whose}"
+        )
+        text = (
+            "nothing is surely faster than the full model: of the settings that keep "
+            f"{scope}, the best gives {text}"
+        )
+        best = max(
+            good, key=lambda row: (full[row["bundle"]]["value"], row["method"] == "lossless")
+        )
         mode = "lossless" if mode == "lossless" and speed >= 1 else "full"
-        text = f"nothing is surely faster than the full model: the best gives {text}"
+    if too_few and (quality is not None or len(full) > 1):
+        text += f"; no verdict on quality: {too_few}"
     if len(full) > 1 and best["bundle"] == GIVEN:
         text += "; the model as it was given, as the trained one is no better"
     if len(full) > 1:
-        others = ", ".join(f"{name} {value:.3f}" for name, value in full.items())
-        click.echo(f"{metric_of(metric).label} of the full models: {others}")
+        others = ", ".join(f"{name} {score['value']:.3f}" for name, score in full.items())
+        click.echo(f"{metric.label} of the full models: {others}")
     bundle = places.work / best["bundle"]
     default = "free" if Bundle.open(bundle).manifest.threshold < NEVER_EXIT else "lossless"
     serve = (*_serving(options), *(() if mode == default else ("--mode", mode)))

@@ -190,11 +190,12 @@ def test_tables_pictures_and_a_page_of_escaped_text_are_written(done: Done) -> N
 
 def test_a_share_reads_the_same_in_the_table_and_in_the_verdict() -> None:
     """With an error rate, both show 1 minus the rate."""
-    scores = {"value": 0.96, "relative": 0.98, "low": 0.97, "high": 0.99, "error": 0.04}
+    scores = {"value": 0.96, "relative": 0.98, "low": 0.97, "high": 0.99, "error": 0.04, "support": 180.0}
     full = {"bundle": "b", "method": "full", "setting": "full", "lines": 200, "scores": {"per": scores}}
     row = full | {
         "method": "free",
         "setting": "free 0.5",
+        "same": 0.5,
         "request_speed": 2.0,
         "request_low": 1.9,
         "request_high": 2.1,

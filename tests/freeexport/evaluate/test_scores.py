@@ -114,7 +114,7 @@ def test_scores_are_relative_to_the_first_full_model_or_where_it_has_none_to_not
     assert row["request_speed"] == pytest.approx(1.1 / 0.3)
     rows = rows_of([entry], records(), dict.fromkeys((1, 2), Reference(("other",))), [metric_of("exact")])
     assert [row["scores"]["exact"]["relative"] for row in rows] == [None] * 3
-    assert all(curve["fastest"] is None for curve in curves_of(rows, "exact", 0.99))
+    assert all(curve["fastest"] is None for curve in curves_of(rows, metric_of("exact"), 0.99))
 
 
 def test_shares_of_an_error_rate_are_those_of_what_is_right() -> None:
@@ -172,7 +172,7 @@ def test_a_winner_keeps_the_quality_by_the_lower_bound_of_its_interval(
     metric = metric_of("exact")
     references = {line: Reference(("right",)) for line in range(lines)}
     rows = rows_of([entry], many(wrong, lines), references, [metric])
-    curves = {curve["method"]: curve for curve in curves_of(rows, "exact", 0.99)}
+    curves = {curve["method"]: curve for curve in curves_of(rows, metric_of("exact"), 0.99)}
     assert curves["free"]["fastest"] == fastest
     assert curves["static"]["fastest"] is None
     assert curves["static"]["area"] is None  # a point is no curve
@@ -191,6 +191,39 @@ def test_a_setting_that_may_be_slower_than_full_is_no_winner(entry: Entry) -> No
     rows = rows_of([entry], found, references, [metric_of("exact")])
     (verdict,) = verdicts(rows, metric_of("exact"), 0.99)
     assert "no setting that keeps 99 % of full's exact is surely faster than full: free 0.5 has 1.0" in verdict
+
+
+def test_no_verdict_on_quality_if_one_line_is_worth_more_than_the_margin(entry: Entry) -> None:
+    """Full and free are right in the same line of 200: the paired interval is 100 % to 100 %, and tells nothing."""
+    found = many(0)
+    references = {line: Reference(("right" if line == 7 else "other",)) for line in range(200)}
+    metric = metric_of("exact")
+    rows = rows_of([entry], found, references, [metric])
+    free = rows[-1]["scores"]["exact"]
+    assert (free["relative"], free["low"], free["high"], free["support"]) == (1, 1, 1, 1)
+    assert verdicts(rows, metric, 0.99) == [
+        "no verdict: exact of the full model rests on 1 of 200 lines, too few to see a loss of 1 %; "
+        "give more lines, or another metric"
+    ]
+    assert all(curve["fastest"] is None for curve in curves_of(rows, metric, 0.99))
+    # The tokens of lossless are those of full, so that only its speed is in question.
+    drafting = Setting("lossless")
+    found["one", "lossless"] = {
+        line: [replace(one, setting="lossless")] for line, (one,) in found["one", FREE.name].items()
+    }
+    rows = rows_of([replace(entry, settings=(FULL, STATIC, FREE, drafting))], found, references, [metric])
+    (verdict,) = verdicts(rows, metric, 0.99)
+    assert verdict.startswith("lossless is the fastest with full's tokens: 1.9")
+    assert "no verdict on the others: exact of the full model rests on 1 of 200 lines" in verdict
+
+
+def test_support_is_the_number_of_lines_that_the_score_rests_on() -> None:
+    """A score that all lines share rests on all of them, and one with unequal lines on fewer."""
+    for right in ([0.5] * 8, [1.0] * 3 + [0.0] * 5, [1.0, 0.5, 0.5] + [0.0] * 5):
+        table = np.stack([right, np.ones(8)], axis=1)
+        expected = sum(right) ** 2 / sum(one * one for one in right)
+        assert score(metric_of("rouge-l"), table, table)["support"] == pytest.approx(expected)
+    assert score(metric_of("exact"), table, 0 * table + [0, 1])["support"] == 0
 
 
 def test_the_interval_of_a_speed_is_over_lines_and_paired() -> None:
