@@ -55,6 +55,18 @@ def find_exit(name: str) -> Path:
     )
 
 
+def recorded_results(record: ReadyMadeExit) -> str:
+    """Return what the file of an exit in this package says about its speed.
+
+    "" for an exit that is not in the package, or is another version.
+    """
+    path = READY_MADE / f"{record.name}{SUFFIX}"
+    if record.file is not None or not path.is_file():
+        return ""
+    packed = read_packed(path)
+    return packed.about.results if packed.sha256 == record.sha256 else ""
+
+
 def misfit(packed: PackedExit, checkpoint: Checkpoint) -> str | None:
     """Return the reason why an exit cannot fit a model, by family and sizes. None if it can.
 

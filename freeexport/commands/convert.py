@@ -246,13 +246,11 @@ def _lines(
         yield (
             f"threshold: {manifest.threshold:.4g}, calibrated{never}{again if quantization else ''}"
         )
-    yield str(bundle_verdict(Bundle.open(out), ready_made))
+    yield str(bundle_verdict(Bundle.open(out)))
     if ready_made:
-        again = shlex.join(
-            ("freeexport", "convert", str(model), str(out), "--exit", ready_made[0], "--overwrite")
-        )
+        listed = shlex.join(("freeexport", "exits", str(model)))
         yield (
-            f"ready-made exits for these weights: {', '.join(ready_made)}; apply one with: {again}"
+            f"ready-made exits for these weights: {', '.join(ready_made)}; what they gain: {listed}"
         )
 
 

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from freeexport.checkpoints.ready_made import recorded_results
 from freeexport.costs.bytes import known_costs
 from runtime.bundle.bundle import Bundle
 from runtime.bundle.calibration import Calibration
@@ -137,12 +138,11 @@ class ExitFacts:
         break_even: Exit rate from which exits pay. None if they never do, or if `basis` is unknown.
         speedup: Predicted speedup over mode full at the threshold.
         measured: Measured speedup over mode full at the threshold.
-        basis: Basis of `speedup`, `break_even` and `drafting`.
-        acceptance: Expected share of the exit's drafts that mode lossless accepts.
-        drafting: Predicted speedup of mode lossless over mode full with the exit's drafts alone.
+        basis: Basis of `speedup` and `break_even`.
+        ready_made: Name of the ready-made exit that the bundle was converted with, or "".
+        card: What the file of that exit says about its speed, or "" if unknown.
         gain: Measured speedup of mode lossless over drafts from text alone.
         heavy_head: The head costs more than the shallow layers.
-        ready_made: Names of ready-made exits that fit the weights.
         data: Data file of the calibration.
     """
 
@@ -160,11 +160,10 @@ class ExitFacts:
     measured: float | None = None
     basis: Basis = "unknown"
     precision: str = ""
-    acceptance: float | None = None
-    drafting: float | None = None
+    ready_made: str = ""
+    card: str = ""
     gain: DraftGain | None = None
     heavy_head: bool = False
-    ready_made: tuple[str, ...] = ()
     data: str = "FILE"
 
     @property
@@ -254,10 +253,10 @@ def verdict(facts: ExitFacts) -> Verdict:
         )
         if facts.gain is not None:
             return _gain_verdict(facts.precision, facts.gain, where, calibrate)
+        if facts.ready_made:
+            return _unmeasured_verdict(facts, where)
         if facts.basis == "unknown":
             return Verdict("neutral", f"{uncalibrated}; speed not measured", calibrate)
-        if facts.drafting is not None:
-            return _drafting_verdict(facts, where, calibrate)
         if even is None:
             return _bad(facts, f"{where} {break_even}", EARLIER)
         return Verdict("neutral", f"{uncalibrated}; {where} {break_even}", calibrate)
@@ -304,23 +303,6 @@ def verdict(facts: ExitFacts) -> Verdict:
     return Verdict("good", f"pays: {gain}; {rates}", f"freeexport evaluate {facts.name}")
 
 
-def drafting_speedup(costs: Costs, acceptance: float, most: int) -> float:
-    """Return the speedup of mode lossless over mode full with drafts of the exit alone.
-
-    Each draft is accepted with probability `acceptance` if those before it are. A round of n drafts
-    costs n + 1 shallow steps and a sync pass over n + 1 rows, at most `most`. The best n is
-    assumed.
-    """
-    best = 0.0
-    tokens = 1.0
-    for rows in range(2, most + 1):
-        tokens += acceptance ** (rows - 1)
-        steps = rows * (costs.shallow + costs.outside.free)
-        seconds = steps + costs.deep_pass(rows) + costs.outside.sync
-        best = max(best, tokens * costs.full / seconds)
-    return best
-
-
 def _gain_verdict(precision: str, gain: DraftGain, where: str, calibrate: str) -> Verdict:
     """Return the verdict on an exit that is not calibrated, but whose gain was measured."""
     interval = f"95 %: {gain.low:.2f} to {gain.high:.2f}"
@@ -339,34 +321,21 @@ def _gain_verdict(precision: str, gain: DraftGain, where: str, calibrate: str) -
     )
 
 
-def _drafting_verdict(facts: ExitFacts, where: str, calibrate: str) -> Verdict:
-    """Return the verdict on an exit that is not calibrated, but whose acceptance is known."""
-    assert facts.drafting is not None
-    expected = (
-        f"{where} is expected to make mode lossless {facts.drafting:.2f}x as fast as mode full at "
-        f"{facts.precision}, {_BASES[facts.basis]}, with {facts.acceptance:.0%} of its drafts "
-        "accepted"
-    )
-    if facts.drafting < PAYS:
-        return Verdict(
-            "bad",
-            f"does not pay at {facts.precision}: {expected}",
-            "convert without the exit, and mode lossless drafts from the text alone",
-        )
+def _unmeasured_verdict(facts: ExitFacts, where: str) -> Verdict:
+    """Return the verdict on a ready-made exit that was not timed here: what its file says."""
+    card = facts.card.rstrip(".")
+    known = f"the file of exit {facts.ready_made} says: {card}" if card else "its speed is unknown"
     return Verdict(
         "neutral",
-        f"can pay: {expected}, not compared with drafts from the text alone; mode free needs a "
-        "threshold",
-        calibrate,
+        f"not measured whether {where} makes mode lossless faster here; {known}",
+        f"compare on your own prompts (freeexport evaluate {facts.name} "
+        "--methods full,phrases,lossless), on an idle machine",
     )
 
 
 def _bad(facts: ExitFacts, why: str, *first: str) -> Verdict:
     """Return the verdict on an exit that does not pay, with `first` before the usual steps."""
     steps = [*first, "train it for the exit (freeexport train CHECKPOINT OUT)"]
-    if facts.ready_made:
-        names = " or ".join(facts.ready_made)
-        steps.insert(0, f"use a ready-made exit (freeexport convert CHECKPOINT OUT --exit {names})")
     if facts.heavy_head:
         steps.append(
             "give the exit a smaller head (freeexport train --exit-vocab N), "
@@ -376,7 +345,7 @@ def _bad(facts: ExitFacts, why: str, *first: str) -> Verdict:
     return Verdict("bad", f"does not pay: {why}", ", ".join(steps[:-1]) + ", or " + steps[-1])
 
 
-def bundle_verdict(bundle: Bundle, ready_made: tuple[str, ...] = ()) -> Verdict:
+def bundle_verdict(bundle: Bundle) -> Verdict:
     """Return the verdict from a bundle's manifest, calibration and verification.
 
     Shares of a calibration have no interval, because bundles do not record counts per sequence.
@@ -386,11 +355,7 @@ def bundle_verdict(bundle: Bundle, ready_made: tuple[str, ...] = ()) -> Verdict:
     seen = (bundle.verification or {}).get("exit")
     agreement = seen.get("agreement") if isinstance(seen, Mapping) else None
     costs = known_costs(bundle, calibration.costs if calibration else None, manifest.costs)
-    exit_file = manifest.ready_made_exit
-    acceptance = None if exit_file is None else exit_file.agreement
-    drafting = None
-    if costs is not None and acceptance is not None and manifest.max_pending > 1:
-        drafting = drafting_speedup(costs, acceptance, manifest.max_pending)
+    applied = manifest.ready_made_exit
     facts = ExitFacts(
         name=str(bundle.path),
         exit_layer=manifest.exit_layer,
@@ -401,11 +366,11 @@ def bundle_verdict(bundle: Bundle, ready_made: tuple[str, ...] = ()) -> Verdict:
         break_even=None if costs is None else costs.break_even(manifest.max_pending),
         basis=basis_of(costs),
         precision=manifest.precision,
-        acceptance=acceptance,
-        drafting=drafting,
-        gain=None if exit_file is None else exit_file.gain,
-        ready_made=ready_made,
     )
+    if applied is not None:
+        facts = replace(
+            facts, ready_made=applied.name, card=recorded_results(applied), gain=applied.gain
+        )
     if calibration is None:
         # A threshold below 1 without a calibration has no known rates.
         return verdict(

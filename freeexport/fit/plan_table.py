@@ -36,7 +36,7 @@ def describe_plan(options: FitOptions, plan: Plan) -> list[tuple[str, str]]:
     if plan.ready_made:
         names = ", ".join(plan.ready_made)
         rows["ready-made exits"] = (
-            f"{names} fit these weights: freeexport convert MODEL OUT --exit {plan.ready_made[0]}"
+            f"{names} fit these weights; what they gain: freeexport exits MODEL"
         )
     if texts is not None:
         inputs = (

@@ -169,7 +169,7 @@ def conclude(rows: Sequence[Row], options: FitOptions, places: Places) -> tuple[
     """
     metric = metric_of(options.metric)
     quality = options.quality
-    share = FitOptions.quality if quality is None else quality
+    share = (FitOptions.quality if quality is None else quality) or 0.0
     full = {row["bundle"]: row["scores"][metric.name] for row in rows if row["method"] == "full"}
     highest = max(score["value"] for score in full.values())
     good = [row for row in rows if full[row["bundle"]]["value"] >= share * highest]

@@ -406,7 +406,7 @@ def test_convert_names_the_exits_that_fit(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """And says in its last line that one whose drafts are mostly wrong does not pay."""
+    """Without a recommendation. Of an exit that it did not time, it prints what the exit's file says."""
     packed = {name: tmp_path / f"{name.replace(' ', '-')}.safetensors" for name in ("layers", "t5 layers")}
     for name, path in packed.items():
         pack(str(trained(name)), path, path.stem, **FACTS)
@@ -417,13 +417,15 @@ def test_convert_names_the_exits_that_fit(
     assert fitting_exits(open_checkpoint(str(trained("layers")))) == []
     result = succeed("convert", model, out, "--verify", "none")
     lines = result.stdout.splitlines()
-    assert lines[-1] == (
-        "ready-made exits for these weights: layers; apply one with: "
-        f"freeexport convert {model} {out} --exit layers --overwrite"
-    )
+    assert lines[-1] == f"ready-made exits for these weights: layers; what they gain: freeexport exits {model}"
+    assert "--exit " not in result.stdout
+    monkeypatch.setattr(ready_made_exits, "READY_MADE", sampled.parent)
     result = succeed("convert", model, tmp_path / "with", "--verify", "none", "--exit", sampled)
     assert "ready-made exits" not in result.stdout
-    assert result.stdout.splitlines()[-1].startswith("does not pay at fp32: the exit after layer 2 of 5 is expected ")
+    assert result.stdout.splitlines()[-1].startswith(
+        "not measured whether the exit after layer 2 of 5 makes mode lossless faster here; the file of exit "
+        f"{sampled.stem} says: none. Next: compare on your own prompts"
+    )
 
 
 def test_lossless_leaves_out_an_exit_that_was_measured_not_to_pay(

@@ -10,13 +10,12 @@ from freeexport.costs.verdict import (
     Share,
     basis_of,
     break_even_text,
-    drafting_speedup,
     prospect,
     share,
     trained_verdict,
     verdict,
 )
-from runtime.bundle.costs import MAX_PENDING, Costs, Outside
+from runtime.bundle.costs import MAX_PENDING, Costs
 from runtime.bundle.manifest import DraftGain
 
 UNKNOWN = ExitFacts("out", 10, 30)
@@ -112,13 +111,6 @@ def test_a_heavy_head_is_named() -> None:
     assert "--exit-vocab N" in verdict(replace(facts, heavy_head=True)).next_step
 
 
-def test_a_ready_made_exit_is_named_before_training() -> None:
-    facts = replace(TIMED, trained=False, agreement=POOR)
-    assert verdict(facts).next_step.startswith("train it for the exit")
-    found = verdict(replace(facts, ready_made=("chat", "code"))).next_step
-    assert found.startswith("use a ready-made exit (freeexport convert CHECKPOINT OUT --exit chat or code), ")
-
-
 def test_an_exit_without_a_threshold_drafts() -> None:
     assert verdict(TIMED).text == (
         "not calibrated, so mode lossless drafts with the exit, and mode free needs a threshold; the exit after layer "
@@ -126,28 +118,24 @@ def test_an_exit_without_a_threshold_drafts() -> None:
     )
 
 
-def test_drafts_pay_from_an_acceptance_on() -> None:
-    """A token takes 10 in mode full: one draft and its check take 2 x 1 + 10, and give 1 + a tokens."""
-    costs = Costs(1.0, 0.5, {1: 9.5, 2: 10.0}, Outside(), measured=True)
-    assert drafting_speedup(costs, 0.0, MAX_PENDING) == pytest.approx(10 / 12)
-    assert drafting_speedup(costs, 0.5, 2) == pytest.approx(1.5 * 10 / 12)
-    assert drafting_speedup(costs, 0.5, MAX_PENDING) > drafting_speedup(costs, 0.5, 2)
-    facts = replace(TIMED, trained=True, precision="int4", acceptance=0.1, drafting=0.92)
-    found = verdict(facts)
-    assert found.level == "bad"
-    assert found.text == (
-        "does not pay at int4: the exit after layer 10 of 30 is expected to make mode lossless 0.92x as fast as mode "
-        "full at int4, by the engines' measured times, with 10% of its drafts accepted"
-    )
-    found = verdict(replace(facts, drafting=1.3))
-    assert found.level == "neutral"
-    assert ", not compared with drafts from the text alone" in found.text
-    assert verdict(replace(facts, basis="unknown")).text.endswith("speed not measured")
+def test_unmeasured_ready_made_exit_has_the_results_of_its_file() -> None:
+    """Neither the costs nor the bytes that were read tell what its drafts add to those from the text."""
+    for basis in ("unknown", "bytes", "measured"):
+        facts = replace(TIMED, trained=True, basis=basis, ready_made="chat", card="0.95x in int8.")
+        found = verdict(facts)
+        assert (found.level, found.text) == (
+            "neutral",
+            "not measured whether the exit after layer 10 of 30 makes mode lossless faster here; the file of exit "
+            "chat says: 0.95x in int8",
+        )
+        assert found.next_step.startswith("compare on your own prompts (freeexport evaluate out --methods ")
+    assert verdict(replace(facts, card="")).text.endswith("faster here; its speed is unknown")
 
 
 def test_a_measured_gain_decides_whether_an_exit_pays() -> None:
-    """Whatever its predicted speed over mode full is."""
-    facts = replace(TIMED, trained=True, precision="int4", drafting=1.4, gain=DraftGain(1.015, 0.999, 1.03, 32))
+    """Whatever its file says."""
+    gain = DraftGain(1.015, 0.999, 1.03, 32)
+    facts = replace(TIMED, trained=True, precision="int4", ready_made="chat", card="1.40x", gain=gain)
     found = verdict(facts)
     assert (found.level, found.text) == (
         "bad",
@@ -155,7 +143,7 @@ def test_a_measured_gain_decides_whether_an_exit_pays() -> None:
         "fast as with drafts from the text alone, measured on 32 sample prompts, and therefore drafts from the text "
         "alone",
     )
-    found = verdict(replace(facts, precision="int8", drafting=0.9, gain=DraftGain(1.07, 1.05, 1.08, 32)))
+    found = verdict(replace(facts, precision="int8", gain=DraftGain(1.07, 1.05, 1.08, 32)))
     assert found.level == "good"
     assert found.text.startswith("pays at int8: with the exit after layer 10 of 30, mode lossless is 1.07x (95 %: ")
 
