@@ -129,7 +129,6 @@ class Session:
         self._observer = Observer(None if on_event is None else scheduler.guarded(on_event))
         limit = options.prefix_cache_bytes
         memory_limit = options.draft_memory_bytes
-        gain = None if manifest.ready_made_exit is None else manifest.ready_made_exit.gain
         self._model = Model(
             self.bundle,
             options,
@@ -144,7 +143,7 @@ class Session:
             memory=TextMemory(manifest.vocab_size, memory_limit) if memory_limit else None,
             corpus=corpus,
             phrases=phrases,
-            drafts_exit=costs is None or gain is None or gain.pays,
+            drafts_exit=thresholds.drafts_exit,
         )
         transcriber: Transcriber | None = None
         if manifest.speech is not None:
@@ -442,11 +441,15 @@ class Session:
 
     @property
     def default_mode(self) -> DefaultMode:
-        """How requests without mode and threshold are decoded, and the expected speedup.
+        """How requests without options are decoded, and the expected speedup.
 
         Its str is one readable line.
         """
-        return self._model.thresholds.default()
+        return self.describe_mode()
+
+    def describe_mode(self, options: Given = None, **keywords: Unpack[Keywords]) -> DefaultMode:
+        """Return how requests with these options are decoded, as `default_mode`."""
+        return self._model.thresholds.describe(self._requests.options(options, keywords))
 
     @property
     def cached_answer_limit(self) -> int:

@@ -11,19 +11,23 @@ from runtime.bundle.beta import NEVER_EXIT
 from runtime.bundle.bundle import Bundle
 from runtime.bundle.calibration import TableRow
 from runtime.bundle.costs import Costs
+from runtime.decoding.phrases import PHRASES
+from runtime.machine.machine import costs_here, usable_cores
 from runtime.options import Drafts, GenerationOptions, Mode
 from runtime.session_options import SessionOptions
 
 
 @dataclass(frozen=True)
 class DefaultMode:
-    """How requests without mode and threshold are decoded.
+    """How requests are decoded, by default without any option.
 
     The estimates are those of the calibration at this threshold. None if unknown.
 
     Attributes:
         mode: The mode.
-        threshold: Threshold of mode "free", for an adaptive one its current value.
+        threshold: Threshold of mode "free" or "rollback", for an adaptive one its current value.
+        drafts: Sources of drafts in mode "lossless": "text", "phrases" (the bundle's table) and
+            "exit".
         speedup: Expected speedup over mode "full".
         exit_rate: Expected share of tokens that exit.
         agreement: Expected share of exits that agree with the full model.
@@ -31,16 +35,18 @@ class DefaultMode:
 
     mode: Mode
     threshold: float | None = None
+    drafts: tuple[str, ...] = ()
     speedup: float | None = None
     exit_rate: float | None = None
     agreement: float | None = None
 
     def __str__(self) -> str:
         if self.mode == "lossless":
-            return (
-                "mode lossless, as no threshold is calibrated: the tokens of mode full, with "
-                "drafts from the text"
-            )
+            listed = " and ".join(", ".join(f"the {one}" for one in self.drafts).rsplit(", ", 1))
+            return f"mode lossless: the tokens of mode full, with drafts from {listed}"
+        if self.threshold is None:
+            every = "every" if self.mode == "shallow" else "no"
+            return f"mode {self.mode}: {every} token exits"
         parts = [
             "speedup unknown"
             if self.speedup is None
@@ -51,6 +57,12 @@ class DefaultMode:
         if self.agreement is not None:
             parts.append(f"{self.agreement:.1%} of exits agree with the full model")
         return f"mode {self.mode}, threshold {self.threshold:.3g}: {', '.join(parts)}"
+
+
+def default_mode(bundle: Bundle) -> DefaultMode:
+    """Return how a session with default options decodes requests with default options."""
+    costs = costs_here(bundle.manifest, usable_cores())
+    return Thresholds(bundle, SessionOptions(), costs).describe(GenerationOptions())
 
 
 class Thresholds:
@@ -113,26 +125,47 @@ class Thresholds:
         if self.adaptive is not None and labels is not None:
             self.adaptive.complete(labels)
 
-    def default(self) -> DefaultMode:
-        """Describe how requests without mode and threshold are decoded."""
-        threshold, _ = self.decide(None, "free")
-        if threshold >= NEVER_EXIT:
-            return (
-                DefaultMode("lossless")
-                if self.adaptive is None
-                else DefaultMode("free", threshold, 1.0, 0.0)
-            )
+    @property
+    def drafts_exit(self) -> bool:
+        """Mode "lossless" drafts from the exit by default.
+
+        False if `convert` measured on this machine that it does not pay.
+        """
+        exit_file = self._bundle.manifest.ready_made_exit
+        gain = None if exit_file is None else exit_file.gain
+        return self.costs is None or gain is None or gain.pays
+
+    def describe(self, options: GenerationOptions) -> DefaultMode:
+        """Describe how requests with these options are decoded."""
         manifest = self._bundle.manifest
+        options = self.with_mode(options)
+        mode = options.mode
+        assert mode is not None
+        if mode == "lossless" and options.drafts != "none":
+            return DefaultMode(mode, drafts=self._draft_sources(options.drafts))
+        threshold, _ = self.decide(options.threshold, mode)
+        if mode == "shallow":
+            return DefaultMode(mode)
+        if mode not in ("free", "rollback"):
+            return DefaultMode("full")
+        if threshold >= NEVER_EXIT:
+            if self.adaptive is None or options.threshold is not None:
+                return DefaultMode("full")
+            return DefaultMode(mode, threshold, speedup=1.0, exit_rate=0.0)
         row = self._row(threshold)
-        if row is None:
-            return DefaultMode("free", threshold)
+        if mode != "free" or row is None:
+            return DefaultMode(mode, threshold)
         speedup = row.predicted_speedup if row.measured_speedup is None else row.measured_speedup
         if self.costs is not None:
             speedup = self.costs.speedup(
                 row.exit_rate, manifest.tuned_max_pending or manifest.max_pending
             )
         return DefaultMode(
-            "free", threshold, speedup, exit_rate=row.exit_rate, agreement=row.agreement
+            mode,
+            threshold,
+            speedup=speedup,
+            exit_rate=row.exit_rate,
+            agreement=row.agreement,
         )
 
     def exit_rate(self, threshold: float) -> float | None:
@@ -150,6 +183,13 @@ class Thresholds:
         """Rows of the calibration, read from its file once."""
         calibration = self._bundle.calibration
         return () if calibration is None else calibration.table
+
+    def _draft_sources(self, drafts: Drafts | None) -> tuple[str, ...]:
+        """Return the sources of drafts that the option `drafts` selects."""
+        exits = drafts == "exit" or (drafts in (None, "auto") and self.drafts_exit)
+        phrases = drafts not in ("exit", "lookup") and PHRASES in self._bundle.manifest.files
+        text = drafts != "exit"
+        return ("text",) * text + ("phrases",) * phrases + ("exit",) * exits
 
     def with_mode(self, options: GenerationOptions) -> GenerationOptions:
         """Return options with a mode.
@@ -171,5 +211,5 @@ class Thresholds:
             return replace(options, mode="full")
         # An exit that was not trained is not tried: its predictions are wrong.
         trained = self._bundle.manifest.exit_trained
-        source: Drafts | None = "phrases" if never and not trained else None
+        source: Drafts | None = None if trained else "phrases"
         return replace(options, mode="lossless", drafts=options.drafts or source)

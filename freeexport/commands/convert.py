@@ -25,6 +25,7 @@ from runtime.bundle.calibration import is_calibration
 from runtime.bundle.manifest import MANIFEST, FloatType, Manifest
 from runtime.kernels import kernels_of
 from runtime.tensorrt.files import DIRECTORY
+from runtime.thresholds import default_mode
 
 option = option_of(ConvertOptions)
 
@@ -236,17 +237,16 @@ def _lines(
     )
     yield f"verified: {'yes' if manifest.verified else 'no'}"
     if not any(is_calibration(name) for name in manifest.files):
-        yield (
-            "threshold: not calibrated, so decoding is lossless until you calibrate or pass a "
-            "threshold"
-        )
+        yield "threshold: not calibrated"
     else:
         never = ": nothing exits" if manifest.threshold >= NEVER_EXIT else ""
         again = f"; it was calibrated in fp32; calibrate the bundle for a threshold in {precision}"
         yield (
             f"threshold: {manifest.threshold:.4g}, calibrated{never}{again if quantization else ''}"
         )
-    yield str(bundle_verdict(Bundle.open(out)))
+    bundle = Bundle.open(out)
+    yield f"default: {default_mode(bundle)}"
+    yield str(bundle_verdict(bundle))
     if ready_made:
         listed = shlex.join(("freeexport", "exits", str(model)))
         yield (

@@ -253,7 +253,6 @@ def command(
         if audio is not None:
             _transcribe(session, audio, options, as_json)
             return
-        names_mode = "mode" in options or "threshold" in options
 
         def prompt_of(text: Any) -> Any:
             if isinstance(text, Path) != speech:
@@ -280,8 +279,7 @@ def command(
 
         hint = _chat_hint(session)
         if source is not None:
-            if not names_mode:
-                click.echo(session.default_mode, err=True)
+            click.echo(session.describe_mode(**options), err=True)
             answer_file(
                 ask,
                 source,
@@ -294,7 +292,7 @@ def command(
         text = sys.stdin.read() if prompt in (None, STANDARD) else prompt
         if sequences == 1 and not as_json:
             prompt = prompt_of(text)
-            hint(prompt, [_stream(session, prompt, names_mode, options)])
+            hint(prompt, [_stream(session, prompt, options)])
             return
         results = ask(text)
         if not results:
@@ -376,13 +374,10 @@ def _chat_hint(session: Session) -> Callable[[Any, list[GenerationResult]], None
     return hint
 
 
-def _stream(
-    session: Session, prompt: Any, names_mode: bool, options: dict[str, Any]
-) -> GenerationResult:
+def _stream(session: Session, prompt: Any, options: dict[str, Any]) -> GenerationResult:
     """Print tokens as they are generated, then a line of statistics on stderr."""
     with session.stream(prompt, **options) as stream:
-        if not names_mode:
-            click.echo(session.default_mode, err=True)
+        click.echo(session.describe_mode(**options), err=True)
         for token in stream:
             click.echo(token.text if session.tokenizer else f"{token.id} ", nl=False)
             sys.stdout.flush()
@@ -401,7 +396,5 @@ def _stream(
         ),
         f"{stats.sync_passes} deep passes, finished by {stream.result.finish_reason}",
     ]
-    if stats.mode not in (None, options.get("mode", stats.mode)):
-        figures[-1] += f"; mode {stats.mode}: no token can exit"
     click.echo(", ".join(figures), err=True)
     return stream.result

@@ -49,16 +49,14 @@ def command(bundle: Path, as_json: bool) -> None:
       freeexport inspect path/to/bundle
     """
     from freeexport.costs.verdict import bundle_verdict
-    from runtime.session_options import SessionOptions
-    from runtime.thresholds import Thresholds
+    from runtime.thresholds import default_mode
 
     opened = Bundle.open(find_bundle(bundle), verify="full")
     manifest = opened.manifest
     calibration = opened.calibration
     verdict = bundle_verdict(opened)
     size = sum(file.size for file in manifest.files.values())
-    # Mode of requests that set neither mode nor threshold.
-    mode = Thresholds(opened, SessionOptions()).default()
+    mode = default_mode(opened)
     if as_json:
         content = {
             "path": str(opened.path),

@@ -248,9 +248,7 @@ def verdict(facts: ExitFacts) -> Verdict:
     if facts.threshold is None:
         if poor:
             return _bad(facts, f"{where} {poor}, so early tokens will be poor")
-        uncalibrated = (
-            "not calibrated, so mode lossless drafts with the exit, and mode free needs a threshold"
-        )
+        uncalibrated = "not calibrated, so mode free needs a threshold"
         if facts.gain is not None:
             return _gain_verdict(facts.precision, facts.gain, where, calibrate)
         if facts.ready_made:
@@ -307,8 +305,8 @@ def _gain_verdict(precision: str, gain: DraftGain, where: str, calibrate: str) -
     """Return the verdict on an exit that is not calibrated, but whose gain was measured."""
     interval = f"95 %: {gain.low:.2f} to {gain.high:.2f}"
     measured = (
-        f"with {where}, mode lossless is {gain.value:.2f}x ({interval}) as fast as with drafts "
-        f"from the text alone, measured on {gain.prompts} sample prompts"
+        f"with drafts of {where}, mode lossless is {gain.value:.2f}x ({interval}) as fast as "
+        f"without, measured on {gain.prompts} sample prompts"
     )
     if gain.pays:
         return Verdict(
@@ -316,7 +314,7 @@ def _gain_verdict(precision: str, gain: DraftGain, where: str, calibrate: str) -
         )
     return Verdict(
         "bad",
-        f"does not pay at {precision}: {measured}, and therefore drafts from the text alone",
+        f"does not pay at {precision}: {measured}, so it is not used by default",
         'compare on your own prompts (drafts="exit"), or convert without the exit',
     )
 

@@ -178,17 +178,6 @@ class Plan:
     unwritable: str = ""
     times: dict[str, int] = field(default_factory=dict)
 
-    @property
-    def drafts(self) -> str:
-        """Return the sources of drafts if nothing is trained, as a phrase."""
-        if self.has_exit:
-            return "by the checkpoint's exit and from the text"
-        return (
-            f"by the ready-made exit {self.drafting} and from the text"
-            if self.drafting
-            else "from the text"
-        )
-
 
 def make_plan(options: FitOptions, lines: Sequence[Request]) -> Plan:
     """Plan a run over `lines` of data.

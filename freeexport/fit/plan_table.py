@@ -49,8 +49,9 @@ def describe_plan(options: FitOptions, plan: Plan) -> list[tuple[str, str]]:
     if plan.has_exit and options.data is not None and not options.paper:
         rows["existing exit"] = "calibrated and evaluated as it is; only a better one replaces it"
     if found is None or texts is None or training is None:
+        drafting = f" with the ready-made exit {plan.drafting}" if plan.drafting else ""
         rows["training"] = (
-            f"none: {plan.why}; mode lossless drafts {plan.drafts}, with every token equal"
+            f"none: {plan.why}; mode lossless{drafting} generates the full model's tokens"
         )
     else:
         known = (

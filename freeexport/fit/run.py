@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +57,7 @@ from runtime.bundle.manifest import MANIFEST
 from runtime.errors import FreeExportError, OptionError
 from runtime.options import Mode
 from runtime.session import Session
+from runtime.thresholds import default_mode
 
 AGAIN = "what was made is kept: give the same command again to go on"
 # Speed measurement without data: prompts, tokens of each, and maximum rounds.
@@ -99,17 +99,12 @@ def fit(options: FitOptions, plan: Plan) -> Verdict:
         )
         size = human_bytes(sum(file.size for file in manifest.files.values()))
         click.echo(f"{options.out}: {size}, {'' if manifest.verified else 'not '}verified")
-        of_exit = bundle_verdict(Bundle.open(places.out))
+        opened = Bundle.open(places.out)
+        of_exit = bundle_verdict(opened)
         if plan.drafting is not None and of_exit.level == "bad":
             click.echo(of_exit.text)
-        record = manifest.ready_made_exit
-        if record is not None and record.gain is not None and not record.gain.pays:
-            plan = replace(plan, drafting=None)  # sessions draft from the text alone
         speed = measured_speed(places.out, options.threads, options.device)
-        text = (
-            f"{plan.why}; lossless drafts {plan.drafts}, with every token "
-            f"equal{speed and f': {speed}'}"
-        )
+        text = f"{plan.why}; {default_mode(opened)}{speed and f': {speed}'}"
         return Verdict("neutral", text, shlex.join(_serving(options)))
     _run(steps, _pending(steps, done), done, places)
     found, *others = map(evaluate, evaluations(options, plan, places))

@@ -228,7 +228,7 @@ def run_server(options: ServerOptions, host: str, port: int) -> None:
 
     def ready(service: Service) -> None:
         modes = [
-            f"{name}: {session.default_mode if options.mode is None else f'mode {options.mode}'}"
+            f"{name}: {session.describe_mode(mode=options.mode)}"
             for name, session in service.sessions.items()
         ]
         said.write(f"serving {', '.join(options.names)} on {where}/v1; {'; '.join(modes)}")

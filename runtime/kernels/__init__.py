@@ -142,17 +142,18 @@ def missing() -> str | None:
 
 
 def kernels_of(needed: int | None) -> str:
-    """Return a readable name of the operators for a bundle's quantized weights.
+    """Return a readable name of the operators that run a bundle's quantized weights here.
 
-    `needed` is the version in its manifest.
+    `needed` is the minimum version in its manifest.
     """
     problem = missing()
-    if needed is not None:
-        return f"freeexport's own, version {needed}, " + (
-            f"with {instructions()} here" if problem is None else problem
-        )
-    slower = "" if problem is None else f", which are slower; {problem}"
-    return f"ONNX Runtime's{slower}"
+    if needed is None:
+        slower = "" if problem is None else f", which are slower; {problem}"
+        return f"ONNX Runtime's{slower}"
+    if problem is not None:
+        return f"freeexport's own; {problem}"
+    newer = f"; version {needed} is needed, upgrade freeexport" if needed > VERSION else ""
+    return f"freeexport's own, version {VERSION}, with {instructions()} here{newer}"
 
 
 def _warn_once(message: str) -> None:

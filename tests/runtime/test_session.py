@@ -22,6 +22,7 @@ from checkpoints import BY_NAME, PROMPTS, VOCAB_SIZE, Bundles, Open
 from runtime import (
     CapacityError,
     EngineError,
+    GenerationOptions,
     GenerationResult,
     OptionError,
     PromptError,
@@ -260,6 +261,9 @@ def test_the_default_mode_is_free_where_something_may_exit_else_lossless_from_te
     if mode != "free":
         same = {name: value for name, value in given.items() if name not in ("drafts", "predicted_output", "threshold")}
         assert result.token_ids == opened.generate(PROMPT, **{**same, "mode": "full"}).token_ids
+    described = opened.describe_mode(**given)
+    assert described.mode == mode
+    assert ("exit" in described.drafts) == (options.get("drafts") == "exit")
     assert opened.default_mode.mode == ("free" if session else "lossless")
     assert str(opened.default_mode).startswith(f"mode {opened.default_mode.mode}")
 
@@ -272,10 +276,10 @@ def test_the_default_mode_says_what_the_calibration_expects(bundle: Bundles) -> 
     )
     costs = Costs(2.0, 1.0, {1: 8.0, 16: 8.0})
     known, elsewhere, given, fresh = (
-        Thresholds(calibrated, SessionOptions(), costs).default(),
-        Thresholds(calibrated, SessionOptions()).default(),
-        Thresholds(calibrated, SessionOptions(threshold=0.5)).default(),
-        Thresholds(opened, SessionOptions()).default(),
+        Thresholds(calibrated, SessionOptions(), costs).describe(GenerationOptions()),
+        Thresholds(calibrated, SessionOptions()).describe(GenerationOptions()),
+        Thresholds(calibrated, SessionOptions(threshold=0.5)).describe(GenerationOptions()),
+        Thresholds(opened, SessionOptions()).describe(GenerationOptions()),
     )
     assert known.speedup == costs.speedup(0.6, opened.manifest.max_pending)
     assert str(elsewhere) == (
@@ -283,9 +287,7 @@ def test_the_default_mode_says_what_the_calibration_expects(bundle: Bundles) -> 
         "99.0% of exits agree with the full model"
     )
     assert str(given) == "mode free, threshold 0.5: speedup unknown"
-    assert (
-        str(fresh) == "mode lossless, as no threshold is calibrated: the tokens of mode full, with drafts from the text"
-    )
+    assert str(fresh) == "mode lossless: the tokens of mode full, with drafts from the text"
 
 
 def test_a_calibrated_threshold_is_not_for_drafts(bundle: Bundles) -> None:

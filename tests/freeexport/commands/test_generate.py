@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import BY_NAME, Bundles
+from checkpoints import BY_NAME, Bundles, Case
 from click.testing import Result
-from command_line import error, invoke
+from command_line import error, invoke, succeed
 from fake_device import Machine
 
 from runtime import Session
+from runtime.bundle.bundle import Bundle
+from runtime.bundle.manifest import MANIFEST
 
 CASE = BY_NAME["llama-tied"]
 Run = Callable[..., Result]
@@ -218,8 +222,43 @@ def test_without_trust_prompts_and_results_are_token_ids(generate: Run, session:
     assert "takes no text" in lines[1]["error"]
 
 
-def test_the_first_line_is_the_mode_and_what_it_gives(generate: Run) -> None:
-    expected = "mode lossless, as no threshold is calibrated"
-    assert generate("Hi", "--max-new-tokens", "3").stderr.startswith(expected)
-    for more in (("--threshold", "0.5"), ("--mode", "full"), ("--json",)):
-        assert expected not in generate("Hi", "--max-new-tokens", "3", *more).stderr
+def test_first_line_is_the_mode_that_runs(generate: Run) -> None:
+    drafting = "mode lossless: the tokens of mode full, with drafts from"
+    for more, expected in (
+        ((), f"{drafting} the text\n"),
+        (("--mode", "lossless"), f"{drafting} the text and the exit\n"),
+        (("-o", "drafts=lookup"), f"{drafting} the text\n"),
+        (("-o", "drafts=none"), "mode full: no token exits\n"),
+        (("--threshold", "0.5"), "mode free, threshold 0.5: speedup unknown\n"),
+        (("--threshold", "0.5", "-o", "drafts=exit"), f"{drafting} the exit\n"),
+        (("--mode", "free"), "mode full: no token exits\n"),
+        (("--mode", "shallow"), "mode shallow: every token exits\n"),
+    ):
+        result = generate("Hi", "--max-new-tokens", "3", *more)
+        assert result.stderr.startswith(expected), (more, result.stderr)
+    assert generate("Hi", "--max-new-tokens", "3", "--json").stderr == ""
+
+
+def test_a_calibrated_bundle_that_drafts_is_not_said_to_be_free(copied: Bundles) -> None:
+    path = copied(CASE, 2)
+    manifest = Bundle.open(path).manifest
+    (path / MANIFEST).write_text(replace(manifest, threshold=0.135).to_json())
+    run = partial(invoke, "generate", path, "Hi", "--max-new-tokens", "3", "--threads", "1")
+    assert run().stderr.startswith("mode free, threshold 0.135: ")
+    assert run("-o", "drafts=exit").stderr.startswith(
+        "mode lossless: the tokens of mode full, with drafts from the exit"
+    )
+
+
+def test_convert_inspect_and_generate_name_the_source_of_drafts_in_one_wording(
+    checkpoint: Callable[[Case], Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "bundle"
+    phrases = tmp_path / "phrases.jsonl"
+    phrases.write_text('{"input": "x", "target": "one two three four"}\n' * 20)
+    made = succeed("convert", checkpoint(CASE), out, "--verify", "none", "--exit-layer", "2", "--phrases", phrases)
+    (line,) = (line for line in made.stdout.splitlines() if line.startswith("default: "))
+    expected = line.removeprefix("default: ")
+    assert expected == "mode lossless: the tokens of mode full, with drafts from the text and the phrases"
+    assert succeed("inspect", out).stdout.startswith(expected)
+    assert succeed("generate", out, "Hi", "--max-new-tokens", "3").stderr.startswith(expected)

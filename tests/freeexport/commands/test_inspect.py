@@ -49,7 +49,7 @@ def test_page_shows_model_exit_and_cache(tmp_path: Path) -> None:
 
 def test_the_first_line_is_the_mode_and_what_it_gives(tmp_path: Path) -> None:
     result = inspect(write_bundle(tmp_path / "bundle"))
-    assert result.stdout.splitlines()[0].startswith("mode lossless, as no threshold is calibrated")
+    assert result.stdout.splitlines()[0].startswith("mode lossless: the tokens of mode full, with drafts")
     assert row(result, "threshold") == "1 (not calibrated)"
     result = inspect(write_bundle(tmp_path / "calibrated", threshold=0.8125))
     assert result.stdout.splitlines()[0] == "mode free, threshold 0.812: speedup unknown"

@@ -13,8 +13,9 @@ from command_line import error, invoke, succeed
 from handmade_bundle import write_bundle
 
 import runtime.kernels
+from freeexport.system.environment import environment
 from runtime.bundle.quantization import Quantization
-from runtime.kernels import VERSION, missing
+from runtime.kernels import VERSION, kernels_of, missing
 
 CASE = BY_NAME["llama-tied"]
 ROUNDED: dict[str, Any] = {"precision": "int8", "quantization": Quantization()}
@@ -51,11 +52,13 @@ def test_without_the_library_all_three_say_that_the_slower_kernels_are_used(
 def test_with_the_library_its_instructions_are_named(tmp_path: Path, checkpoint: Callable[[Any], Path]) -> None:
     here = runtime.kernels.instructions()
     assert json.loads(printed("doctor", "--json"))["kernels"] == here
-    assert f"version {VERSION}, with {here} here" in printed(
-        "inspect", str(write_bundle(tmp_path / "rounded", **ROUNDED, kernels=VERSION))
-    )
+    for needed in (9, VERSION):  # the version that runs, not the oldest that could
+        page = printed("inspect", str(write_bundle(tmp_path / str(needed), **ROUNDED, kernels=needed)))
+        assert f"freeexport's own, version {VERSION}, with {here} here" in page
+    assert f"; version {VERSION + 1} is needed, upgrade freeexport" in kernels_of(VERSION + 1)
     out = convert(checkpoint(CASE), tmp_path / "bundle", "--activations", "int16")
-    assert f"kernels: freeexport's own, version 10, with {here} here" in out
+    assert f"kernels: freeexport's own, version {VERSION}, with {here} here" in out
+    assert environment()["versions"]["kernels"] == str(VERSION)
     assert "activations in products: int16" in out
     assert "activations in products int16" in printed("inspect", str(tmp_path / "bundle"))
     assert "kernels: ONNX Runtime's\n" in convert(checkpoint(CASE), tmp_path / "other", "--kernels", "onnxruntime")

@@ -19,7 +19,10 @@ def test_sigterm_under_load_answers_everybody_and_torch_is_never_imported(chat: 
     options = ("--name", "chat", "--name", "t5", "--port", "0", "--threads", "1", "--shutdown-timeout", "60")
     with command(str(chat), str(t5), *options) as (process, url, said):
         assert "serving chat, t5 on" in said[-1]
-        assert "/v1; chat: mode lossless, as no threshold is calibrated: the tokens of mode full" in said[-1]
+        assert (
+            "/v1; chat: mode lossless: the tokens of mode full, with drafts from the text; t5: mode lossless"
+            in said[-1]
+        )
         body = {"model": "chat", "messages": MESSAGES, "max_tokens": 200, **ENDLESS}
         answers: list[Any] = []
 

@@ -111,10 +111,10 @@ def test_a_heavy_head_is_named() -> None:
     assert "--exit-vocab N" in verdict(replace(facts, heavy_head=True)).next_step
 
 
-def test_an_exit_without_a_threshold_drafts() -> None:
+def test_an_exit_without_a_threshold_needs_one_for_mode_free() -> None:
     assert verdict(TIMED).text == (
-        "not calibrated, so mode lossless drafts with the exit, and mode free needs a threshold; the exit after layer "
-        "10 of 30 pays once 30.0% of the tokens exit, by the engines' measured times"
+        "not calibrated, so mode free needs a threshold; the exit after layer 10 of 30 pays once 30.0% of the tokens "
+        "exit, by the engines' measured times"
     )
 
 
@@ -139,13 +139,14 @@ def test_a_measured_gain_decides_whether_an_exit_pays() -> None:
     found = verdict(facts)
     assert (found.level, found.text) == (
         "bad",
-        "does not pay at int4: with the exit after layer 10 of 30, mode lossless is 1.01x (95 %: 1.00 to 1.03) as "
-        "fast as with drafts from the text alone, measured on 32 sample prompts, and therefore drafts from the text "
-        "alone",
+        "does not pay at int4: with drafts of the exit after layer 10 of 30, mode lossless is 1.01x (95 %: 1.00 to "
+        "1.03) as fast as without, measured on 32 sample prompts, so it is not used by default",
     )
     found = verdict(replace(facts, precision="int8", gain=DraftGain(1.07, 1.05, 1.08, 32)))
     assert found.level == "good"
-    assert found.text.startswith("pays at int8: with the exit after layer 10 of 30, mode lossless is 1.07x (95 %: ")
+    assert found.text.startswith(
+        "pays at int8: with drafts of the exit after layer 10 of 30, mode lossless is 1.07x (95 %: "
+    )
 
 
 # A token takes 4 with all layers; 2 of shallow and head when it exits.

@@ -82,7 +82,9 @@ def test_an_exit_reads_the_feature_where_that_is_fastest(
 def test_without_data_nothing_is_trained(options: Options) -> None:
     found = planned(options(data=None))
     assert (found.exit, found.training, list(found.seconds)) == (None, None, ["convert", "speed"])
-    assert "mode lossless drafts from the text" in dict(describe_plan(options(data=None), found))["training"]
+    assert (
+        "mode lossless generates the full model's tokens" in dict(describe_plan(options(data=None), found))["training"]
+    )
 
 
 def test_a_ready_made_exit_that_fits_is_used_where_it_leaves_the_model_as_it_is(
@@ -95,8 +97,8 @@ def test_a_ready_made_exit_that_fits_is_used_where_it_leaves_the_model_as_it_is(
     found = planned(given)
     assert found.drafting == "general"
     shown = dict(describe_plan(given, found))
-    assert "the ready-made exit general and from the text" in shown["training"]
-    assert shown["ready-made exits"].startswith("extraction, general, other fit these weights: freeexport convert")
+    assert "mode lossless with the ready-made exit general generates" in shown["training"]
+    assert shown["ready-made exits"].startswith("extraction, general, other fit these weights; what they gain: ")
     (step,) = steps_of(given, found, Places.of(given))
     assert step.arguments[-2:] == ("--exit", "general")
 

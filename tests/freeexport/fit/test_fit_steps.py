@@ -97,7 +97,7 @@ def test_an_exit_that_is_there_competes_with_the_one_that_training_makes_of_it(w
 def test_without_data_the_model_is_converted_as_it_is(options: Options) -> None:
     given = options(data=None)
     verdict = fit(given, planned(given, keep=True))
-    said = r"there are no data to train an exit on; lossless drafts from the text, with every token equal: "
+    said = r"there are no data to train an exit on; mode lossless: the tokens of mode full, with drafts from the text: "
     assert re.match(said + r"\d\.\d\dx full \(\d+ tokens/s against \d+.*\) on 4 built-in prompts", verdict.text)
     assert verdict.next_step == f"freeexport serve {given.out}"
     assert Bundle.open(given.out).manifest.verified
@@ -122,8 +122,8 @@ def test_a_ready_made_exit_that_does_not_pay_is_named(
     monkeypatch.setattr(run, "measured_speed", lambda *_: "")
     verdict = fit(given, replace(planned(given, keep=True), drafting="general"))
     said = capsys.readouterr().out.splitlines()
-    assert [line for line in said if re.match(r"does not pay at \w+: with the exit after layer ", line)]
-    assert verdict.text.endswith("; lossless drafts from the text, with every token equal")
+    assert [line for line in said if re.match(r"does not pay at \w+: with drafts of the exit after layer ", line)]
+    assert "; mode lossless: the tokens of mode full, with drafts from the text" in verdict.text
 
 
 class Stop(Exception):
