@@ -26,6 +26,8 @@ from freeexport.commands.verb_options import (
 from freeexport.system.load import wait_quietly
 from freeexport.system.output import write_whole
 from freeexport.system.page import print_page
+from runtime.bundle.manifest import MANIFEST
+from runtime.errors import OptionError
 from runtime.machine.machine import usable_cores
 
 # Options of one rule. Giving one selects that rule.
@@ -142,6 +144,11 @@ def command(
         _rule(given), samples, max_new_tokens, rounds=rounds, device=device, threads=threads
     )
     before_export = is_checkpoint(model)
+    if not before_export and not (Path(model) / MANIFEST).exists():
+        raise OptionError(
+            f"{model} is neither a bundle nor a checkpoint; give the directory that convert or "
+            "train wrote"
+        )
     samples_beside: list[TracedAnswer] = []
     if before_export:
         wait_quietly(threads or usable_cores())  # before torch is imported

@@ -205,8 +205,10 @@ def test_data_of_another_vocabulary_are_refused() -> None:
         check_unknown([np.array([2, 5]), np.array([2, 9])], 2)
 
 
-def test_what_is_neither_a_bundle_nor_a_checkpoint_is_refused(data: Path, tmp_path: Path) -> None:
-    assert "is not a bundle" in error(invoke("calibrate", tmp_path, "--data", data))
+def test_what_is_neither_a_bundle_nor_a_checkpoint_is_refused_before_data_are_read(tmp_path: Path) -> None:
+    for place in (tmp_path, tmp_path / "nope"):
+        message = error(invoke("calibrate", place, "--data", tmp_path / "missing.jsonl"))
+        assert f"{place} is neither a bundle nor a checkpoint" in message
 
 
 @pytest.mark.parametrize("rule", [("--target-quality", 0.1), ("--risk", 0.9, "--metric", "chrf")])
