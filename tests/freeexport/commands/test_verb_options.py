@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import click
@@ -14,6 +16,7 @@ from command_line import invoke
 from freeexport import cli
 from freeexport.commands.verb_options import REST, SectionedCommand, section
 
+ROOT = Path(__file__).resolve().parents[3]
 LONG = ("convert", "calibrate", "train", "generate", "evaluate")
 
 
@@ -119,3 +122,13 @@ def test_there_are_at_most_13_verbs_and_150_options() -> None:
     assert len(cli.main.list_commands(click.Context(cli.main))) <= 13
     counts = Counter(verb for verb, _ in options())
     assert sum(counts.values()) <= 150, counts
+
+
+def test_every_option_is_in_the_documentation() -> None:
+    """On one page, as an option has one meaning. Options of a request or a session have a page of their own."""
+    text = "\n".join(page.read_text(encoding="utf-8") for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", text)) | {
+        f"--{name.replace('_', '-')}" for name in re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)
+    }
+    missing = {option.opts[-1]: verb for verb, option in options() if option.opts[-1] not in named}
+    assert missing == {}
