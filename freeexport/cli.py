@@ -36,7 +36,6 @@ GROUPS: dict[str, dict[str, str]] = {
         "exits": "List ready-made exits.",
         "verify": "Compare a bundle with its checkpoint, or with itself.",
         "calibrate": "Calibrate the exit threshold.",
-        "push": "Publish a bundle or an exit on the Hugging Face hub.",
     },
     "Inference": {
         "generate": "Generate text with a bundle.",
@@ -51,6 +50,9 @@ GROUPS: dict[str, dict[str, str]] = {
         "doctor": "Diagnose this installation and machine.",
     },
 }
+
+# Verbs of earlier versions, and what replaces them.
+REMOVED = {"push": "upload a bundle or an exit with hf upload (docs/hub.md)"}
 
 _TORCH_ARCHIVE = re.compile(r"inline_container\.cc(?!.*Reader)", re.DOTALL)
 
@@ -77,6 +79,8 @@ class Verbs(click.Group):
         try:
             return super().resolve_command(ctx, args)
         except click.UsageError:
+            if args[0] in REMOVED:
+                ctx.fail(f"{args[0]} was removed; {REMOVED[args[0]]}")
             near = difflib.get_close_matches(args[0], self.list_commands(ctx), 1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             ctx.fail(f"No such command {shown(args[0])}{hint}")

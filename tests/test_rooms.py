@@ -41,7 +41,7 @@ ALLOWED: dict[str, dict[str, str]] = {
         "cuda": "engines bundle machine session_options",
         "tensorrt": "cuda engines bundle machine session_options",
         "decoding": "kernels engines adaptation text options result",
-        "thresholds": "adaptation bundle options session_options",
+        "thresholds": "decoding adaptation bundle machine options session_options",
         "batching": "decoding engines adaptation bundle",
         "alignment": "engines bundle text",
         "words": "text result",
@@ -64,18 +64,16 @@ ALLOWED: dict[str, dict[str, str]] = {
         "serving": "",
         "task_metrics": "",
         "checkpoints": "system",
-        "costs": "task_metrics system",
+        "costs": "checkpoints task_metrics system",
         "training": "costs checkpoints task_metrics system",
         "calibrate": "training costs checkpoints task_metrics system",
         "verification": "calibrate training costs checkpoints system",
         "conversion": "verification calibrate training costs checkpoints system",
         "evaluate": "calibrate costs checkpoints task_metrics system",
-        "publish": "checkpoints system",
         "fit": "evaluate conversion verification calibrate training costs checkpoints task_metrics system",
         "demo": "conversion evaluate checkpoints task_metrics system",
         "commands": (
-            "fit publish evaluate calibrate costs checkpoints conversion verification task_metrics serving system "
-            "training"
+            "fit evaluate calibrate costs checkpoints conversion verification task_metrics serving system training"
         ),
         "cli": "system",
         "__main__": "cli",

@@ -144,7 +144,7 @@ def with_layers(content: dict[str, Any], where: str) -> dict[str, Any]:
         adapter = f"an adapter of rank {str(rank)[:80]}" if rank else "a norm"
         raise CheckpointError(
             f"{where}: the exit has {adapter} of its own, which is no longer supported; train one "
-            "with --exit-layers 1 or more"
+            "with --exit-head-layers 1 or more"
         )
     kept = content.keys() - {"exit_norm", "adapter_rank"}
     return {name: value for name, value in content.items() if name in kept}

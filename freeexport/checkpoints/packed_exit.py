@@ -321,7 +321,7 @@ def pack(
     checkpoint = open_checkpoint(model)
     if checkpoint.exit is None or not checkpoint.exit.has_parameters:
         raise CheckpointError(
-            f"{model} has no exit with parameters of its own; train one with --exit-layers or "
+            f"{model} has no exit with parameters of its own; train one with --exit-head-layers or "
             "--exit-vocab"
         )
     _ = checkpoint.sha256  # checks that the exit belongs to these weights
@@ -345,8 +345,8 @@ def pack(
     if size > MOST_BYTES:
         raise OutputError(
             f"the exit of {model} has {size / 1e6:.1f} MB in 8 bits, at most "
-            f"{MOST_BYTES / 1e6:.0f} are packed; train one with fewer --exit-layers, or a LoRA of "
-            "a lower --rank"
+            f"{MOST_BYTES / 1e6:.0f} are packed; train one with fewer --exit-head-layers, or a "
+            "LoRA of a lower --rank"
         )
     description = describe(base.config, base)
     packed = PackedExit(

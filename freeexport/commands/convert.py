@@ -50,9 +50,9 @@ option = option_of(ConvertOptions)
 )
 @option(
     "phrases",
-    "JSONL file with 'target', texts like the outputs. Mode lossless drafts their frequent phrases "
-    "without an engine call. none: no phrases.  [default: those of the ready-made exit, or of the "
-    "answers in the package, for decoder-only models]",
+    "JSONL file with 'input' and 'target', texts like the outputs. Mode lossless drafts the "
+    "targets' frequent phrases without an engine call. none: no phrases.  [default: those of the "
+    "ready-made exit, or of the answers in the package, for decoder-only models]",
     "--phrases",
     metavar="FILE",
 )
@@ -111,7 +111,9 @@ option = option_of(ConvertOptions)
     "rows are slower.  [default: int8]",
 )
 @option(
-    "rounding_data", "JSONL file with 'input' (and 'target') to fit 4-bit weights to.", "--data"
+    "rounding_data",
+    "JSONL file with 'input' (and 'target') to fit 4-bit weights to.",
+    "--quantization-data",
 )
 @option("compute", "Type in which a GPU computes with quantized weights.  [default: fp16]")
 @section("TensorRT", rare=True)

@@ -74,7 +74,8 @@ option = option_of(TrainingOptions)
     f"{DEFAULT_RANK}]",
 )
 @option(
-    "exit_layers", "Number of transformer layers that the exit has of its own, before the head."
+    "exit_head_layers",
+    "Number of transformer layers that the exit has of its own, before the head.",
 )
 @option(
     "exit_input",

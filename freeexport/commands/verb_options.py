@@ -16,6 +16,12 @@ from runtime.errors import OptionError
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
 REST = "Other options"
+# Options of earlier versions by verb, and what replaces them.
+REMOVED = {
+    ("convert", "--data"): "give --quantization-data",
+    ("fit", "--paper"): "compare trainings with: python -m tools.paper compare",
+    ("train", "--exit-layers"): "give --exit-head-layers",
+}
 # An option has the same meaning and text in every verb (CONTRIBUTING.md).
 SAMPLES = "Use only the first N lines of --data."
 MAX_NEW_TOKENS = "Maximum number of tokens to generate per line."
@@ -87,6 +93,15 @@ class SectionedCommand(click.Command):
 
     Options are shown in the order of their declaration. Rare sections are shown by --help-all only.
     """
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            successor = REMOVED.get((ctx.info_name or "", error.option_name))
+            if successor is None:
+                raise
+            ctx.fail(f"{error.option_name} was removed; {successor}")
 
     def get_help_option_names(self, ctx: click.Context) -> list[str]:
         # click keeps the first help option of a command, even that of a run without the group.

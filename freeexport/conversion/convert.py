@@ -18,6 +18,7 @@ from freeexport.calibrate.beside import TracedAnswer, check_sample, read_beside
 from freeexport.checkpoints.checkpoint import Checkpoint
 from freeexport.checkpoints.special_tokens import forced, known_ends, speech_of
 from freeexport.checkpoints.tokenizer_files import languages_of, write_tokenizer
+from freeexport.conversion.model_card import CARD, model_card
 from freeexport.conversion.options import NO_PHRASES, ConvertOptions, engine_options
 from freeexport.conversion.phrases import counted_phrases, ready_made_phrases
 from freeexport.conversion.recalibrate import check_fits, with_calibration
@@ -196,6 +197,7 @@ def convert(model: str, out: Path, options: ConvertOptions) -> Manifest:
                 timed = replace(manifest.ready_made_exit, gain=exit_gain(directory, prompts))
                 manifest = replace(manifest, ready_made_exit=timed)
         write_manifest()
+        (directory / CARD).write_text(model_card(manifest), encoding="utf-8")
     return manifest
 
 

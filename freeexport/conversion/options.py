@@ -71,7 +71,7 @@ class ConvertOptions:
     def __post_init__(self) -> None:
         files = {
             "--calibration": self.calibration,
-            "--data": self.rounding_data,
+            "--quantization-data": self.rounding_data,
             "--phrases": None if self.phrases == NO_PHRASES else self.phrases,
         }
         for option, path in files.items():
@@ -163,7 +163,8 @@ def engine_options(
     in_4_bits = plan is not None and "int4" in (plan.shallow, plan.deep, plan.head)
     if options.rounding_data is not None and (engines.target != "cpu" or not in_4_bits):
         raise OptionError(
-            "--data is for weights in 4 bits on a CPU (--precision int4 or mixed, or --head int4), "
-            f"not for precision {engines.precision} of target {engines.target}; leave it out"
+            "--quantization-data is for weights in 4 bits on a CPU (--precision int4 or mixed, or "
+            f"--head int4), not for precision {engines.precision} of target {engines.target}; "
+            "leave it out"
         )
     return engines

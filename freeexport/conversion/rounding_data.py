@@ -84,8 +84,8 @@ def round_for_text(
     available = available_memory()
     if need > available:
         raise OptionError(
-            f"--data needs {need / 1e9:.1f} GB of memory for {checkpoint.name} in float32, but "
-            f"{available / 1e9:.1f} GB is available; leave it out, or free memory"
+            f"--quantization-data needs {need / 1e9:.1f} GB of memory for {checkpoint.name} in "
+            f"float32, but {available / 1e9:.1f} GB is available; leave it out, or free memory"
         )
     model = reference_model(checkpoint)
     stack, field = layer_list(model)
@@ -98,8 +98,8 @@ def round_for_text(
     )
     if rounder.done:
         raise OptionError(
-            f"--data has nothing to fit: {checkpoint.name} has its weights in 4 bits already, or "
-            "in parts of tensors; leave it out"
+            f"--quantization-data has nothing to fit: {checkpoint.name} has its weights in 4 bits "
+            "already, or in parts of tensors; leave it out"
         )
     layers = list(getattr(stack, field))
     with torch.no_grad(), progress("rounding for text", len(layers) + 1) as advance:
@@ -272,7 +272,8 @@ def _texts(
     """Return the first lines of `data`, and the number of their decoder tokens."""
     if description.spectrogram is not None:
         raise OptionError(
-            f"--data rounds weights for text, and {checkpoint.name} reads speech; leave it out"
+            f"--quantization-data rounds weights for text, and {checkpoint.name} reads speech; "
+            "leave it out"
         )
     form = replace(
         text_format(checkpoint, description, min(LONGEST, engines.capacity)), truncate=True

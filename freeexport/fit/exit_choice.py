@@ -87,7 +87,7 @@ class PlannedExit:
         }
         given["loss"] = "deep-ce" if before else loss
         if given["loss"] == "logit-kd":
-            given |= {"exit_layers": self.own, "exit_input": self.input}
+            given |= {"exit_head_layers": self.own, "exit_input": self.input}
             given |= {} if self.vocabulary is None else {"exit_vocab": self.vocabulary}
         return given
 

@@ -54,10 +54,10 @@ def described(checkpoint: Checkpoint, options: TrainingOptions) -> Description:
     if description.spectrogram is not None and (options.truncate or not measured):
         flag = f"--select-by {options.select_by} decodes" if not measured else "--truncate cuts"
         raise OptionError(f"{flag} text, and the model reads speech; leave it out")
-    if options.exit_layers > layers - options.exit_layer:
+    if options.exit_head_layers > layers - options.exit_layer:
         raise OptionError(
-            f"--exit-layers is {options.exit_layers}; after layer {options.exit_layer} of {layers} "
-            f"at most {layers - options.exit_layer} make sense"
+            f"--exit-head-layers is {options.exit_head_layers}; after layer {options.exit_layer} "
+            f"of {layers} at most {layers - options.exit_layer} make sense"
         )
     return description
 

@@ -43,7 +43,7 @@ def first_exit(
 ) -> ExitLayers:
     """Return the exit from which training starts: copies of the last layers after a fitted map."""
     layers = description.decoder.layers
-    into = len(layers) - options.exit_layers
+    into = len(layers) - options.exit_head_layers
     joined = None if options.exit_input == "state" else JoinedInputs(options.exit_input)
     whole = ShallowDeep(model, description, options.exit_layer, "ce", also=(into,), own=joined)
     states = observed(whole, examples, collate, options.bf16, everywhere=True)

@@ -91,7 +91,7 @@ class TrainingOptions:
     loss_alpha: float | None = None
     tune: Tune = "full"
     rank: int | None = None
-    exit_layers: int = 0
+    exit_head_layers: int = 0
     exit_vocab: int | None = None
     exit_input: TrainedInput = "state"
     exit_from: str | None = None
@@ -141,7 +141,7 @@ class TrainingOptions:
             self._check(name, "at least 1", lambda value: value >= 1)
         for name in ("epochs", "time_limit", "learning_rate"):
             self._check(name, "a number above 0", lambda value: 0 < value < math.inf)
-        for name in ("loss_alpha", "exit_layers", "patience"):
+        for name in ("loss_alpha", "exit_head_layers", "patience"):
             self._check(name, "0 or more", lambda value: 0 <= value < math.inf)
         for name in ("dropout", "warmup"):
             self._check(name, "a number from 0 to below 1", lambda value: 0 <= value < 1)
@@ -154,8 +154,9 @@ class TrainingOptions:
             f"--rank is for --tune lora, not for --tune {self.tune}; leave it out": (
                 self.rank is not None and self.tune != "lora"
             ),
-            "--tune exit trains layers of the exit's own; give --exit-layers 1 or more, or train "
-            "the model with --tune full or lora": self.tune == "exit" and self.exit_layers == 0,
+            "--tune exit trains layers of the exit's own; give --exit-head-layers 1 or more, or "
+            "train the model with --tune full or lora": self.tune == "exit"
+            and self.exit_head_layers == 0,
             "--steps and --epochs contradict each other; choose one": None
             not in (self.steps, self.epochs),
             "--resume and --overwrite contradict each other; choose one": self.resume
@@ -164,10 +165,10 @@ class TrainingOptions:
             f"{', '.join(EXIT_LOSSES)}": (self.tune == "exit" and self.loss not in EXIT_LOSSES),
             f"--select-by {self.select_by} measures the whole model, which --tune exit freezes; "
             f"choose {', '.join(MEASURED)}": self.tune == "exit" and self.select_by not in MEASURED,
-            f"--loss {self.loss_name} is for an exit without --exit-layers and --exit-vocab; "
+            f"--loss {self.loss_name} is for an exit without --exit-head-layers and --exit-vocab; "
             "choose logit-kd or ce": (
                 (self.loss == "deep-ce" or not isinstance(self.loss, str))
-                and (self.exit_layers > 0 or self.exit_vocab is not None)
+                and (self.exit_head_layers > 0 or self.exit_vocab is not None)
             ),
             f"--exit-input {self.exit_input} is for --tune exit, which leaves the model as it is, "
             f"not for --tune {self.tune}": (self.exit_input != "state" and self.tune != "exit"),

@@ -158,7 +158,7 @@ def _train(
             f"OUT has another, after layer {options.exit_layer}"
         )
     costs = step_bytes(description, checkpoint).at(
-        options.exit_layer, layers, options.exit_layers, share=share, reads=options.exit_input
+        options.exit_layer, layers, options.exit_head_layers, share=share, reads=options.exit_input
     )
     if writer:
         if options.loss != "deep-ce":
@@ -195,7 +195,7 @@ def _train(
             beside = open_checkpoint(str(weights)) if has_parameters else checkpoint
             exit_file = ExitFile(
                 exit_layer=options.exit_layer,
-                exit_layers=options.exit_layers,
+                exit_layers=options.exit_head_layers,
                 exit_input=options.exit_input,
                 vocabulary=vocabulary,
                 base_sha256=beside.sha256,
@@ -343,7 +343,7 @@ def _begun(checkpoint: Checkpoint, options: TrainingOptions) -> Checkpoint:
         checkpoint = begin_with(checkpoint, options.exit_from)
     found = checkpoint.exit
     if found is not None and found.has_parameters:
-        wanted = options.exit_layers, options.exit_layer, options.exit_input
+        wanted = options.exit_head_layers, options.exit_layer, options.exit_input
         reads = found.exit_input
         if (reads, options.exit_input) == ("feature", "fused"):  # see ExitLayers.fuse
             reads = "fused"
@@ -354,14 +354,14 @@ def _begun(checkpoint: Checkpoint, options: TrainingOptions) -> Checkpoint:
                 known = f" --exit-vocab {found.vocabulary.size}" if found.vocabulary else ""
                 raise CheckpointError(
                     f"--exit-from {options.exit_from} goes with --exit-layer {found.exit_layer} "
-                    f"--exit-layers {found.exit_layers} --exit-input {found.exit_input}{known}; "
-                    "give these"
+                    f"--exit-head-layers {found.exit_layers} --exit-input {found.exit_input}"
+                    f"{known}; give these"
                 )
         elif not fits or (found.vocabulary and found.vocabulary.size != options.exit_vocab):
             raise CheckpointError(
                 f"{checkpoint.name} has an exit of its own already; give the checkpoint that it "
                 "was trained on, or train this exit further: the same --exit-layer, "
-                "--exit-layers, --exit-input and --exit-vocab"
+                "--exit-head-layers, --exit-input and --exit-vocab"
             )
     return checkpoint
 

@@ -107,7 +107,7 @@ def trainable(
     if frozen and torch.cuda.is_available():
         torch.nn.Module.cuda(model)
     own, known = trained_exit(checkpoint, description)
-    if own is None and options.exit_layers:
+    if own is None and options.exit_head_layers:
         own = first_exit(
             model, checkpoint, description, options=options, examples=training, collate=collate
         )

@@ -381,8 +381,8 @@ def test_an_exit_is_trained_on_the_models_own_transcripts(
     exit_input: ExitInput, spoken: Path, session: Session, tmp_path: Path
 ) -> None:
     data, out, own = spoken / "lines.jsonl", tmp_path / "out", tmp_path / "own"
-    options = TrainingOptions(data, 1, validation=data, self_distill=own, max_new_tokens=12, tune="exit", exit_layers=1,
-                              exit_input=exit_input, exit_vocab=250, steps=3)  # fmt: skip
+    options = TrainingOptions(data, 1, validation=data, self_distill=own, max_new_tokens=12, tune="exit",
+                              exit_head_layers=1, exit_input=exit_input, exit_vocab=250, steps=3)  # fmt: skip
     asked: dict[str, Any] = {"language": "de", "max_new_tokens": 12, **RAW}
 
     def transcripts(checkpoint: Any, recordings: Any, new_tokens: int, directory: Path) -> Iterator[Any]:
@@ -452,7 +452,10 @@ def test_what_takes_no_speech_says_so_in_a_line(spoken: Path, bundle: Path, tmp_
             "'audio' is given, but the model accepts only text",
         ),
         (["train", model, str(tmp_path / "out"), "--exit-layer", "1", "--truncate", "--data", data], "--truncate cuts"),
-        (["convert", model, str(tmp_path / "out"), *rounded, "--data", data], "--data rounds weights for text"),
+        (
+            ["convert", model, str(tmp_path / "out"), *rounded, "--quantization-data", data],
+            "--quantization-data rounds weights for text",
+        ),
     ):
         done = invoke(*asked)
         assert done.exit_code == 1, done.output

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from command_line import invoke
 
 from freeexport import cli
-from freeexport.commands.verb_options import REST, SectionedCommand, section
+from freeexport.commands.verb_options import REMOVED, REST, SectionedCommand, section
 
 ROOT = Path(__file__).resolve().parents[3]
 LONG = ("convert", "calibrate", "train", "generate", "evaluate")
@@ -132,3 +132,26 @@ def test_every_option_is_in_the_documentation() -> None:
     }
     missing = {option.opts[-1]: verb for verb, option in options() if option.opts[-1] not in named}
     assert missing == {}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "successor"),
+    [
+        (["push", "bundle", "owner/name"], "push was removed; upload a bundle or an exit with hf upload (docs/hub.md)"),
+        (["convert", "model", "out", "--data", "x"], "--data was removed; give --quantization-data"),
+        (["fit", "model", "out", "--paper"], "--paper was removed; compare trainings with: python -m tools.paper"),
+        (["train", "model", "out", "--exit-layers", "1"], "--exit-layers was removed; give --exit-head-layers"),
+    ],
+)
+def test_a_removed_name_gives_one_line_with_its_successor(arguments: list[str], successor: str) -> None:
+    result = invoke(*arguments)
+    assert result.exit_code == 2
+    assert f"Error: {successor}" in result.stderr.splitlines()[-1]
+
+
+def test_no_successor_is_itself_gone() -> None:
+    named = {(verb, name) for verb, option in options() for name in option.opts}
+    for (verb, old), successor in REMOVED.items():
+        assert (verb, old) not in named
+        new = re.fullmatch(r"give (--[a-z-]+)", successor)
+        assert new is None or (verb, new[1]) in named

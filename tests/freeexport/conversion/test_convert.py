@@ -295,7 +295,10 @@ def no_weights_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
         (("--activations", "int16", "--target", "cuda"), "not precision fp16 of target cuda"),
         (("--activations", "int16", "--precision", "int8", "--kernels", "onnxruntime"), "kernels of onnxruntime"),
         (("--calibration", "nowhere"), "--calibration nowhere: there is no such file; name another"),
-        (("--data", "nowhere", "--precision", "int4"), "--data nowhere: there is no such file; name another"),
+        (
+            ("--quantization-data", "nowhere", "--precision", "int4"),
+            "--quantization-data nowhere: there is no such file; name another",
+        ),
     ],
 )
 def test_a_bad_option_is_refused_before_any_work(

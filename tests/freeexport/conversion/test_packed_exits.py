@@ -53,10 +53,10 @@ SLASHES = ["", "../up", "a/b", "a\0b", "x" * 300, "-dash", "a b"]
 Directory = Callable[[Case], Path]
 LLAMA, T5 = BY_NAME["llama-tied"], BY_NAME["t5-deep-decoder"]
 KINDS: dict[str, tuple[Case, dict[str, Any]]] = {
-    "layers": (LLAMA, {"tune": "exit", "exit_layers": 2, "exit_vocab": 40}),
-    "fused": (LLAMA, {"tune": "exit", "exit_layers": 1, "exit_input": "fused", "exit_layer": 0}),
-    "t5 layers": (T5, {"tune": "exit", "exit_layers": 1, "exit_vocab": 40}),
-    "lora": (LLAMA, {"tune": "lora", "rank": 4, "exit_layers": 1}),
+    "layers": (LLAMA, {"tune": "exit", "exit_head_layers": 2, "exit_vocab": 40}),
+    "fused": (LLAMA, {"tune": "exit", "exit_head_layers": 1, "exit_input": "fused", "exit_layer": 0}),
+    "t5 layers": (T5, {"tune": "exit", "exit_head_layers": 1, "exit_vocab": 40}),
+    "lora": (LLAMA, {"tune": "lora", "rank": 4, "exit_head_layers": 1}),
 }
 FACTS = {
     "base_name": "llama-tied",

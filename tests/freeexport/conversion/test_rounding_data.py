@@ -1,4 +1,4 @@
-"""`convert --data`: what each weight was rounded for, what it gains on other text, and what is refused."""
+"""`convert --quantization-data`: what each weight was rounded for, what it gains on other text, and what is refused."""
 
 from __future__ import annotations
 
@@ -247,7 +247,7 @@ def test_bad_data_is_one_line(content: str, said: str, checkpoint: Checkpoint, t
     path = tmp_path / "data.jsonl"
     path.write_text(content)
     out = tmp_path / "out"
-    line = error(convert(checkpoint(LLAMA), out, "--precision", "int4", "--data", str(path)))
+    line = error(convert(checkpoint(LLAMA), out, "--precision", "int4", "--quantization-data", str(path)))
     assert said in line
     assert str(path) in line
     assert not out.exists()
@@ -257,16 +257,16 @@ def test_bad_data_is_one_line(content: str, said: str, checkpoint: Checkpoint, t
 def test_where_nothing_has_4_bits_text_is_refused(
     options: tuple[str, ...], text: Path, checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
-    line = error(convert(checkpoint(LLAMA), tmp_path / "out", *options, "--data", str(text)))
-    assert "--data is for weights in 4 bits on a CPU (--precision int4 or mixed, or --head int4)" in line
+    line = error(convert(checkpoint(LLAMA), tmp_path / "out", *options, "--quantization-data", str(text)))
+    assert "--quantization-data is for weights in 4 bits on a CPU (--precision int4 or mixed, or --head int4)" in line
 
 
 def test_where_all_4_bits_are_kept_there_is_nothing_to_fit(
     text: Path, checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(IntegerScheme, "keeps", lambda scheme, weight, scales: True)
-    line = error(convert(checkpoint(LLAMA), tmp_path / "out", "--precision", "int4", "--data", str(text)))
-    assert "--data has nothing to fit: llama-tied has its weights in 4 bits already" in line
+    line = error(convert(checkpoint(LLAMA), tmp_path / "out", "--precision", "int4", "--quantization-data", str(text)))
+    assert "--quantization-data has nothing to fit: llama-tied has its weights in 4 bits already" in line
 
 
 def test_too_little_memory_is_said_before_the_model_is_loaded(
@@ -274,5 +274,5 @@ def test_too_little_memory_is_said_before_the_model_is_loaded(
 ) -> None:
     monkeypatch.setattr(rounding_data, "available_memory", lambda: 1000)
     monkeypatch.setattr(rounding_data, "reference_model", None)
-    line = error(convert(checkpoint(LLAMA), tmp_path / "out", "--precision", "int4", "--data", str(text)))
-    assert "--data needs 0.0 GB of memory for llama-tied in float32, but 0.0 GB is available" in line
+    line = error(convert(checkpoint(LLAMA), tmp_path / "out", "--precision", "int4", "--quantization-data", str(text)))
+    assert "--quantization-data needs 0.0 GB of memory for llama-tied in float32, but 0.0 GB is available" in line

@@ -52,7 +52,7 @@ def whisper(tmp_path_factory: pytest.TempPathFactory) -> Path:
     data = directory / "lines.jsonl"
     data.write_text("".join(json.dumps(line) + "\n" for line in lines))
     options = TrainingOptions(
-        data, 1, tune="exit", exit_layers=1, exit_input="fused", exit_vocab=250, steps=2, batch_tokens=128
+        data, 1, tune="exit", exit_head_layers=1, exit_input="fused", exit_vocab=250, steps=2, batch_tokens=128
     )
     train(str(directory / "model"), directory / "trained", options)
     facts = [word for name in ("model", "licence", "data", "recipe", "results") for word in (f"--{name}", name)]

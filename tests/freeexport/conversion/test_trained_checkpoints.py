@@ -31,7 +31,7 @@ def test_a_trained_exit_converts_at_its_layer_and_verifies(
     case: Case, tune: str, data: Path, tmp_path: Path, checkpoint: Callable[[Case], Path]
 ) -> None:
     trained, out = tmp_path / "trained", tmp_path / "bundle"
-    options = {"full": [], "lora": ["--rank", 4], "exit": ["--exit-layers", 1]}[tune]
+    options = {"full": [], "lora": ["--rank", 4], "exit": ["--exit-head-layers", 1]}[tune]
     succeed("train", checkpoint(case), trained, "--data", data, "--exit-layer", 2, "--tune", tune, "--steps", 3,
             "--batch-tokens", 512, *options, "--learning-rate", 0.01)  # fmt: skip
     succeed("convert", trained, out, "--verify", "none")

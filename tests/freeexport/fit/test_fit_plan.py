@@ -71,7 +71,7 @@ def test_an_exit_reads_the_feature_where_that_is_fastest(
         step.arguments for step in steps_of(given, found, Places.of(given)) if step.name in ("joint", "exit")
     )
     assert "deep-ce" in joint
-    assert "--exit-layers" not in joint
+    assert "--exit-head-layers" not in joint
     assert alone[1] == joint[2]  # on the weights that were kept
     assert alone[alone.index("--exit-input") + 1] == "feature"
     compared = planned(options(name, paper=True, budget=4000.0)).exit
@@ -233,7 +233,7 @@ def test_training_steps_are_timed(options: Options, tmp_path: Path, monkeypatch:
     monkeypatch.setattr("freeexport.training.batches.unwritable", None)
     given = options()
     assert given.data is not None
-    training = TrainingOptions(given.data, exit_layer=1, exit_layers=1, batch_tokens=200, steps=4)
+    training = TrainingOptions(given.data, exit_layer=1, exit_head_layers=1, batch_tokens=200, steps=4)
     for number, one in enumerate((training, replace(training, tune="exit"))):
         directory = tmp_path / str(number)
         directory.mkdir()

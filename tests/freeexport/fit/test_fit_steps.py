@@ -235,7 +235,7 @@ def test_a_paper_trains_every_loss_with_every_seed(options: Options) -> None:
     assert {loss: losses.count(loss) for loss in losses} == {
         "deep-ce": 3, "logit-kd": 6, "kd-dyn": 3, "ce": 3,
     }  # fmt: skip
-    assert sum("--exit-layers" in step.arguments for step in trained) == 6
+    assert sum("--exit-head-layers" in step.arguments for step in trained) == 6
     evaluated = steps["evaluate 2"].arguments
     assert f"{places.work}/static-2=full,static" in evaluated
     assert places.report == Path(steps["evaluate"].arguments[-1])

@@ -64,7 +64,7 @@ def test_a_pass_is_what_decoding_token_by_token_gives(checkpoint: Directory, nam
 def test_an_exit_with_a_feature_learns_and_is_gone_on_with(
     run: Runs, words: Path, case: Case, exit_layer: int, exit_vocab: int | None
 ) -> None:
-    chosen: dict[str, Any] = {"tune": "exit", "exit_layers": 1, "exit_input": "feature", "exit_layer": exit_layer}
+    chosen: dict[str, Any] = {"tune": "exit", "exit_head_layers": 1, "exit_input": "feature", "exit_layer": exit_layer}
     made = run(case, **chosen, exit_vocab=exit_vocab, steps=16, evaluate_every=8, learning_rate=3e-3)
     assert logged(made.out, "eval_shallow_loss")[-1] < logged(made.out, "eval_shallow_loss")[0]
     opened = open_checkpoint(str(made.out))
@@ -86,7 +86,7 @@ def test_an_exit_with_a_feature_learns_and_is_gone_on_with(
 
 def test_a_fused_exit_begins_with_the_predictions_of_one_with_a_feature(run: Runs, words: Path, tmp_path: Path) -> None:
     """With zeros for the two earlier states, whose columns then learn, as does an exit that begins as fused."""
-    chosen: dict[str, Any] = {"tune": "exit", "exit_layers": 1, "exit_input": "feature", "exit_layer": 1}
+    chosen: dict[str, Any] = {"tune": "exit", "exit_head_layers": 1, "exit_input": "feature", "exit_layer": 1}
     first = run(LLAMA, **chosen, steps=12, evaluate_every=12, learning_rate=3e-3)
     options = run_options(words, **{**chosen, "exit_input": "fused"}, steps=12, evaluate_every=12)
     options = replace(options, learning_rate=1e-3)
@@ -108,7 +108,7 @@ def test_a_fused_exit_begins_with_the_predictions_of_one_with_a_feature(run: Run
 
 def test_an_exit_of_other_weights_is_begun_with(run: Runs, checkpoint: Directory, words: Path, tmp_path: Path) -> None:
     """Train an exit, then all weights on their own, and begin with the exit on what became of them."""
-    chosen: dict[str, Any] = {"tune": "exit", "exit_layers": 1, "exit_input": "feature", "exit_layer": 1}
+    chosen: dict[str, Any] = {"tune": "exit", "exit_head_layers": 1, "exit_input": "feature", "exit_layer": 1}
     first = run(T5, **chosen, exit_vocab=40, steps=4, evaluate_every=4, learning_rate=3e-3).out
     changed, made = str(tmp_path / "changed"), tmp_path / "made"
     train(str(checkpoint(T5)), Path(changed), run_options(words, exit_layer=2, loss="deep-ce", steps=2))
@@ -149,18 +149,18 @@ def test_an_exit_of_other_weights_is_begun_with(run: Runs, checkpoint: Directory
     ("changes", "reason"),
     [
         ({"exit_input": "fused", "tune": "full"}, "--exit-input fused is for --tune exit"),
-        ({"exit_layers": 0}, "--tune exit trains layers of the exit's own"),
+        ({"exit_head_layers": 0}, "--tune exit trains layers of the exit's own"),
         ({"tune": "lora"}, "--exit-input feature is for --tune exit"),
         ({"exit_input": "guess"}, "--exit-input 'guess' is unknown; choose state, feature, fused"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(words: Path, changes: dict[str, Any], reason: str) -> None:
     with pytest.raises(OptionError, match=reason):
-        run_options(words, **{"tune": "exit", "exit_layers": 1, "exit_input": "feature", **changes})
+        run_options(words, **{"tune": "exit", "exit_head_layers": 1, "exit_input": "feature", **changes})
 
 
 def test_an_exit_layer_out_of_range_is_refused(checkpoint: Directory, words: Path) -> None:
-    options = run_options(words, tune="exit", exit_layers=1, exit_input="feature", exit_layer=99)
+    options = run_options(words, tune="exit", exit_head_layers=1, exit_input="feature", exit_layer=99)
     with pytest.raises(OptionError, match="0 to "):
         described(open_checkpoint(str(checkpoint(LLAMA))), options)
 
@@ -172,7 +172,7 @@ def test_features_are_kept_of_every_position(checkpoint: Directory, words: Path,
     from freeexport.training.frozen import cached_teacher, collate_teacher
     from freeexport.training.shallow_deep import ShallowDeep
 
-    options = run_options(words, tune="exit", exit_layers=1, exit_input="fused", exit_layer=0)
+    options = run_options(words, tune="exit", exit_head_layers=1, exit_input="fused", exit_layer=0)
     opened = open_checkpoint(str(checkpoint(LLAMA)))
     description = described(opened, options)
     _, validation, _ = examples(opened, description, options)

@@ -159,11 +159,11 @@ def test_special_tokens_are_kept_and_the_most_frequent_come_next(checkpoint: Dir
     [
         (T5, {}),
         (LLAMA, {"loss": "kd-dyn"}),
-        (LLAMA, {"tune": "lora", "exit_layers": 2, "rank": 4}),
-        (LLAMA, {"tune": "exit", "exit_layers": 2}),
-        (T5, {"exit_layers": 2}),
-        (T5, {"tune": "lora", "exit_layers": 1, "rank": 4}),
-        (T5, {"tune": "exit", "exit_layers": 2}),
+        (LLAMA, {"tune": "lora", "exit_head_layers": 2, "rank": 4}),
+        (LLAMA, {"tune": "exit", "exit_head_layers": 2}),
+        (T5, {"exit_head_layers": 2}),
+        (T5, {"tune": "lora", "exit_head_layers": 1, "rank": 4}),
+        (T5, {"tune": "exit", "exit_head_layers": 2}),
     ],
     ids=lambda value: getattr(value, "name", None) or "-".join(map(str, value.values())),
 )
@@ -193,7 +193,7 @@ def test_a_vocabulary_is_trained_further_as_it_is(run: Runs, words: Path, tmp_pa
     again = train(str(out), tmp_path / "again", still)
     assert again.before["eval_shallow_loss"] == pytest.approx(measured["shallow_loss"], rel=1e-3)
     for change in ({"exit_vocab": None}, {"exit_vocab": 13}):
-        with pytest.raises(CheckpointError, match="the same --exit-layer, --exit-layers, --exit-input and"):
+        with pytest.raises(CheckpointError, match="the same --exit-layer, --exit-head-layers, --exit-input and"):
             train(str(out), tmp_path / "other", replace(still, **change))
 
 

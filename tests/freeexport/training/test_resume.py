@@ -90,7 +90,7 @@ def test_an_interrupted_run_of_an_exit_of_layers_goes_on_with_the_same_losses(
     case: Case, tune: Any, checkpoint: Directory, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, more = str(checkpoint(case)), {"dropout": 0.0, "learning_rate": 3e-3, "exit_vocab": 12}
-    options = run_options(words, tune=tune, exit_layers=2, steps=4, evaluate_every=2, **more)
+    options = run_options(words, tune=tune, exit_head_layers=2, steps=4, evaluate_every=2, **more)
     train(model, tmp_path / "whole", options)
     calls, step = iter(range(3)), ExitTrainer.training_step
 
@@ -103,8 +103,8 @@ def test_an_interrupted_run_of_an_exit_of_layers_goes_on_with_the_same_losses(
         patch.setattr(ExitTrainer, "training_step", failing)
         with pytest.raises(RuntimeError, match="killed"):
             train(model, tmp_path / "out", options)
-    with pytest.raises(OptionError, match="had exit_layers 2, not 1"):
-        train(model, tmp_path / "out", replace(options, resume=True, exit_layers=1))
+    with pytest.raises(OptionError, match="had exit_head_layers 2, not 1"):
+        train(model, tmp_path / "out", replace(options, resume=True, exit_head_layers=1))
 
     def again(*arguments: Any) -> None:
         raise AssertionError("the teacher runs again")

@@ -152,7 +152,7 @@ def test_an_exit_beside_the_model_does_not_change_its_outputs(
     checkpoint: Directory, prompts: Path, tmp_path: Path
 ) -> None:
     generate = Generator()
-    options = run_options(prompts, self_distill=tmp_path / "own", max_new_tokens=2, tune="exit", exit_layers=1)
+    options = run_options(prompts, self_distill=tmp_path / "own", max_new_tokens=2, tune="exit", exit_head_layers=1)
     train(str(checkpoint(LLAMA)), tmp_path / "out", options, generate)
     generate.most = generate.made
     train(str(tmp_path / "out"), tmp_path / "again", options, generate)

@@ -40,7 +40,7 @@ from runtime.errors import OptionError
 ROOT = Path(__file__).parents[3]
 Directory = Callable[[Case], Path]
 ONE_BATCH: dict[str, Any] = {"loss": "ce", "dropout": 0.0, "steps": 2, "evaluate_every": 2, "batch_tokens": 10_000}
-EXIT_OF_LAYERS: dict[str, Any] = {"exit_layers": 2, "steps": 12, "evaluate_every": 6, "learning_rate": 3e-3}
+EXIT_OF_LAYERS: dict[str, Any] = {"exit_head_layers": 2, "steps": 12, "evaluate_every": 6, "learning_rate": 3e-3}
 
 
 def test_first_tokens_after_a_prompt_or_given_ones_cannot_exit() -> None:
@@ -73,7 +73,7 @@ def test_lora_writes_an_adapter_that_reads_as_the_merged_model(
     out, trained = run(case, tune="lora", rank=4, **{"learning_rate": 1e-2, **options})
     opened, base = open_checkpoint(str(out)), open_checkpoint(str(checkpoint(case)))
     assert opened.exit is not None
-    assert (opened.exit.tune, opened.exit.exit_layers) == ("lora", options.get("exit_layers", 0))
+    assert (opened.exit.tune, opened.exit.exit_layers) == ("lora", options.get("exit_head_layers", 0))
     before, state = tensors(checkpoint(case)), reference_model(opened).state_dict()
     changed = set()
     for name in before:
@@ -118,9 +118,9 @@ def test_lora_writes_an_adapter_that_reads_as_the_merged_model(
 @pytest.mark.parametrize(
     ("case", "options"),
     [
-        (LLAMA, {"exit_layers": 2, "learning_rate": 3e-3}),
-        (T5, {"exit_layers": 2, "learning_rate": 3e-3}),
-        (BY_NAME["m2m100"], {"exit_layers": 1, "exit_layer": 1, "learning_rate": 3e-3}),
+        (LLAMA, {"exit_head_layers": 2, "learning_rate": 3e-3}),
+        (T5, {"exit_head_layers": 2, "learning_rate": 3e-3}),
+        (BY_NAME["m2m100"], {"exit_head_layers": 1, "exit_layer": 1, "learning_rate": 3e-3}),
     ],
     ids=["llama-layers", "t5-layers", "m2m100-layers"],
 )
@@ -130,7 +130,7 @@ def test_an_exit_leaves_the_base_unchanged_to_the_bit(
     out, trained = run(case, **{"tune": "exit", "steps": 24, "evaluate_every": 8, "learning_rate": 1e-2, **options})
     opened, base = open_checkpoint(str(out)), checkpoint(case)
     assert opened.exit is not None
-    assert opened.exit.exit_layers == options["exit_layers"]
+    assert opened.exit.exit_layers == options["exit_head_layers"]
     assert (out / "model.safetensors").read_bytes() == (base / "model.safetensors").read_bytes()
     assert (out / "config.json").read_bytes() == (base / "config.json").read_bytes()
     final = describe(opened.config, opened).decoder.head.norm
@@ -146,7 +146,7 @@ def test_an_exit_leaves_the_base_unchanged_to_the_bit(
 
 
 def test_an_exit_of_t5gemma_is_trained(words: Path, run: Runs) -> None:
-    options = {"tune": "exit", "exit_layers": 1, "exit_layer": 1}
+    options = {"tune": "exit", "exit_head_layers": 1, "exit_layer": 1}
     out, trained = run(BY_NAME["t5gemma2"], **options, steps=1, evaluate_every=1, learning_rate=1e-2)
     opened = open_checkpoint(str(out))
     assert opened.exit is not None
@@ -158,7 +158,7 @@ def test_an_exit_of_t5gemma_is_trained(words: Path, run: Runs) -> None:
 
 @pytest.mark.parametrize("tune", ["full", "exit"])
 def test_gradient_accumulation_equals_one_large_batch(tune: Any, run: Runs) -> None:
-    alike = ONE_BATCH if tune == "full" else {**ONE_BATCH, "tune": tune, "exit_layers": 1}
+    alike = ONE_BATCH if tune == "full" else {**ONE_BATCH, "tune": tune, "exit_head_layers": 1}
     outs = [run(T5, **alike).out, run(T5, **{**alike, "batch_tokens": 130, "accumulate": 20}).out]
     results = [(logged(out)[0], logged(out, "grad_norm")[0]) for out in outs]
     assert results[0] == pytest.approx(results[1], rel=1e-4)
@@ -192,7 +192,7 @@ def test_a_model_and_its_exit_are_trained_together_and_further(
     checkpoint: Directory, words: Path, run: Runs, tmp_path: Path
 ) -> None:
     together, trained = run(LLAMA, **{**EXIT_OF_LAYERS, "learning_rate": 1e-3})
-    options = run_options(words, exit_layers=2)
+    options = run_options(words, exit_head_layers=2)
     measured = evaluated(together, options)
     for name, value in measured.items():
         assert trained.metrics[f"eval_{name}"] == pytest.approx(value, rel=1e-3, abs=1e-3), name
@@ -210,8 +210,8 @@ def test_a_model_and_its_exit_are_trained_together_and_further(
         again = open_checkpoint(str(out)).read("exit.norm.weight")
         np.testing.assert_allclose(again, after.read("exit.norm.weight"), atol=1e-6)
     assert (tmp_path / "exit" / "model.safetensors").read_bytes() == (together / "model.safetensors").read_bytes()
-    with pytest.raises(CheckpointError, match="the same --exit-layer, --exit-layers"):
-        train(str(together), tmp_path / "other", replace(options, exit_layers=1))
+    with pytest.raises(CheckpointError, match="the same --exit-layer, --exit-head-layers"):
+        train(str(together), tmp_path / "other", replace(options, exit_head_layers=1))
 
 
 def test_an_adapter_with_an_exit_can_be_moved_and_lie_anywhere_beside_its_base(
@@ -306,8 +306,8 @@ def test_lora_is_refused_for_a_model_without_linear_layers(words: Path) -> None:
     [
         ({"loss": "hinge"}, "--loss 'hinge' is unknown"),
         ({"tune": "head"}, "--tune 'head' is unknown"),
-        ({"tune": "exit", "exit_layers": 1, "loss": "kd-dyn"}, "which --tune exit freezes"),
-        ({"tune": "exit"}, "give --exit-layers 1 or more, or train the model with --tune full or lora"),
+        ({"tune": "exit", "exit_head_layers": 1, "loss": "kd-dyn"}, "which --tune exit freezes"),
+        ({"tune": "exit"}, "give --exit-head-layers 1 or more, or train the model with --tune full or lora"),
         ({"schedule": "cosine"}, "--schedule 'cosine' is unknown; choose linear, hold"),
         ({"tune": "lora", "from_config": True}, "needs trained weights"),
         ({"steps": 3, "epochs": 1.0}, "contradict"),
@@ -321,14 +321,14 @@ def test_lora_is_refused_for_a_model_without_linear_layers(words: Path) -> None:
         ({"threads": 0}, "--threads is 0; give at least 1"),
         ({"tune": "lora", "rank": 0}, "--rank is 0; give at least 1"),
         ({"rank": 4}, "--rank is for --tune lora, not for --tune full"),
-        ({"tune": "exit", "exit_layers": 1, "rank": 4}, "--rank is for --tune lora, not for --tune exit"),
+        ({"tune": "exit", "exit_head_layers": 1, "rank": 4}, "--rank is for --tune lora, not for --tune exit"),
         ({"max_new_tokens": 0}, "--max-new-tokens is 0"),
-        ({"exit_layers": -1}, "--exit-layers is -1"),
+        ({"exit_head_layers": -1}, "--exit-head-layers is -1"),
         ({"loss": "weighted-ce"}, "--loss 'weighted-ce' is unknown; choose ce, kd-dyn, logit-kd, deep-ce"),
         ({"exit_vocab": 99, "loss": "deep-ce"}, "--loss deep-ce is for an exit without"),
         ({"exit_vocab": 0}, "--exit-vocab is 0"),
         ({"select_by": "beauty"}, "'beauty' is no metric; choose from exact"),
-        ({"select_by": "chrf", "tune": "exit", "exit_layers": 1}, "--select-by chrf measures the whole model"),
+        ({"select_by": "chrf", "tune": "exit", "exit_head_layers": 1}, "--select-by chrf measures the whole model"),
         ({"resume": True, "overwrite": True}, "contradict"),
     ],
 )
@@ -342,7 +342,7 @@ def test_options_that_cannot_be_are_refused(words: Path, change: dict[str, Any],
     [
         (LLAMA, {"exit_layer": 0}, "has 5 layers: 1 to 4, or 0 with --exit-input feature"),
         (LLAMA, {"exit_layer": 5}, "has 5 layers: 1 to 4"),
-        (LLAMA, {"exit_layers": 4}, "at most 3 make sense"),
+        (LLAMA, {"exit_head_layers": 4}, "at most 3 make sense"),
         (LLAMA, {"exit_vocab": 3}, "3 special ones, which are always kept: choose 4 to 287"),
         (LLAMA, {"max_tokens": 3}, "none of the 40 examples fits 3"),
         (LLAMA, {"data": "one.jsonl"}, "one example"),
@@ -367,7 +367,7 @@ def test_what_does_not_fit_is_refused_before_weights_are_read(
 
 
 def test_training_an_exit_again_is_refused(words: Path, run: Runs, tmp_path: Path) -> None:
-    out, _ = run(LLAMA, tune="exit", steps=24, evaluate_every=8, learning_rate=3e-3, exit_layers=2)
+    out, _ = run(LLAMA, tune="exit", steps=24, evaluate_every=8, learning_rate=3e-3, exit_head_layers=2)
     with pytest.raises(CheckpointError, match="has an exit of its own"):
         train(str(out), tmp_path / "again", run_options(words))
 

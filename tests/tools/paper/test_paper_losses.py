@@ -43,9 +43,9 @@ def test_weighted_cross_entropy_trains_all_layers_and_allows_any_exit(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"exit_layers": 2}, "--loss weighted-ce is for an exit without"),
+        ({"exit_head_layers": 2}, "--loss weighted-ce is for an exit without"),
         ({"exit_vocab": 99}, "--loss weighted-ce is for an exit without"),
-        ({"tune": "exit", "exit_layers": 1}, "--loss weighted-ce trains layers, which --tune exit freezes"),
+        ({"tune": "exit", "exit_head_layers": 1}, "--loss weighted-ce trains layers, which --tune exit freezes"),
         ({"loss_alpha": 0.5}, "--loss weighted-ce has none"),
     ],
 )
