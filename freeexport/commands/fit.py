@@ -65,12 +65,6 @@ option = option_of(FitOptions)
     "--quality", type=float, help="Share of the full model's metric to keep.  [default: 0.99]"
 )
 @click.option("--lossless", is_flag=True, help="Require exactly the full model's tokens.")
-@option(
-    "paper",
-    "For researchers: also train with the losses of FREE, static exits and no exit, "
-    "with three seeds each, and compare all in a table for Markdown and LaTeX. Requires a "
-    "budget of many hours.",
-)
 @section("Time")
 @option("budget", "Total time, such as 2h, 90min or 1h30min.", type=Time(), default="2h")
 @click.option("--plan", "only_plan", is_flag=True, help="Print the plan and exit.")
@@ -93,9 +87,8 @@ def command(
     \b
     Example:
       freeexport fit path/to/checkpoint bundle --data task.jsonl --metric rouge-l --budget 2h
-      freeexport fit path/to/checkpoint bundle --data task.jsonl --metric rouge-l --budget 24h --paper
       freeexport fit model.gguf bundle
-    """  # noqa: E501
+    """
     from freeexport.fit.plan_table import describe_plan
     from freeexport.fit.run import fit
     from freeexport.fit.steps import planned

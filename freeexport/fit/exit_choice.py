@@ -18,11 +18,9 @@ from freeexport.checkpoints.checkpoint import Checkpoint
 from freeexport.checkpoints.examples import Example
 from freeexport.checkpoints.exit_file import Tune
 from freeexport.costs.bytes import step_bytes
-from freeexport.training.options import BuiltInLoss
 from graphs.description import Description
 from runtime.bundle.costs import MAX_PENDING
 from runtime.bundle.manifest import ExitInput
-from runtime.errors import OptionError
 
 # Assumed exit rate after a fraction x of the layers: 1 - exp(-depth * x). From docs/results: a hard
 # task (summaries), a usual one, and an easy one (records as JSON).
@@ -75,40 +73,31 @@ class PlannedExit:
             return ("exit",)
         return ("full", "exit") if self.own else ("full",)
 
-    def training(self, tune: Tune, loss: BuiltInLoss = "logit-kd") -> dict[str, Any]:
+    def training(self, tune: Tune) -> dict[str, Any]:
         """Return options of `train` for one of these trainings.
 
         "full" trains all weights, with the exit or before it. "exit" trains the exit alone.
         """
-        before = self.input != "state" and tune == "full"
+        if self.input != "state" and tune == "full":
+            return {"tune": tune, "exit_layer": max(1, self.layer), "loss": "deep-ce"}
         given: dict[str, Any] = {
             "tune": tune,
-            "exit_layer": max(1, self.layer) if before else self.layer,
+            "exit_layer": self.layer,
+            "loss": "logit-kd",
+            "exit_head_layers": self.own,
+            "exit_input": self.input,
         }
-        given["loss"] = "deep-ce" if before else loss
-        if given["loss"] == "logit-kd":
-            given |= {"exit_head_layers": self.own, "exit_input": self.input}
-            given |= {} if self.vocabulary is None else {"exit_vocab": self.vocabulary}
-        return given
+        return given if self.vocabulary is None else given | {"exit_vocab": self.vocabulary}
 
 
 def best_exit(
-    checkpoint: Checkpoint,
-    description: Description,
-    examples: Sequence[Example],
-    paper: bool = False,
+    checkpoint: Checkpoint, description: Description, examples: Sequence[Example]
 ) -> PlannedExit:
     """Return the checkpoint's own exit, or the fastest one.
 
-    The fastest is chosen on usual and easy tasks together, by the bytes read. An exit that reads
-    the deep decoder's feature is not considered for `paper`, whose losses train the layers below
-    the exit.
+    The fastest is chosen on usual and easy tasks together, by the bytes read.
     """
     given = checkpoint.exit
-    if given is not None and given.has_parameters and paper:
-        raise OptionError(
-            f"{checkpoint.name} has an exit of its own; give the checkpoint that it was trained on"
-        )
     layers = len(description.decoder.layers)
     costs = step_bytes(description, checkpoint)
     vocabularies = list(_vocabularies(examples, description.vocab_size))
@@ -118,10 +107,9 @@ def best_exit(
         for layer, own in product(range(1, layers), OWN_LAYERS)
         if layer + own <= layers
     ]
-    if not paper:
-        # Places that were measured: on T5, and on SmolLM2 and Qwen2.5.
-        places.append(("feature", 1 if description.encoder is None else 0, 1))
-    begun = given is not None and given.trained and not paper
+    # Places that were measured: on T5, and on SmolLM2 and Qwen2.5.
+    places.append(("feature", 1 if description.encoder is None else 0, 1))
+    begun = given is not None and given.trained
     if given is not None and begun:  # training continues with it
         places = [(given.exit_input, given.exit_layer, given.exit_layers)]
         known = given.vocabulary

@@ -33,7 +33,6 @@ class FitOptions:
     threads: int | None = None
     device: str = "cpu"
     overwrite: bool = False
-    paper: bool = False
 
     def __post_init__(self) -> None:
         check_name(self.metric)
@@ -45,10 +44,6 @@ class FitOptions:
         if self.quality is not None and not 0 < self.quality < 1:
             raise OptionError(
                 f"--quality is {self.quality:g}; give a share between 0 and 1, or --lossless"
-            )
-        if self.paper and self.data is None:
-            raise OptionError(
-                "--paper compares trainings, and there are no data; give --data, or leave it out"
             )
         if self.data is not None and not self.data.is_file():
             raise OptionError(
@@ -71,5 +66,4 @@ class FitOptions:
             "budget": self.budget,
             "threads": self.threads or usable_cores(),
             "device": self.device,
-            "paper": self.paper,
         }

@@ -25,7 +25,6 @@ from freeexport.costs.measured import bandwidth_of
 from freeexport.costs.verdict import PAYS
 from freeexport.fit.exit_choice import PlannedExit, best_exit
 from freeexport.fit.options import FitOptions
-from freeexport.fit.paper import repeated
 from freeexport.fit.splits import TRAIN as TRAIN_SPLIT
 from freeexport.fit.training_speed import training_speed
 from freeexport.system.jsonl import Request
@@ -60,12 +59,11 @@ CALIBRATION = (60, 300)
 VALIDATION = 100
 TRAIN = 100
 # Cost of a line relative to one decoding by the full model: calibration by quality, calibration by
-# agreement, and evaluation of both bundles, of the original model alone, and of one seed's bundles.
+# agreement, and evaluation of both bundles and of the original model alone.
 BY_QUALITY = 8.0
 BY_AGREEMENT = 2.0
 COMPARED = 6.5
 ALONE = 2.0
-PAPER = 13.0
 WITH_EXIT = 2.5  # extra cost if the original model has an exit, evaluated in all modes
 SHARES = {"calibrate": 0.12, "evaluate": 0.2}  # maximum shares of the budget
 # Share of the training time for training all weights. The rest trains the exit alone, which takes
@@ -157,7 +155,6 @@ class Plan:
         drafting: The ready-made exit that drafts if nothing is trained.
         missing: Why the budget is too small.
         unwritable: Note about targets that the tokenizer cannot write.
-        times: How often each step runs. Default: once.
     """
 
     name: str
@@ -176,7 +173,6 @@ class Plan:
     drafting: str | None = None
     missing: str = ""
     unwritable: str = ""
-    times: dict[str, int] = field(default_factory=dict)
 
 
 def make_plan(options: FitOptions, lines: Sequence[Request]) -> Plan:
@@ -242,7 +238,7 @@ def make_plan(options: FitOptions, lines: Sequence[Request]) -> Plan:
                     texts, most=min(texts.most, form.limit), share=PROMPT * share, speech=True
                 )
             in_8_bits = bandwidth / (layers * costs.layer + costs.head)
-            found = best_exit(checkpoint, description, examples, options.paper)
+            found = best_exit(checkpoint, description, examples)
             plan = replace(plan, texts=texts, exit=found)
             sizes = parameters, description.vocab_size, len(lines)
             plan = _with_times(options, plan, converting, in_8_bits, *sizes)
@@ -321,9 +317,9 @@ def _with_times(
 
     by_rule = BY_AGREEMENT if options.quality is None else BY_QUALITY
     # An existing exit is calibrated too.
-    again = plan.has_exit and not options.paper
+    again = plan.has_exit
     each = by_rule * (2 if again and not why else 1)
-    compared = PAPER if options.paper else (ALONE if why else COMPARED) + WITH_EXIT * again
+    compared = (ALONE if why else COMPARED) + WITH_EXIT * again
     sizes = {"test": count(TEST, "evaluate", compared)}
     if not why or again:
         sizes["calibration"] = count(CALIBRATION, "calibrate", each)
@@ -335,17 +331,10 @@ def _with_times(
     sizes["validation"] = min(VALIDATION, lines // 10)
     sizes[TRAIN_SPLIT] = lines - sum(sizes.values())
     seconds |= {"trained": converting, "calibrate": sizes["calibration"] * by_rule * request}
-    times = repeated() if options.paper else {}
-    if options.paper and not fits:
-        raise OptionError(
-            f"--paper trains all weights of {plan.name}, and they do not fit in memory; leave it "
-            "out"
-        )
-    left = options.budget - sum(times.get(name, 1) * one for name, one in seconds.items())
+    left = options.budget - sum(seconds.values())
     shares = {_TRAININGS[one]: 1.0 for one in tune}
     if len(tune) > 1:
         shares = {"joint": TOGETHER[found.input], "exit": 1 - TOGETHER[found.input]}
-    runs = sum(times.get(name, 1) * share for name, share in shares.items())
     bf16 = multiplies_bfloat16()
     learning_rate = 3e-4 if parameters < 3e8 else 1e-4
     batch, smallest = texts.batch_tokens
@@ -360,7 +349,7 @@ def _with_times(
             learning_rate=learning_rate,
             threads=options.threads,
         )
-        least = FEW_STEPS * speed["step"] * runs / shares[_TRAININGS[tune[0]]]
+        least = FEW_STEPS * speed["step"] / shares[_TRAININGS[tune[0]]]
         if not 0 < left < least or batch <= smallest:
             break
         # At most half, and the largest power of two whose steps should fit.
@@ -375,7 +364,7 @@ def _with_times(
             f"{needed}min or more, or leave --data out"
         )
         left = least
-    seconds |= {name: share * left / runs for name, share in shares.items()}
+    seconds |= {name: share * left for name, share in shares.items()}
     # The frozen model reads its lines once, three times as fast as it trains, in a quarter of the
     # time.
     alone = seconds.get("exit", 0.0)
@@ -388,9 +377,7 @@ def _with_times(
         frozen_lines=max(TRAIN, int(frozen)),
         batch_tokens=batch,
     )
-    return replace(
-        plan, lines=sizes, seconds=seconds, times=times, training=training, missing=missing
-    )
+    return replace(plan, lines=sizes, seconds=seconds, training=training, missing=missing)
 
 
 def least_lines() -> int:

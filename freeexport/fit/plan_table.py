@@ -46,7 +46,7 @@ def describe_plan(options: FitOptions, plan: Plan) -> list[tuple[str, str]]:
         )
         rows["data"] = f"{inputs}, {texts.target:.0f} out; outputs get at most {texts.most}"
         rows["lines"] = ", ".join(f"{count} {name}" for name, count in plan.lines.items())
-    if plan.has_exit and options.data is not None and not options.paper:
+    if plan.has_exit and options.data is not None:
         rows["existing exit"] = "calibrated and evaluated as it is; only a better one replaces it"
     if found is None or texts is None or training is None:
         drafting = f" with the ready-made exit {plan.drafting}" if plan.drafting else ""
@@ -81,12 +81,8 @@ def describe_plan(options: FitOptions, plan: Plan) -> list[tuple[str, str]]:
         each = f"{training.step:.2f} s a step of {training.batch_tokens} tokens"
         speed = f"{training.tokens_per_second:,.0f} tokens/s, {each}"
         rows["training"] = f"{speed}: {', then '.join(times)}"
-    counts = {name: f"{plan.times[name]} x " if name in plan.times else "" for name in seconds}
-    rows["time"] = ", ".join(
-        f"{name} {counts[name]}{duration(time)}" for name, time in seconds.items()
-    )
-    total = sum(plan.times.get(name, 1) * time for name, time in seconds.items())
-    rows["in all"] = f"{duration(total)} of {duration(options.budget)}"
+    rows["time"] = ", ".join(f"{name} {duration(time)}" for name, time in seconds.items())
+    rows["in all"] = f"{duration(sum(seconds.values()))} of {duration(options.budget)}"
     rows |= {"missing": plan.missing} if plan.missing else {}
     notes = [note for note in (plan.unwritable, load_note(plan.busy)) if note]
     return [*rows.items(), *(("note", note) for note in notes)]

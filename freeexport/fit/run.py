@@ -29,7 +29,6 @@ from freeexport.evaluate.scores import Row
 from freeexport.evaluate.speed import speed_prompts
 from freeexport.evaluate.verdicts import keeps, too_few_lines
 from freeexport.fit.options import FitOptions
-from freeexport.fit.paper import comparison, written
 from freeexport.fit.plan import SPEED_SECONDS, Plan
 from freeexport.fit.plan_table import describe_plan
 from freeexport.fit.steps import (
@@ -39,7 +38,7 @@ from freeexport.fit.steps import (
     TRAINED,
     Places,
     Step,
-    evaluations,
+    evaluation_of,
     finished_steps,
     steps_of,
 )
@@ -107,16 +106,12 @@ def fit(options: FitOptions, plan: Plan) -> Verdict:
         text = f"{plan.why}; {default_mode(opened)}{speed and f': {speed}'}"
         return Verdict("neutral", text, shlex.join(_serving(options)))
     _run(steps, _pending(steps, done), done, places)
-    found, *others = map(evaluate, evaluations(options, plan, places))
+    found = evaluate(evaluation_of(options, plan, places))
     bundle, verdict = conclude(found.rows, options, places)
     plan_sheet = Sheet("Plan", ("", ""), tuple(describe_plan(options, plan)))
-    compared = [comparison([found, *others])] if others else []
-    sheets = (*compared, plan_sheet, _tried(steps, done))
-    write_evaluation(
-        found, places.report, Story(f"{plan.name}, fitted to {options.data.name}", verdict, sheets)
-    )
-    for name, text in (item for sheet in compared for item in written(sheet).items()):
-        write_whole(places.report / name, text)
+    title = f"{plan.name}, fitted to {options.data.name}"
+    story = Story(title, verdict, (plan_sheet, _tried(steps, done)))
+    write_evaluation(found, places.report, story)
     with output_directory(places.out, MANIFEST, options.overwrite) as directory:
         shutil.copytree(bundle, directory, copy_function=link_or_copy, dirs_exist_ok=True)
     _mark(places, done, FINISHED, {})
@@ -285,8 +280,8 @@ def _run(
             )
             click.echo(output, nl=False)
             if step.arguments[0] == "calibrate":
-                for test in (places.report, *places.work.glob("evaluation-*")):
-                    shutil.rmtree(test, ignore_errors=True)  # measured at another threshold
+                # Measured at another threshold.
+                shutil.rmtree(places.report, ignore_errors=True)
             if places.work.exists():
                 entry = {
                     "arguments": step.arguments,

@@ -7,7 +7,6 @@ import os
 import shlex
 import shutil
 from dataclasses import asdict, dataclass, replace
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,9 @@ from freeexport.evaluate.records import RUN
 from freeexport.evaluate.settings import EvaluateOptions, Method
 from freeexport.fit import splits
 from freeexport.fit.options import FitOptions
-from freeexport.fit.paper import COMPARED, SEEDS
 from freeexport.fit.plan import Plan, least_lines, make_plan
 from freeexport.system.output import check_output, output_directory
-from freeexport.training.options import DISTILLING, BuiltInLoss
+from freeexport.training.options import DISTILLING
 from runtime.bundle.bundle import sha256_of
 from runtime.bundle.manifest import MANIFEST, ExitInput
 from runtime.bundle.schema import Reader
@@ -176,16 +174,14 @@ def steps_of(options: FitOptions, plan: Plan, places: Places) -> list[Step]:
             seconds.get(name) or seconds["calibrate"],
         )
 
-    def training(
-        kind: str, model: str, name: str, loss: BuiltInLoss = "logit-kd", seed: int = 0
-    ) -> Step:
-        """Train all weights ("joint") or the exit alone ("exit"), to OUT.work/NAME."""
+    def training(kind: str, model: str) -> Step:
+        """Train all weights ("joint") or the exit alone ("exit"), to OUT.work/KIND."""
         found = plan.exit
         planned = plan.training
         alone = kind == "exit"
         assert found is not None
         assert planned is not None
-        chosen = found.training("exit" if alone else "full", loss)
+        chosen = found.training("exit" if alone else "full")
         rate = RATE_ALONE[found.input] if alone else planned.learning_rate
         steps = seconds[kind] / planned.step
         if alone and len(planned.tune) > 1:
@@ -206,64 +202,35 @@ def steps_of(options: FitOptions, plan: Plan, places: Places) -> list[Step]:
             "time-limit": f"{seconds[kind] / 60:.2f}",
             "evaluate-every": max(1, int(steps / EVALUATIONS)),
         }
-        if seed:
-            given["seed"] = seed
         listed = [text for name, value in given.items() for text in (f"--{name}", str(value))]
-        out = places.work / name
+        out = places.work / kind
         arguments = ("train", model, str(out), *listed, *(["--bf16"] * planned.bf16))
-        return Step(name, arguments, seconds[kind], out)
+        return Step(kind, arguments, seconds[kind], out)
 
     steps = [converting(GIVEN, model, places.work / GIVEN)]
     if "calibrate given" in seconds:
         steps.append(calibrate("calibrate given", places.work / GIVEN))
-    if options.paper and plan.exit is not None:
-        for name, seed in product(COMPARED, SEEDS):
-            loss, methods = COMPARED[name]
-            bundle = bundle_of(name, seed, places)
-            step = training("joint", model, f"{name}-{seed}-joint", loss=loss, seed=seed)
-            steps.append(step)
-            if name == "exit":
-                step = training(
-                    "exit", str(step.output), f"{name}-{seed}-alone", loss=loss, seed=seed
-                )
-                steps.append(step)
-            steps.append(replace(converting(TRAINED, str(step.output), bundle), name=bundle.name))
-            if "free" in methods:
-                steps.append(calibrate(f"calibrate {bundle.name}", bundle))
-    else:
-        for tune in plan.training.tune if plan.training else ():
-            name = "joint" if tune == "full" else "exit"
-            steps.append(training(name, model, name))
-            model = str(steps[-1].output)
-        if plan.exit is not None:
-            bundle = places.work / TRAINED
-            steps += [converting(TRAINED, model, bundle), calibrate("calibrate", bundle)]
-    for seed, test in enumerate(evaluations(options, plan, places)):
-        arguments = [f"{path}={','.join(methods)}" for path, methods in test.bundles]
-        arguments += [
-            "--data",
-            str(test.data),
-            "--samples",
-            str(test.samples),
-            "--max-new-tokens",
-            most,
-        ]
-        arguments += [
-            part for threshold in test.thresholds for part in ("--threshold", str(threshold))
-        ]
-        arguments += ["--metric", *test.metrics, "--target-quality", str(test.quality), *machine]
-        command = ("evaluate", *arguments, "--output", str(test.output))
-        steps.append(Step(f"evaluate {seed}" if seed else "evaluate", command, seconds["evaluate"]))
+    for tune in plan.training.tune if plan.training else ():
+        name = "joint" if tune == "full" else "exit"
+        steps.append(training(name, model))
+        model = str(steps[-1].output)
+    if plan.exit is not None:
+        bundle = places.work / TRAINED
+        steps += [converting(TRAINED, model, bundle), calibrate("calibrate", bundle)]
+    test = evaluation_of(options, plan, places)
+    arguments = [f"{path}={','.join(methods)}" for path, methods in test.bundles]
+    arguments += ["--data", str(test.data), "--samples", str(test.samples)]
+    arguments += ["--max-new-tokens", most]
+    for threshold in test.thresholds:
+        arguments += ["--threshold", str(threshold)]
+    arguments += ["--metric", *test.metrics, "--target-quality", str(test.quality), *machine]
+    command = ("evaluate", *arguments, "--output", str(test.output))
+    steps.append(Step("evaluate", command, seconds["evaluate"]))
     return steps
 
 
-def bundle_of(name: str, seed: int, places: Places) -> Path:
-    """Return the path of the bundle of a compared training with a seed."""
-    return places.work / f"{name}-{seed}"
-
-
-def evaluations(options: FitOptions, plan: Plan, places: Places) -> list[EvaluateOptions]:
-    """Return options for comparing the bundles on held-out lines, once or for each seed."""
+def evaluation_of(options: FitOptions, plan: Plan, places: Places) -> EvaluateOptions:
+    """Return the options for comparing the bundles on held-out lines."""
     assert plan.texts is not None
     every: tuple[Method, ...] = ("full", "static", "free", "lossless")
     bundles = [
@@ -271,7 +238,7 @@ def evaluations(options: FitOptions, plan: Plan, places: Places) -> list[Evaluat
     ]
     if plan.exit is not None:
         bundles.append((places.work / TRAINED, every))
-    once = EvaluateOptions(
+    return EvaluateOptions(
         bundles=tuple(bundles),
         data=places.data("test"),
         output=places.report,
@@ -283,18 +250,6 @@ def evaluations(options: FitOptions, plan: Plan, places: Places) -> list[Evaluat
         device=options.device,
         quality=options.quality or 1.0,
     )
-    if not options.paper or plan.exit is None:
-        return [once]
-    return [
-        replace(
-            once,
-            bundles=tuple(
-                (bundle_of(name, seed, places), methods) for name, (_, methods) in COMPARED.items()
-            ),
-            output=places.work / f"evaluation-{seed}" if seed else places.report,
-        )
-        for seed in SEEDS
-    ]
 
 
 def finished_steps(work: Path) -> dict[str, Any]:

@@ -74,9 +74,6 @@ def test_an_exit_reads_the_feature_where_that_is_fastest(
     assert "--exit-head-layers" not in joint
     assert alone[1] == joint[2]  # on the weights that were kept
     assert alone[alone.index("--exit-input") + 1] == "feature"
-    compared = planned(options(name, paper=True, budget=4000.0)).exit
-    assert compared is not None
-    assert compared.input == "state"
 
 
 def test_without_data_nothing_is_trained(options: Options) -> None:
@@ -214,7 +211,6 @@ def test_a_metric_that_does_not_fit_the_targets_is_refused(options: Options) -> 
         ({"quality": 1.5}, "--quality is 1.5; give a share between 0 and 1, or --lossless"),
         ({"data": Path("missing.jsonl")}, "missing.jsonl: there is no such file"),
         ({"metric": "rouge"}, "'rouge' is no metric"),
-        ({"data": None, "paper": True}, "--paper compares trainings, and there are no data"),
     ],
 )
 def test_options_out_of_range_are_refused(options: Options, change: dict[str, object], problem: str) -> None:

@@ -16,15 +16,12 @@ from killed_process import killed_before
 
 from freeexport.conversion.convert import convert
 from freeexport.conversion.options import ConvertOptions
-from freeexport.evaluate.settings import Setting
 from freeexport.fit import exit_choice, run
 from freeexport.fit.options import FitOptions
-from freeexport.fit.paper import SEEDS, comparison, written
 from freeexport.fit.run import conclude, fit
 from freeexport.fit.steps import Places, finished_steps, planned, steps_of
 from freeexport.system.child import ChildError
 from freeexport.system.output import OutputError
-from freeexport.task_metrics import Reference, metric_of
 from runtime import Bundle, Session
 from runtime.bundle.manifest import MANIFEST, DraftGain, Manifest, ReadyMadeExit
 from runtime.errors import FreeExportError, OptionError
@@ -223,51 +220,6 @@ def test_a_step_that_fails_says_that_the_run_can_go_on(options: Options, monkeyp
     given = options()
     with pytest.raises(FreeExportError, match=r"given failed: disk full .* give the same command again to go on"):
         fit(given, planned(given, keep=True))
-
-
-def test_a_paper_trains_every_loss_with_every_seed(options: Options) -> None:
-    given = options(paper=True, budget=4000.0)
-    plan, places = planned(given, keep=False), Places.of(given)
-    steps = {step.name: step for step in steps_of(given, plan, places)}
-    assert sum(step.seconds for step in steps.values()) == pytest.approx(given.budget)
-    trained = [step for step in steps.values() if step.arguments[0] == "train"]
-    losses = [step.arguments[step.arguments.index("--loss") + 1] for step in trained]
-    assert {loss: losses.count(loss) for loss in losses} == {
-        "deep-ce": 3, "logit-kd": 6, "kd-dyn": 3, "ce": 3,
-    }  # fmt: skip
-    assert sum("--exit-head-layers" in step.arguments for step in trained) == 6
-    evaluated = steps["evaluate 2"].arguments
-    assert f"{places.work}/static-2=full,static" in evaluated
-    assert places.report == Path(steps["evaluate"].arguments[-1])
-
-
-def test_a_table_for_papers_adds_seeds_and_tests_differences() -> None:
-    def evaluation(seed: int) -> Any:
-        rows, records = [], {}
-        for name, method, threshold, right, seconds in (
-            ("plain", "full", None, 90, 2.0), ("exit", "lossless", None, 90, 1.0), ("exit", "free", seed / 10, 50, 0.5),
-        ):  # fmt: skip
-            setting = Setting(method, threshold, calibrated=threshold is not None)  # type: ignore[arg-type]
-            rows.append({"bundle": f"{name}-{seed}", "setting": setting.name, "method": method, "threshold": threshold,
-                         "calibrated": setting.calibrated, "exit_rate": 0.5})  # fmt: skip
-            records[f"{name}-{seed}", setting.name] = {
-                line: [SimpleNamespace(text="a" if line < right else "b", seconds=seconds)] for line in range(100)
-            }
-        references = dict.fromkeys(range(100), Reference(("a",)))
-        return SimpleNamespace(metrics=[metric_of("exact")], rows=rows, records=records, references=references)
-
-    sheet = comparison([evaluation(seed) for seed in SEEDS])
-    assert sheet.rows == (
-        ("plain", "deep-ce", "full", "90.00 ± 0.00", "", "50%", "1.00x"),
-        ("exit", "logit-kd", "lossless", "90.00 ± 0.00", "1.000", "50%", "2.00±0.00x"),
-        ("exit", "logit-kd", "free calibrated", "50.00 ± 0.00*", "0.001", "50%", "4.00±0.00x"),
-    )
-    files = written(sheet)
-    assert "| exit | logit-kd | free calibrated | 50.00 ± 0.00* |" in files["table.md"]
-    assert (
-        r"exit & logit-kd & free calibrated & 50.00 $\pm$ 0.00* & 0.001 & 50\% & 4.00$\pm$0.00x \\"
-        in files["table.tex"]
-    )
 
 
 def row(
