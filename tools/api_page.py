@@ -42,6 +42,7 @@ WITH_METHODS: tuple[type[Any], ...] = (
     runtime.Bundle,
     runtime.FreeModelForCausalLM,
 )
+WIDTH = 120  # characters of a line, except in tables
 _HEADING = re.compile(r"(Args|Attributes|Raises|Returns|Yields):")
 
 
@@ -87,8 +88,14 @@ def entries(section: str) -> dict[str, str]:
 
 def _text(docstring: str) -> str:
     """Return the paragraphs before the sections, each on one line."""
-    paragraphs = sections(docstring)[""].strip().split("\n\n")
-    return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
+    return "\n\n".join(_wrapped(part) for part in sections(docstring)[""].strip().split("\n\n"))
+
+
+def _wrapped(text: str, indent: str = "") -> str:
+    """Break a text into lines, all but the first with an `indent`."""
+    return textwrap.fill(
+        " ".join(text.split()), WIDTH, subsequent_indent=indent, break_long_words=False
+    )
 
 
 def _record(kind: type[Any]) -> Iterator[str]:
@@ -116,7 +123,7 @@ def _class(kind: type[Any]) -> Iterator[str]:
     docstring = inspect.getdoc(kind) or ""
     yield from _record(kind)
     if "Args" in sections(docstring):
-        yield f"### `{kind.__name__}{_signature(kind)}`"
+        yield _signature(kind.__name__, kind)
         yield from _lists(docstring)
     for name, member in _members(kind).items():
         if isinstance(member, classmethod) or inspect.isfunction(member):
@@ -125,7 +132,8 @@ def _class(kind: type[Any]) -> Iterator[str]:
 
 def _method(kind: type[Any], name: str) -> Iterator[str]:
     method = getattr(kind, name)
-    yield f"### `{kind.__name__}.{name}{_signature(method)}`"
+    yield f"### `{kind.__name__}.{name}`"
+    yield _signature(name, method)
     yield _text(method.__doc__ or "")
     yield from _lists(method.__doc__ or "")
 
@@ -136,17 +144,19 @@ def _lists(docstring: str) -> Iterator[str]:
         listed = entries(sections(docstring).get(title, ""))
         if listed:
             verb = "Raises " if title == "Raises" else ""
-            yield "\n".join(f"- {verb}`{name}`: {text}" for name, text in listed.items())
+            items = (f"- {verb}`{name}`: {text}" for name, text in listed.items())
+            yield "\n".join(_wrapped(item, "  ") for item in items)
 
 
-def _signature(function: Any) -> str:
-    """Return the names of the parameters with their defaults."""
+def _signature(name: str, function: Any) -> str:
+    """Return a block of code with the parameters of a function and their defaults."""
     parameters = [
         parameter.replace(annotation=inspect.Parameter.empty)
         for name, parameter in inspect.signature(function).parameters.items()
         if name != "self"
     ]
-    return str(inspect.Signature(parameters))
+    call = _wrapped(f"{name}{inspect.Signature(parameters)}", "    ")
+    return f"```python\n{call}\n```"
 
 
 def _members(kind: type[Any]) -> dict[str, Any]:
