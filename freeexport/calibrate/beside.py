@@ -18,7 +18,7 @@ import numpy as np
 from freeexport.calibrate.traces import Traces, trace_of
 from freeexport.checkpoints.checkpoint import Checkpoint
 from freeexport.checkpoints.exit_file import EXIT_FILE
-from freeexport.costs.verdict import Share
+from freeexport.costs.intervals import Share
 from freeexport.system.output import OutputError, write_whole
 from runtime import Session
 from runtime.bundle.calibration import CALIBRATION, Calibration, read_calibration

@@ -15,7 +15,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from freeexport.costs.verdict import Share, share
+from freeexport.costs.intervals import Share, share
 from freeexport.system.jsonl import append_lines, whole_lines
 from runtime import Session
 from runtime.bundle.beta import NEVER_EXIT

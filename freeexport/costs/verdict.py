@@ -1,26 +1,25 @@
-"""Verdicts on exits: how much faster they decode, why, and what to do next.
+"""Verdicts: sentences on what pays, why, and what to do next.
 
-The commands train, fit, convert, calibrate and inspect print them.
+The commands train, fit, convert, calibrate and inspect print those on exits. evaluate and fit
+print those on settings.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from typing import Any, Literal
-
-import numpy as np
 
 from freeexport.checkpoints.ready_made import recorded_results
 from freeexport.costs.bytes import known_costs
+from freeexport.costs.intervals import Share, recorded_share
+from freeexport.task_metrics import Metric
 from runtime.bundle.bundle import Bundle
 from runtime.bundle.calibration import Calibration
 from runtime.bundle.costs import MAX_PENDING, Costs
 from runtime.bundle.manifest import DraftGain, Manifest
 
-# Standard deviations of a 95 % interval.
-Z = 1.96
 # An untrained exit whose agreement is lower generates poor text.
 FAIR_AGREEMENT = 0.8
 EARLIER = "exit after an earlier layer (--exit-layer)"
@@ -36,73 +35,12 @@ _BASES = {
 }
 # Least speedup that is worth training an exit.
 PAYS = 1.05
-
-
-@dataclass(frozen=True)
-class Share:
-    """A share of tokens, with a 95 % confidence interval.
-
-    Attributes:
-        value: The share, in [0, 1].
-        count: Number of tokens.
-        low: Lower end of the interval. None if unknown.
-        high: Upper end of the interval. None if unknown.
-    """
-
-    value: float
-    count: int
-    low: float | None = None
-    high: float | None = None
-
-    def __str__(self) -> str:
-        if self.low is None or self.high is None:
-            return f"{self.value:.1%}"
-        return f"{self.value:.1%} (95% interval {self.low:.1%} to {self.high:.1%})"
-
-
-def share(hits: Sequence[int] | np.ndarray, counts: Sequence[int] | np.ndarray) -> Share | None:
-    """Return the share of `hits` [n] among `counts` [n] tokens of n sequences. None without tokens.
-
-    The interval is Wilson's, with an effective number of tokens: tokens of one sequence are
-    correlated, so the number is reduced by the design effect of the sequences. With a single
-    sequence, tokens count as independent.
-    """
-    found = np.asarray(hits, np.float64)
-    sizes = np.asarray(counts, np.float64)
-    total = float(sizes.sum())
-    sequences = int((sizes > 0).sum())
-    if not total:
-        return None
-    value = float(found.sum()) / total
-    independent = value * (1 - value) * total
-    effect = 1.0
-    if sequences > 1 and independent > 0:
-        clustered = sequences / (sequences - 1) * float(np.square(found - value * sizes).sum())
-        effect = max(1.0, clustered / independent)
-    return Share(value, int(total), *_wilson(value, total / effect))
-
-
-def recorded_share(found: Mapping[str, Any]) -> Share | None:
-    """Read a Share from its `asdict` form. None for anything else."""
-    count = found.get("count")
-    shares = [
-        one
-        for one in map(found.get, ("value", "low", "high"))
-        if isinstance(one, float) and 0 <= one <= 1
-    ]
-    return (
-        Share(shares[0], count, *shares[1:])
-        if isinstance(count, int) and len(shares) == 3
-        else None
-    )
-
-
-def _wilson(value: float, count: float) -> tuple[float, float]:
-    scale = 1 + Z * Z / count
-    middle = (value + Z * Z / (2 * count)) / scale
-    reach = Z / scale * math.sqrt(value * (1 - value) / count + Z * Z / (4 * count * count))
-    # At 0 and 1, rounding may put `value` outside of the interval.
-    return max(0.0, min(middle - reach, value)), min(1.0, max(middle + reach, value))
+# Fewest lines for a winner. With fewer, intervals are too wide and too uncertain themselves.
+FEWEST_LINES = 100
+# Methods that generate the full model's tokens.
+LOSSLESS = ("lookup", "phrases", "exit-drafts", "lossless")
+# A row of an evaluation (freeexport/evaluate/scores.py), or of a measurement of speed.
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -213,17 +151,26 @@ def prospect(costs: Costs, exit_layer: int, layers: int) -> str:
     return f"warning: {line}; {EARLIER}" if even is None else line
 
 
-def trained_verdict(costs: Costs, exit_rate: float) -> str:
-    """Describe the possible speedup of a trained exit."""
+def trained_verdict(costs: Costs, before: Mapping[str, float], after: Mapping[str, float]) -> str:
+    """Describe the possible speedup of a trained exit.
+
+    Args:
+        before: Evaluation before the training. Empty if unknown.
+        after: Evaluation of the weights that are kept.
+    """
+    exit_rate = after["eval_oracle_exits"]
+    names = ("eval_oracle_exits", "eval_agreement")
+    if before and all(after[name] <= before[name] for name in names):
+        return "training made no better exit; train longer, or with another --learning-rate"
     speed = costs.speedup(exit_rate, MAX_PENDING)
     even = costs.break_even(MAX_PENDING)
     text = break_even_text(even, basis_of(costs))
     if speed >= PAYS:
-        return f"can pay: up to {speed:.2f}x; it {text}; calibrate to find out"
+        return f"the exit can pay: up to {speed:.2f}x; it {text}; calibrate to find out"
     if even is None:
-        return f"cannot pay: it {text}; {EARLIER}"
+        return f"the exit cannot pay: it {text}; {EARLIER}"
     return (
-        f"does not pay yet: {exit_rate:.1%} of the tokens could exit, and it {text}; "
+        f"the exit does not pay yet: {exit_rate:.1%} of the tokens could exit, and it {text}; "
         "train longer, choose a later --exit-layer, or decode in mode lossless"
     )
 
@@ -403,3 +350,103 @@ def _calibrated(
     speedup = row.predicted_speedup if costs is calibration.costs else None
     speedup = costs.speedup(row.exit_rate, most) if speedup is None else speedup
     return replace(facts, break_even=costs.break_even(most), speedup=speedup)
+
+
+def too_few_lines(score: Row, lines: int, metric: Metric, quality: float) -> str:
+    """Explain why a score cannot tell whether a setting keeps `quality` of it. "" if it can.
+
+    It cannot if the full model's score rests on so few lines that one of them is worth more than
+    the share that may be lost.
+    """
+    lost = 1 - quality
+    if score["support"] * lost >= 1:
+        return ""
+    return (
+        f"{metric.label} of the full model rests on {score['support']:.0f} of {lines} lines, too "
+        f"few to see a loss of {100 * lost:.3g} %; give more lines, or another metric"
+    )
+
+
+def keeps(row: Row, metric: Metric, quality: float) -> bool:
+    """Return True if a setting surely keeps the share `quality` of the full model's score.
+
+    It does if it generates the full model's tokens, or if the lower bound of its relative score
+    reaches `quality`.
+    """
+    score = row["scores"][metric.name]
+    if score["low"] is None:
+        return False
+    if row["method"] in LOSSLESS and row["same"] == 1:
+        return True
+    return bool(score["low"] >= quality) and not too_few_lines(score, row["lines"], metric, quality)
+
+
+def fastest(rows: Iterable[Row], metric: Metric, quality: float) -> Row | None:
+    """Return the row with the highest lower bound of its speed, except full.
+
+    It must keep `quality`. None without such a row, or with fewer than FEWEST_LINES lines.
+    """
+    enough = [row for row in rows if row["method"] != "full" and row["lines"] >= FEWEST_LINES]
+    good = [row for row in enough if keeps(row, metric, quality)]
+    return max(good, key=lambda row: row["request_low"] or 0.0, default=None)
+
+
+def setting_verdicts(rows: Sequence[Row], metric: Metric, quality: float) -> list[str]:
+    """Return a sentence for each bundle that recommends a setting, with its uncertainty."""
+    made = []
+    bundles = dict.fromkeys(row["bundle"] for row in rows)
+    for bundle in bundles:
+        some = [row for row in rows if row["bundle"] == bundle and row["method"] != "full"]
+        if some:
+            made.append(
+                (f"{bundle}: " if len(bundles) > 1 else "")
+                + _setting_verdict(some, metric, quality)
+            )
+    return made
+
+
+def _setting_verdict(rows: Sequence[Row], metric: Metric, quality: float) -> str:
+    lines = rows[0]["lines"]
+    wanted = f"{100 * quality:.4g} % of full's {metric.label}"
+    if lines < FEWEST_LINES:
+        return (
+            f"no winner: {lines} lines are too few to tell settings apart; "
+            f"give {FEWEST_LINES} or more"
+        )
+    too_few = too_few_lines(rows[0]["scores"][metric.name], lines, metric, quality)
+    best = fastest(rows, metric, quality)
+    if best is None:
+        if too_few:
+            return f"no verdict: {too_few}"
+        return f"no setting keeps {wanted} by the lower bound of its interval: use full or lossless"
+    name, speed, low, high = (
+        best[field] for field in ("setting", "request_speed", "request_low", "request_high")
+    )
+    bounds = f"{speed:.2f}x (95 %: {low:.2f} to {high:.2f})"
+    scope = "with full's tokens" if too_few else f"that keeps {wanted}"
+    others = f"; no verdict on the others: {too_few}" if too_few else ""
+    if low <= 1:
+        return f"no setting {scope} is surely faster than full: {name} has {bounds}{others}"
+    kept, least, most = (
+        100 * best["scores"][metric.name][field] for field in ("relative", "low", "high")
+    )
+    shares = "" if too_few else f" at {kept:.1f} % ({least:.1f} to {most:.1f})"
+    return f"{name} is the fastest {scope}: {bounds} the speed of full{shares}{others}"
+
+
+def speed_verdict(rows: Sequence[Row], usable: Collection[str]) -> str:
+    """Name the fastest of the `usable` rows that beats the first row in every round.
+
+    Rows are ranked by their lowest ratio over rounds. "" if there is nothing to compare.
+    """
+    others = (row for row in rows[1:] if row["name"] in usable)
+    best = max(others, key=itemgetter("ratio_low"), default=None)
+    if best is None:
+        return ""
+    if best["ratio_low"] <= 1:
+        return f"nothing is faster than {rows[0]['name']} in every round"
+    by = f"{best['ratio']:.2f}x ({best['ratio_low']:.2f} to {best['ratio_high']:.2f} by round)"
+    same = ""
+    if best["agreement"] is not None:
+        same = f"; {best['agreement']:.0%} of its tokens are the same"
+    return f"{best['name']} is the fastest: {by} the speed of {rows[0]['name']}{same}"

@@ -11,11 +11,11 @@ from freeexport import __version__
 from freeexport.calibrate.sources import engines_hash, fitting_prompts, reference_of
 from freeexport.checkpoints.examples import DataError, read_examples
 from freeexport.costs.bytes import row_share
+from freeexport.costs.verdict import Row, setting_verdicts
 from freeexport.evaluate.measure import OpenSession, OtherDecoders, measure, open_session
 from freeexport.evaluate.records import Lines, Records, busiest
-from freeexport.evaluate.scores import Row, rows_of
+from freeexport.evaluate.scores import curves_of, rows_of
 from freeexport.evaluate.settings import METHODS, WITHOUT_EXIT, Entry, EvaluateOptions, entries_of
-from freeexport.evaluate.verdicts import curves_of, verdicts
 from freeexport.system.environment import environment
 from freeexport.system.jsonl import Request
 from freeexport.system.load import load_note
@@ -113,7 +113,7 @@ def evaluate(
         "threads": options.count,
         "quality": options.quality,
         "metrics": {metric.name: metric.signature for metric in metrics},
-        "verdicts": verdicts(rows, metrics[0], options.quality),
+        "verdicts": setting_verdicts(rows, metrics[0], options.quality),
         # Byte model: cost of a further row of a call as a share of the first row's.
         "row_shares": {
             entry.name: row_share(entry.bundle.manifest.precision, instructions)

@@ -1,4 +1,4 @@
-"""Quality and speed from the records of an evaluation: scores with intervals, curves and verdicts.
+"""Quality and speed from the records of an evaluation: scores with intervals, and curves.
 
 Rows are JSON objects. `rows_of` returns one per bundle and setting, `curves_of` one per bundle and
 method.
@@ -6,19 +6,19 @@ method.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
 from freeexport.costs.bytes import ByteModel, Calls
 from freeexport.costs.intervals import RESAMPLES, percentiles, speed_interval
 from freeexport.costs.timing import spread
+from freeexport.costs.verdict import Row, fastest
 from freeexport.evaluate.records import Lines
 from freeexport.evaluate.settings import WITHOUT_EXIT, Entry, Setting
 from freeexport.task_metrics import Metric, Reference, bounded, draws
 
-Row = dict[str, Any]
 # Bundle and setting.
 Name = tuple[str, str]
 
@@ -248,3 +248,48 @@ def _medians(lines: Lines) -> np.ndarray:
 
 def _ratio(above: float, below: float) -> float:
     return float(above / below) if below else 0.0
+
+
+def curves_of(rows: Sequence[Row], metric: Metric, quality: float) -> list[Row]:
+    """Compute a curve for each bundle and method except full.
+
+    - `area`: Area under the curve, up to the fastest point of all curves. None for a single point.
+    - `fastest`, `speed`: Setting chosen by `fastest`, and its request speed. None without one.
+
+    Args:
+        quality: Share of the full model's quality that the fastest setting must keep.
+    """
+    points: dict[tuple[str, str], list[Row]] = defaultdict(list)
+    for row in rows:
+        if row["method"] != "full":
+            points[row["bundle"], row["method"]].append(row)
+    most = max((row["request_speed"] for row in rows), default=1.0)
+    curves = []
+    for (bundle, method), some in points.items():
+        known = [(row["request_speed"], row["scores"][metric.name]["relative"]) for row in some]
+        best = fastest(some, metric, quality)
+        curves.append(
+            {
+                "bundle": bundle,
+                "method": method,
+                "area": area([(1.0, 1.0), *(p for p in known if p[1] is not None)], most)
+                if len(some) > 1
+                else None,
+                "fastest": None if best is None else best["setting"],
+                "speed": None if best is None else best["request_speed"],
+            }
+        )
+    return curves
+
+
+def area(points: Sequence[tuple[float, float]], most: float) -> float:
+    """Return the mean, over speeds from 1 to `most`, of the best quality at that speed or above.
+
+    Points are pairs of speed and quality. The quality is 0 beyond the fastest point.
+    """
+    total = 0.0
+    before = 1.0
+    for speed in sorted({min(speed, most) for speed, _ in points if speed > 1}):
+        total += (speed - before) * max(quality for other, quality in points if other >= speed)
+        before = speed
+    return total / (most - 1) if most > 1 else 0.0

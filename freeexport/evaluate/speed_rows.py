@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from operator import itemgetter
 from statistics import fmean, median
 from typing import Any
 
@@ -11,6 +10,7 @@ import numpy as np
 
 from freeexport.costs.bytes import ByteModel
 from freeexport.costs.timing import spread
+from freeexport.costs.verdict import speed_verdict
 from freeexport.evaluate.records import Lines, Record
 from freeexport.evaluate.settings import Entry
 from freeexport.system.environment import environment
@@ -199,24 +199,6 @@ def speed_report(
         "rows": list(rows),
         "verdict": speed_verdict(rows, usable),
     }
-
-
-def speed_verdict(rows: Sequence[SpeedRow], usable: Collection[str]) -> str:
-    """Name the fastest of the `usable` rows that beats the first row in every round.
-
-    Rows are ranked by their lowest ratio over rounds. "" if there is nothing to compare.
-    """
-    others = (row for row in rows[1:] if row["name"] in usable)
-    best = max(others, key=itemgetter("ratio_low"), default=None)
-    if best is None:
-        return ""
-    if best["ratio_low"] <= 1:
-        return f"nothing is faster than {rows[0]['name']} in every round"
-    by = f"{best['ratio']:.2f}x ({best['ratio_low']:.2f} to {best['ratio_high']:.2f} by round)"
-    same = ""
-    if best["agreement"] is not None:
-        same = f"; {best['agreement']:.0%} of its tokens are the same"
-    return f"{best['name']} is the fastest: {by} the speed of {rows[0]['name']}{same}"
 
 
 def _share(value: float | None) -> str:

@@ -22,12 +22,10 @@ import numpy as np
 from freeexport.conversion.convert import convert
 from freeexport.conversion.options import ConvertOptions
 from freeexport.costs.exit_gain import timed_requests
-from freeexport.costs.verdict import Verdict, bundle_verdict
+from freeexport.costs.verdict import Row, Verdict, bundle_verdict, keeps, too_few_lines
 from freeexport.evaluate.evaluate import evaluate
 from freeexport.evaluate.page import Story, write_evaluation
-from freeexport.evaluate.scores import Row
 from freeexport.evaluate.speed import speed_prompts
-from freeexport.evaluate.verdicts import keeps, too_few_lines
 from freeexport.fit.options import FitOptions
 from freeexport.fit.plan import SPEED_SECONDS, Plan
 from freeexport.fit.plan_table import describe_plan

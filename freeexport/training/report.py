@@ -329,15 +329,4 @@ def training_verdict(before: dict[str, float], after: dict[str, float], costs: C
             f"{after['eval_deep_loss']:.3f}; lower --learning-rate, or leave the model unchanged "
             "with --tune exit"
         )
-    share = after["eval_oracle_exits"]
-    if (
-        before
-        and share <= before["eval_oracle_exits"]
-        and after["eval_agreement"] <= before["eval_agreement"]
-    ):
-        lines.append(
-            "verdict: training made no better exit; train longer, or with another --learning-rate"
-        )
-    else:
-        lines.append(f"verdict: the exit {trained_verdict(costs, share)}")
-    return lines
+    return [*lines, f"verdict: {trained_verdict(costs, before, after)}"]

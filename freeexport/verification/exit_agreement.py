@@ -21,7 +21,7 @@ from freeexport.checkpoints.examples import (
 from freeexport.checkpoints.packed_exit import MOST_SAMPLES, SampleAnswer, read_packed
 from freeexport.checkpoints.ready_made import apply_exit, does_not_fit, find_exit
 from freeexport.checkpoints.weight_files import CheckpointError
-from freeexport.costs.verdict import Share, share
+from freeexport.costs.intervals import Share, share
 from freeexport.system.progress import progress
 from freeexport.verification.batches import Batch, pad
 from graphs.exit_head import fused_layers

@@ -2,16 +2,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
 
+from freeexport.costs.intervals import Share
 from freeexport.costs.verdict import (
     ExitFacts,
-    Share,
     basis_of,
     break_even_text,
     prospect,
-    share,
     trained_verdict,
     verdict,
 )
@@ -23,41 +21,6 @@ TIMED = replace(UNKNOWN, basis="measured", break_even=0.3)
 EXITS = replace(
     TIMED, threshold=0.9, exit_rate=Share(0.6, 229, 0.52, 0.67), exit_agreement=Share(0.99, 137, 0.95, 1.0), speedup=1.4
 )
-
-
-@pytest.mark.parametrize(
-    ("hits", "count", "low", "high"),
-    # Brown, Cai and DasGupta's formula (2001), by hand.
-    [(30, 229, 0.0934, 0.1809), (0, 100, 0.0, 0.0370), (100, 100, 0.9630, 1.0)],
-)
-def test_independent_tokens_have_wilsons_interval(hits: int, count: int, low: float, high: float) -> None:
-    found = share([hits], [count])
-    assert found is not None
-    assert share([0, 0], [0, 0]) is None
-    assert (found.value, found.count) == (pytest.approx(hits / count), count)
-    assert (found.low, found.high) == (pytest.approx(low, abs=1e-4), pytest.approx(high, abs=1e-4))
-
-
-def test_sequences_that_are_easy_or_hard_as_a_whole_are_worth_fewer_tokens() -> None:
-    clustered, mixed = share([20, 0] * 10, [20] * 20), share([10] * 20, [20] * 20)
-    assert clustered is not None
-    assert mixed is not None
-    assert clustered.value == mixed.value == 0.5
-    # Twenty tokens that are all alike are one: twenty sequences, not four hundred tokens.
-    assert (clustered.low, clustered.high) == (pytest.approx(0.29, abs=0.01), pytest.approx(0.71, abs=0.01))
-    assert (mixed.low, mixed.high) == (pytest.approx(0.451, abs=0.001), pytest.approx(0.549, abs=0.001))
-
-
-def test_the_interval_holds_the_truth_about_as_often_as_it_says() -> None:
-    random = np.random.default_rng(0)
-    held = 0
-    for _ in range(400):
-        sizes = random.integers(5, 40, 60)
-        easy = random.beta(6, 4, 60)  # 0.6 on average
-        found = share(random.binomial(sizes, easy), sizes)
-        assert found is not None
-        held += (found.low or 0) <= 0.6 <= (found.high or 0)
-    assert 0.92 < held / 400 < 0.98
 
 
 POOR = Share(0.04, 252, 0.02, 0.08)
@@ -159,13 +122,16 @@ def test_an_exit_to_be_trained_has_the_break_even_of_its_bundle() -> None:
     assert basis_of(replace(BYTES, measured=True, busy=1.3)) == "unknown"
     text = break_even_text(even, "bytes")
     assert text == "pays once 35.1% of the tokens exit, by the bytes that are read"
+    few = {"eval_oracle_exits": 0.1, "eval_agreement": 0.5}
     for said in (
         prospect(BYTES, 2, 8),
-        trained_verdict(BYTES, 0.1),
+        trained_verdict(BYTES, {}, few),
         verdict(replace(UNKNOWN, basis="bytes", break_even=even)).text,
     ):
         assert "pays once 35.1% of the tokens exit" in said
     never = Costs(9.0, 1.0, {1: 3.0, 8: 4.0}, measured=False)
     assert prospect(never, 7, 8).startswith("warning: the exit after layer 7 of 8 saves nothing even if every token")
-    assert trained_verdict(never, 0.9).startswith("cannot pay: it saves nothing")
-    assert trained_verdict(BYTES, 0.7).startswith("can pay: up to 1.")
+    many = {"eval_oracle_exits": 0.9, "eval_agreement": 0.9}
+    assert trained_verdict(never, few, many).startswith("the exit cannot pay: it saves nothing")
+    assert trained_verdict(BYTES, few, many).startswith("the exit can pay: up to 1.")
+    assert trained_verdict(BYTES, many, few).startswith("training made no better exit")

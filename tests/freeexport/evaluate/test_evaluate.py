@@ -21,11 +21,11 @@ from click.testing import Result
 from command_line import invoke, succeed
 
 from freeexport.costs.measured import measured_costs
+from freeexport.costs.verdict import setting_verdicts
 from freeexport.evaluate import evaluate as evaluation
 from freeexport.evaluate import measure, page, tables
 from freeexport.evaluate.records import OUTPUTS, RUN
 from freeexport.evaluate.settings import METHODS
-from freeexport.evaluate.verdicts import verdicts
 from freeexport.system.environment import commit_of
 from freeexport.task_metrics import metric_of
 from runtime import Session, kernels
@@ -202,7 +202,7 @@ def test_a_share_reads_the_same_in_the_table_and_in_the_verdict() -> None:
     }
     metric = metric_of("per")
     assert tables.relative_score(metric.name, row) == "98.0±1.0"
-    (verdict,) = verdicts([full, row], metric, 0.95)
+    (verdict,) = setting_verdicts([full, row], metric, 0.95)
     assert "keeps 95 % of full's 1 - PER: 2.00x" in verdict
     assert verdict.endswith("at 98.0 % (97.0 to 99.0)")
 

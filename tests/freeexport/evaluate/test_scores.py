@@ -12,10 +12,10 @@ from handmade_bundle import write_bundle
 
 from freeexport.costs.bytes import Calls
 from freeexport.costs.intervals import speed_interval
+from freeexport.costs.verdict import FEWEST_LINES, setting_verdicts
 from freeexport.evaluate.records import Record
-from freeexport.evaluate.scores import rows_of, score
+from freeexport.evaluate.scores import curves_of, rows_of, score
 from freeexport.evaluate.settings import Entry, Setting
-from freeexport.evaluate.verdicts import FEWEST_LINES, curves_of, verdicts
 from freeexport.task_metrics import Reference, metric_of
 from runtime.bundle.bundle import Bundle
 
@@ -176,7 +176,7 @@ def test_a_winner_keeps_the_quality_by_the_lower_bound_of_its_interval(
     assert curves["free"]["fastest"] == fastest
     assert curves["static"]["fastest"] is None
     assert curves["static"]["area"] is None  # a point is no curve
-    (verdict,) = verdicts(rows, metric, 0.99)
+    (verdict,) = setting_verdicts(rows, metric, 0.99)
     assert said in verdict
 
 
@@ -189,7 +189,7 @@ def test_a_setting_that_may_be_slower_than_full_is_no_winner(entry: Entry) -> No
     }
     references = {line: Reference(("right",)) for line in range(200)}
     rows = rows_of([entry], found, references, [metric_of("exact")])
-    (verdict,) = verdicts(rows, metric_of("exact"), 0.99)
+    (verdict,) = setting_verdicts(rows, metric_of("exact"), 0.99)
     assert "no setting that keeps 99 % of full's exact is surely faster than full: free 0.5 has 1.0" in verdict
 
 
@@ -201,7 +201,7 @@ def test_no_verdict_on_quality_if_one_line_is_worth_more_than_the_margin(entry: 
     rows = rows_of([entry], found, references, [metric])
     free = rows[-1]["scores"]["exact"]
     assert (free["relative"], free["low"], free["high"], free["support"]) == (1, 1, 1, 1)
-    assert verdicts(rows, metric, 0.99) == [
+    assert setting_verdicts(rows, metric, 0.99) == [
         "no verdict: exact of the full model rests on 1 of 200 lines, too few to see a loss of 1 %; "
         "give more lines, or another metric"
     ]
@@ -212,7 +212,7 @@ def test_no_verdict_on_quality_if_one_line_is_worth_more_than_the_margin(entry: 
         line: [replace(one, setting="lossless")] for line, (one,) in found["one", FREE.name].items()
     }
     rows = rows_of([replace(entry, settings=(FULL, STATIC, FREE, drafting))], found, references, [metric])
-    (verdict,) = verdicts(rows, metric, 0.99)
+    (verdict,) = setting_verdicts(rows, metric, 0.99)
     assert verdict.startswith("lossless is the fastest with full's tokens: 1.9")
     assert "no verdict on the others: exact of the full model rests on 1 of 200 lines" in verdict
 

@@ -14,10 +14,11 @@ from command_line import error, invoke
 from fake_device import Machine
 
 from freeexport.costs.bytes import Calls
+from freeexport.costs.verdict import speed_verdict
 from freeexport.evaluate import speed
 from freeexport.evaluate.measure import timing_of
 from freeexport.evaluate.records import Record
-from freeexport.evaluate.speed_rows import speed_rows, speed_verdict
+from freeexport.evaluate.speed_rows import speed_rows
 from freeexport.system.load import OtherLoad
 from runtime.bundle.bundle import Bundle as BundleFiles
 
