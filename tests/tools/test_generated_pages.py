@@ -11,8 +11,8 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from freeexport.cli import main as freeexport_command
 import runtime
+from freeexport.cli import main as freeexport_command
 from runtime import GenerationOptions, SessionOptions, SpeechOptions
 from tools import pages
 from tools.api_page import OTHER_RECORDS, RESULTS
