@@ -1,4 +1,4 @@
-"""Drafts of every source through a session: the tokens stay those of full, and bad input is the request's own error."""
+"""Drafts through a session: lossless is full, free is reproducible, and bad input is an error of its request."""
 
 from __future__ import annotations
 
@@ -8,12 +8,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+<<<<<<< HEAD
 from checkpoints import BY_NAME, PROMPTS, VOCAB_SIZE, Bundles, Case, Open, Sessions
+=======
+from checkpoints import BY_NAME, PROMPTS, VOCAB_SIZE, Bundles, Case, Model, Open, Sessions
+>>>>>>> 86cd11fb (Tests of requests: free as published and free with drafts)
 from draft_plans import draft_exits, draft_texts
 from exit_layer_case import EXIT_LAYER, with_exit_layers, with_feature
+from reference import Run, assert_same_tokens, confidence_of, free_decode
 
-from runtime import BatchError, OptionError, Session
-from runtime.decoding.drafts import NO_DRAFT, DraftPlan, Drafts
+from runtime import BatchError, GenerationResult, OptionError, Session
+from runtime.decoding.draft_sources import Proposal
+from runtime.decoding.drafts import NO_DRAFT, Drafts, Plan
 from runtime.decoding.response import Response
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -24,7 +30,7 @@ both = pytest.mark.parametrize("name", [LLAMA, T5])
 
 @pytest.fixture
 def eager(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever is found is drafted, whether it pays or not."""
+    """Draft everything that a text proposes."""
     draft_texts(monkeypatch)
 
 
@@ -53,8 +59,9 @@ def test_drafts_of_each_source_give_the_tokens_of_full(name: str, drafts: str, s
             assert ours.token_ids == full.token_ids
             assert ours.text == full.text
             if source != "lookup":
-                counts = ours.stats.drafts[source]
-                assert 0 < counts.accepted < counts.proposed
+                # What the request expects is a part of its text, too.
+                texts = [counts for kind, counts in ours.stats.drafts.items() if kind != "exit"]
+                assert 0 < sum(counts.accepted for counts in texts) <= sum(counts.proposed for counts in texts)
                 assert ours.stats.sync_passes < 30
             assert sum(ours.exited) == ours.stats.exits
             assert [kind == "exit" for kind in ours.sources] == list(ours.exited)
@@ -73,41 +80,113 @@ CASES = [
 
 
 @pytest.mark.parametrize(("case", "exit_layer"), CASES, ids=["llama", "t5", "embeds", "fused", "exit-layers"])
-def test_text_that_is_drafted_at_once_gives_what_calls_in_turn_give(
+def test_drafts_that_take_turns_give_the_tokens_of_full_with_and_without_logits(
     case: Case, exit_layer: int, open_session: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Plain tokens, drafts of the exit and drafts from text."""
     session = open_session(case, exit_layer)
     draft_exits(monkeypatch)
     expected: list[int] = []
 
-    def plan(self: Drafts, response: Response, most: int, sequences: int = 1) -> DraftPlan:
+    def plan(self: Drafts, response: Response, room: int, sequences: int = 1) -> Plan:
         made = len(response.tokens)
         kind = made % 4
         if kind < 2:
-            return NO_DRAFT if kind == 0 else DraftPlan(exits=min(3, most))
-        tokens = response.within(expected[made : made + 2 * kind - 3][:most])
-        return DraftPlan("own", tuple(tokens)) if tokens else NO_DRAFT
+            return NO_DRAFT if kind == 0 else Plan(exits=min(3, room))
+        tokens = response.within(expected[made : made + 2 * kind - 3][:room])
+        count = len(tokens)
+        return Plan(Proposal("own", tokens, [0.5] * count, [("own", 0)] * count)) if tokens else NO_DRAFT
 
     monkeypatch.setattr(Drafts, "plan", plan)
     options: dict[str, Any] = {"max_new_tokens": 40, "threshold": 0.0, "mode": "lossless", "drafts": "exit"}
     for prompt in PROMPTS:
         full = session.generate(prompt, mode="full", max_new_tokens=40)
         expected[:] = changed(full.token_ids)
-        at_once, in_turn = (session.generate(prompt, output_logprobs=each, **options) for each in (False, True))
-        assert at_once.token_ids == full.token_ids
-        assert (at_once.text, at_once.sources, at_once.confidence) == (
-            in_turn.text,
-            in_turn.sources,
-            in_turn.confidence,
-        )
-        counts = [(r.stats.drafts, r.stats.rejected, r.stats.exits, r.stats.sync_sizes) for r in (at_once, in_turn)]
+        plain, scored = (session.generate(prompt, output_logprobs=each, **options) for each in (False, True))
+        assert plain.token_ids == full.token_ids
+        assert (plain.text, plain.sources, plain.confidence) == (scored.text, scored.sources, scored.confidence)
+        counts = [(r.stats.drafts, r.stats.rejected, r.stats.exits, r.stats.sync_sizes) for r in (plain, scored)]
         assert counts[0] == counts[1]
-        assert "own" in at_once.stats.drafts
+        assert "own" in plain.stats.drafts
+
+
+# Mode free
+
+
+@both
+def test_free_drafts_the_same_after_other_requests_and_in_batches(name: str, open_session: Open) -> None:
+    """Which tokens are verified does not depend on times, on other requests, or on their outputs."""
+    options: dict[str, Any] = {"mode": "free", "max_new_tokens": 24, "ignore_eos": True}
+    with open_session(name, slots=4) as session:
+        wanted = session.generate(PROMPTS[0], **{**options, "mode": "full"}).token_ids
+        ways: list[dict[str, Any]] = [
+            {},
+            {"temperature": 0.8, "seed": 3},
+            {"predicted_output": changed(wanted)},
+            {"predicted_output": wanted},
+        ]
+        asked = [{"threshold": threshold, **way} for threshold in (0.05, 0.6) for way in ways]
+
+        def ask(place: int) -> GenerationResult:
+            return session.generate(PROMPTS[0], **asked[place], **options)
+
+        first = [ask(place) for place in range(len(asked))]
+        for prompt in PROMPTS:
+            session.generate(prompt, mode="lossless", max_new_tokens=24)
+        again = [ask(place) for place in reversed(range(len(asked)))][::-1]
+        with ThreadPoolExecutor(8) as pool:
+            together = [*pool.map(ask, range(len(asked)))]
+    assert any(set(result.sources) - {"deep", "exit"} for result in first)
+    for results in (again, together):
+        for one, other in zip(first, results, strict=True):
+            assert (one.token_ids, one.sources, one.exited) == (other.token_ids, other.sources, other.exited)
+
+
+@both
+@pytest.mark.parametrize("draft", [draft_exits, draft_texts])
+def test_in_mode_free_each_token_is_a_confident_prediction_of_the_exit_or_the_deep_one(
+    name: str, draft: Any, sessions: Sessions, source_model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draft(monkeypatch)
+    model = source_model(BY_NAME[name])
+    session = sessions(name)
+    threshold = 0.4
+    verified = 0
+    for prompt in PROMPTS:
+        full = session.generate(prompt, mode="full", max_new_tokens=30, ignore_eos=True)
+        ours = session.generate(
+            prompt,
+            mode="free",
+            threshold=threshold,
+            predicted_output=changed(full.token_ids),
+            max_new_tokens=30,
+            ignore_eos=True,
+        )
+        shallow, deep = Run(model, prompt, 2).logits(ours.token_ids[:-1])
+        for place, (token, exited) in enumerate(zip(ours.token_ids, ours.exited, strict=True)):
+            final = exited and confidence_of(shallow[place], VOCAB_SIZE) > threshold
+            verified += exited and not final
+            assert token == int((shallow if final else deep)[place].argmax())
+        assert [source == "exit" for source in ours.sources] == list(ours.exited)
+    assert verified or draft is draft_texts
+
+
+def test_free_without_drafts_from_text_is_as_published(sessions: Sessions, source_model: Model) -> None:
+    model = source_model(BY_NAME[LLAMA])
+    for prompt in PROMPTS:
+        ours = sessions(LLAMA).generate(prompt, mode="free", drafts="exit", threshold=0.1, max_new_tokens=30)
+        reference = free_decode(model, prompt, 2, 0.1, 30, expected=ours.token_ids)
+        if assert_same_tokens(ours, reference) is None:
+            assert ours.stats.sync_sizes == Counter(reference.sync_sizes)
+        assert ours.stats.drafts == {}
+
+
+# Batches, streams and options
 
 
 @pytest.mark.usefixtures("eager")
-def test_an_encoder_decoder_repeats_its_source(sessions: Sessions) -> None:
-    """Its output becomes its prompt: the n-grams that it repeats stand there alone."""
+def test_an_encoder_decoder_drafts_from_its_source(sessions: Sessions) -> None:
+    """Its output becomes its prompt, and so the only text with the phrases that it repeats."""
     session, source, proposed = sessions(T5), list(PROMPTS[0]), 0
     options: dict[str, Any] = {"max_new_tokens": 30, "ignore_eos": True}
     for _ in range(4):
@@ -125,7 +204,7 @@ def test_an_encoder_decoder_repeats_its_source(sessions: Sessions) -> None:
 def test_drafts_of_several_lengths_share_one_engine_call(
     name: str, bundle: Bundles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However many rows each has: what is shorter is padded."""
+    """Shorter ones are padded."""
     widths = list[set[int]]()
 
     def together(works: Any, row_cost: float = 0.0) -> Any:
@@ -194,11 +273,11 @@ def test_processors_biases_and_log_probabilities_are_those_of_full(sessions: Ses
     ours = session.generate(PROMPTS[0], mode="lossless", predicted_output=changed(full.token_ids), **options)
     assert ours.token_ids == full.token_ids
     assert ours.logprobs == pytest.approx(full.logprobs, abs=1e-4)
-    assert ours.stats.drafts["predicted"].accepted
+    assert any(counts.accepted for kind, counts in ours.stats.drafts.items() if kind != "exit")
 
 
 @pytest.mark.usefixtures("eager")
-def test_several_samples_draft_each(sessions: Sessions) -> None:
+def test_each_of_several_samples_drafts(sessions: Sessions) -> None:
     session = sessions(LLAMA)
     options: dict[str, Any] = {"temperature": 0.9, "seed": 3, "max_new_tokens": 20, "ignore_eos": True}
     full = session.generate_best(PROMPTS[0], 12, mode="full", **options)
@@ -209,7 +288,7 @@ def test_several_samples_draft_each(sessions: Sessions) -> None:
     assert any(one.stats.drafts for one in ours)
 
 
-def test_no_drafts_are_full(sessions: Sessions) -> None:
+def test_lossless_without_drafts_is_full(sessions: Sessions) -> None:
     ours = sessions(LLAMA).generate(PROMPTS[0], mode="lossless", drafts="none", max_new_tokens=20, ignore_eos=True)
     assert (ours.stats.mode, ours.stats.drafts, ours.stats.sync_sizes) == ("full", {}, {1: 19})
 
@@ -226,10 +305,32 @@ def test_a_source_that_raises_is_the_error_of_its_request_alone(sessions: Sessio
     with pytest.raises(BatchError) as caught:
         session.generate([PROMPTS[0], PROMPTS[1]], mode="lossless", draft_source=broken, max_new_tokens=20)
     assert all(isinstance(result, KeyError) for result in caught.value.results)
-    for given in (None, "text", [VOCAB_SIZE], [-1], [0.5]):
-        with pytest.raises(OptionError, match="draft_source returned"):
-            session.generate(PROMPTS[0], mode="lossless", draft_source=lambda ids, given=given: given)
-    assert session.generate(PROMPTS[0], max_new_tokens=4, ignore_eos=True).stats.tokens == 4
+    bad_tokens = (None, "text", [VOCAB_SIZE], [-1], [0.5], ([VOCAB_SIZE], [0.5]))
+    bad_probabilities = (([1, 2], [0.5]), ([1], [1.5]), ([1], [-0.5]), ([1], ["1"]), ([1], 0.5))
+    for mode in ("lossless", "free"):
+        for given in (*bad_tokens, *bad_probabilities):
+            with pytest.raises(OptionError, match="draft_source returned"):
+                session.generate(PROMPTS[0], mode=mode, threshold=0.3, draft_source=lambda ids, given=given: given)
+
+
+@pytest.mark.usefixtures("eager")
+def test_a_source_may_return_probabilities_or_nothing_or_too_many_tokens(sessions: Sessions) -> None:
+    session = sessions(LLAMA)
+    options: dict[str, Any] = {"max_new_tokens": 40, "ignore_eos": True}
+    full = session.generate(PROMPTS[0], mode="full", **options)
+    expected = changed(full.token_ids)
+    start = len(PROMPTS[0])
+    sources: dict[str, Any] = {
+        "likely": lambda ids: (expected[len(ids) - start :], [0.9] * 40),
+        "unlikely": lambda ids: (expected[len(ids) - start :], [0.1] * 40),
+        "nothing": lambda ids: [],
+        "too many": lambda ids: expected[len(ids) - start :] + [7] * 1000,
+    }
+    for name, source in sources.items():
+        session.forget_drafts()
+        ours = session.generate(PROMPTS[0], mode="lossless", draft_source=source, **options)
+        assert ours.token_ids == full.token_ids
+        assert ("own" in ours.stats.drafts) == (name != "nothing")
 
 
 @pytest.mark.usefixtures("eager")

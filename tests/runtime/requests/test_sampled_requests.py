@@ -51,7 +51,10 @@ def test_a_token_is_drawn_from_the_decoder_that_emits_it_with_the_probabilities_
             TopPLogitsWarper(0.95),
         ]
     )
-    ours = sessions(name).generate(PROMPTS[0], mode=mode, threshold=0.3, max_new_tokens=30, ignore_eos=True, **DRAW)
+    options: dict[str, Any] = {"mode": mode, "threshold": 0.3, "max_new_tokens": 30, "ignore_eos": True}
+    if mode == "free":
+        options["drafts"] = "exit"
+    ours = sessions(name).generate(PROMPTS[0], **options, **DRAW)
     logits = Run(source_model(BY_NAME[name]), PROMPTS[0], 2).logits(ours.token_ids[:-1])
     drawn = []
     for step, exited in enumerate(ours.exited):
@@ -60,7 +63,7 @@ def test_a_token_is_drawn_from_the_decoder_that_emits_it_with_the_probabilities_
         drawn.append(race(scores[0].double().softmax(-1).numpy(), (DRAW["seed"], 0), len(context)))
     assert tuple(drawn) == ours.token_ids
     assert any(ours.exited) == (mode != "full")
-    greedy = sessions(name).generate(PROMPTS[0], mode=mode, threshold=0.3, max_new_tokens=30, ignore_eos=True)
+    greedy = sessions(name).generate(PROMPTS[0], **options)
     assert greedy.token_ids != ours.token_ids
 
 

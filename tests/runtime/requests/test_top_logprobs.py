@@ -20,9 +20,9 @@ COUNT, TOKENS = 6, 20
 # Modes, and whether an exited token's probabilities are the shallow decoder's.
 MODES = {
     "full": {"mode": "full"},
-    "free": {"mode": "free", "threshold": 0.3},
-    "exits": {"mode": "free", "threshold": 0.0},
-    "stack": {"mode": "free", "threshold": 0.1, "max_pending": 3},
+    "free": {"mode": "free", "drafts": "exit", "threshold": 0.3},
+    "exits": {"mode": "free", "drafts": "exit", "threshold": 0.0},
+    "stack": {"mode": "free", "drafts": "exit", "threshold": 0.1, "max_pending": 3},
     "shallow": {"mode": "shallow"},
     "lossless": {"mode": "lossless", "threshold": 0.05, "drafts": "exit"},
     "rollback": {"mode": "rollback", "threshold": 0.1, "rollback_threshold": 3.0},
@@ -74,18 +74,16 @@ def test_they_are_those_of_the_decoder_that_decided(
 def test_an_exit_of_layers_has_its_own(bundle: Bundles, source_model: Model) -> None:
     case = EXIT_CASES[0]
     with Session(bundle(case, EXIT_LAYER), threads=1, slots=1) as session:
-        ours = session.generate(
-            PROMPTS[2], threshold=0.05, max_new_tokens=TOKENS, ignore_eos=True, top_logprobs=COUNT, mode="free"
-        )
+        options: dict[str, Any] = {"mode": "free", "drafts": "exit", "threshold": 0.05, "top_logprobs": COUNT}
+        ours = session.generate(PROMPTS[2], max_new_tokens=TOKENS, ignore_eos=True, **options)
     assert any(ours.exited)
     same_as_transformers(ours, Run(source_model(case), PROMPTS[2], EXIT_LAYER), False)
 
 
 def test_of_an_exit_vocabulary_only_its_tokens_are_named(bundle: Bundles) -> None:
     with Session(bundle(with_exit_vocabulary("llama-tied"), EXIT_LAYER), threads=1, slots=1) as session:
-        ours = session.generate(
-            PROMPTS[0], mode="free", threshold=0.0, max_new_tokens=TOKENS, ignore_eos=True, top_logprobs=COUNT
-        )
+        options: dict[str, Any] = {"mode": "free", "drafts": "exit", "threshold": 0.0, "top_logprobs": COUNT}
+        ours = session.generate(PROMPTS[0], max_new_tokens=TOKENS, ignore_eos=True, **options)
     exited = [best for best, exited in zip(ours.top_logprobs or (), ours.exited, strict=True) if exited]
     assert exited
     assert {token for best in exited for token, _ in best} <= set(KNOWN)
