@@ -8,11 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-<<<<<<< HEAD
-from checkpoints import BY_NAME, PROMPTS, VOCAB_SIZE, Bundles, Case, Open, Sessions
-=======
 from checkpoints import BY_NAME, PROMPTS, VOCAB_SIZE, Bundles, Case, Model, Open, Sessions
->>>>>>> 86cd11fb (Tests of requests: free as published and free with drafts)
 from draft_plans import draft_exits, draft_texts
 from exit_layer_case import EXIT_LAYER, with_exit_layers, with_feature
 from reference import Run, assert_same_tokens, confidence_of, free_decode
