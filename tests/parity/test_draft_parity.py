@@ -98,7 +98,7 @@ def test_rollback_without_a_limit_is_free_and_with_limit_zero_is_full(bundle: Bu
     with opened(bundle, BY_NAME["llama-tied"], 2) as session:
         for prompt in PROMPTS:
             options: dict[str, Any] = {"threshold": 0.3, "max_new_tokens": 40, "ignore_eos": True}
-            free = session.generate(prompt, **options)
+            free = session.generate(prompt, mode="free", drafts="exit", **options)
             never = session.generate(prompt, mode="rollback", rollback_threshold=1e9, **options)
             assert never.token_ids == free.token_ids
             # The last token of the request is verified at once: free leaves a stack behind.
@@ -185,7 +185,7 @@ TIE = 1e-4
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_lossless_with_every_source_is_full(name: str, bundle: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever is found is drafted, whether it pays or not. A first difference may only be a tie."""
+    """Everything that a text proposes is drafted. A first difference may only be a tie."""
     draft_texts(monkeypatch)
     chance, drafted, ties = np.random.default_rng(len(name)), 0, 0
     with Session(bundle(BY_NAME[name], 1), threads=1, slots=1) as session:
