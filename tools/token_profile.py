@@ -66,13 +66,13 @@ class Kernel(NamedTuple):
     Attributes:
         operator: Type of the operator.
         shape: Shape of a matrix product, "" for other operators.
-        count: Number of kernels per call.
+        per_call: Number of kernels per call.
         seconds: Seconds of all of them.
     """
 
     operator: str
     shape: str
-    count: float
+    per_call: float
     seconds: float
 
     @property
@@ -170,9 +170,9 @@ def profile(path: Path, threads: int, context: int, tokens: int) -> BundleProfil
     loaded: dict[str, OnnxEngine] = {}
     with tempfile.TemporaryDirectory() as directory:
 
-        def load(engine: Path, *given: Any, **named: Any) -> OnnxEngine:
+        def load(engine: Path, threads: int, **named: Any) -> OnnxEngine:
             loaded[engine.stem] = OnnxEngine(
-                engine, *given, profile=Path(directory) / engine.stem, **named
+                engine, threads, profile=Path(directory) / engine.stem, **named
             )
             return loaded[engine.stem]
 
@@ -203,7 +203,7 @@ def format_profile(profile: BundleProfile, least: float) -> str:
         + f", outside {1e6 * (profile.token - engines):.0f}; opened in {profile.opened:.2f} s"
     ]
     for kind in (*dict.fromkeys(KINDS.values()), "glue"):
-        count = sum(kernel.count for kernel in every if kernel.kind == kind)
+        count = sum(kernel.per_call for kernel in every if kernel.kind == kind)
         seconds = sum(kernel.seconds for kernel in every if kernel.kind == kind)
         lines.append(
             f"  {kind:14} {count:6.0f} kernels {1e6 * seconds:8.0f} us {seconds / engines:6.1%}"

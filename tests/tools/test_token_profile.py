@@ -13,7 +13,7 @@ def test_a_bundle_is_profiled_kernel_by_kernel(bundle: Bundles) -> None:
     path = bundle(BY_NAME["llama-tied"])
     found = profile(path, 1, 6, 8)
     attended = [one for kernels in found.kernels.values() for one in kernels if one.kind == "attention"]
-    assert sum(one.count for one in attended) == Bundle.open(path).manifest.layers
+    assert sum(one.per_call for one in attended) == Bundle.open(path).manifest.layers
     assert set(found.engines) == {"shallow", "deep"}
     assert found.token > sum(found.engines.values()) > 0
     assert found.opened > 0

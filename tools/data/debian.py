@@ -324,7 +324,7 @@ def command(
         "translation": lambda: translations(read_descriptions(index, "de"), english),
     }.get(task, lambda: extractions(packages, english, task))()
     splits = {
-        name: shuffled(examples, seed, lambda example: example.input)
+        name: shuffled(examples, seed, lambda example: str(example.input))
         for name, examples in split_pairs(list(pairs), family, splits_of(source, family)).items()
     }
     splits["test"] = fresh(splits["test"], test_version)

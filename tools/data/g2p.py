@@ -138,9 +138,8 @@ def build_splits(
             (word,) for word in shuffled(members, seed, lambda word: word.spelling)
         ]
         chosen = [*chosen[: singles[name]], *phrases(members, phrase_counts[name], *lengths, seed)]
-        splits[name] = shuffled(
-            [example(item, references, spaced) for item in chosen], seed, lambda line: line.input
-        )
+        lines = [example(item, references, spaced) for item in chosen]
+        splits[name] = shuffled(lines, seed, lambda line: str(line.input))
     return splits
 
 

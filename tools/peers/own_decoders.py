@@ -99,7 +99,7 @@ def load_transformers(path: str, threads: int, options: dict[str, Any]) -> Loade
     from freeexport.checkpoints.transformers_model import reference_model
 
     torch.set_num_threads(threads)
-    model = reference_model(open_checkpoint(path))
+    model: Any = reference_model(open_checkpoint(path))
 
     class Streamer:
         """Receives tokens from `generate`, the prompt's first."""

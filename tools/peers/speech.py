@@ -29,13 +29,14 @@ from freeexport.system.environment import environment
 from freeexport.system.output import check_writable, write_whole
 from runtime import Session
 from runtime.audio import read_audio
+from runtime.options import Mode
 from tools.peers.catalog import PEERS, chosen
 from tools.peers.measure import Contender, ask
 
 OURS: dict[str, Any] = {"language": "en", "max_new_tokens": 224, "fallback_temperatures": ()}
 
 
-def run(session: Session, mode: str, path: Path) -> dict[str, Any]:
+def run(session: Session, mode: Mode, path: Path) -> dict[str, Any]:
     """Transcribe a clip with a bundle. Seconds include the spectrogram."""
     samples = read_audio(path)
     began = time.perf_counter()

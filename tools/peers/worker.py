@@ -61,7 +61,12 @@ class Worker:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         late = threading.Event()
-        timer = threading.Timer(limit, lambda: (late.set(), self._process.kill()))
+
+        def end() -> None:
+            late.set()
+            self._process.kill()
+
+        timer = threading.Timer(limit, end)
         timer.start()
         try:
             self._process.stdin.write(json.dumps(request) + "\n")
