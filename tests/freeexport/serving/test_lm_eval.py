@@ -14,6 +14,7 @@ TASKS = Path(__file__).parents[2] / "lm_eval"
 
 lm_eval = pytest.importorskip("lm_eval")
 task_index = pytest.importorskip("lm_eval.tasks")
+pytestmark = pytest.mark.clients
 
 
 def scores(tasks: list[str], kind: str, chat: bool = False, **arguments: Any) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -11,6 +11,8 @@ from running_server import MESSAGES, Running, running
 
 from runtime import GenerationResult, Session
 
+pytestmark = pytest.mark.clients
+
 FREE = {"free": {"threshold": 0.3}}
 
 

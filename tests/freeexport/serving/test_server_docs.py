@@ -43,6 +43,7 @@ def test_the_program_with_anthropics_client_works(server: Running) -> None:
     assert (server.log[-1]["path"], server.log[-1]["status"]) == ("/v1/messages", 200)
 
 
+@pytest.mark.clients
 def test_the_program_with_spans_works(chat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if find_spec("opentelemetry") is None:
         pytest.skip("opentelemetry-api is not installed")
