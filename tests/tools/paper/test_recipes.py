@@ -219,7 +219,9 @@ def test_a_training_ends_with_the_process_that_started_it(
 ) -> None:
     write_data(tmp_path)
     out = tmp_path / "out"
+    # A shell starts jobs in the background with SIGINT ignored, which this process would inherit.
     script = (
+        "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from pathlib import Path\nfrom tools.paper.recipes import *\n"
         f"data, out = Path({str(tmp_path / 'train.jsonl')!r}), Path({str(out)!r})\n"
         "options = recipe_options(RECIPES['static'], data, exit_layer=2, steps=10**6, threads=1)\n"
@@ -232,7 +234,10 @@ def test_a_training_ends_with_the_process_that_started_it(
     children = parent.children(recursive=True)
     assert children
     parent.send_signal(number)
-    assert psutil.wait_procs([parent, *children], timeout=30)[1] == []
+    left = psutil.wait_procs([parent, *children], timeout=30)[1]
+    for process in left:
+        process.kill()
+    assert left == []
 
 
 @pytest.mark.slow
