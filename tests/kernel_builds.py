@@ -51,6 +51,6 @@ def check_program(folder: Path, compiler: Sequence[str], processor: str, *extra:
 
 def run(*command: str) -> str:
     """Run a program and return its output. If it fails, raise AssertionError with everything it printed."""
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1500)
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}{done.stderr}"
     return done.stdout

@@ -140,7 +140,7 @@ MISSING = [program for program in (CROSS, QEMU) if shutil.which(program) is None
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 @pytest.mark.skipif(bool(MISSING), reason=f"needs {', '.join(MISSING)} (Debian: g++-aarch64-linux-gnu, qemu-user)")
 def test_neon_gives_the_bits_of_plain_cpp_there_and_here(digest, tmp_path):
     program = str(check_program(tmp_path, [CROSS], "aarch64"))
