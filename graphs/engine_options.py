@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from graphs.description import Description, ForeignEncoder
+from graphs.description import Description
 from graphs.dialects.ort import (
     fits_fused_attention,
     fits_head_size,
@@ -170,11 +170,6 @@ class EngineOptions:
 
     def _check_target(self, description: Description) -> None:
         dialect, precisions = TARGETS[self.target]
-        if self.target != "cpu" and isinstance(description.encoder, ForeignEncoder):
-            raise GraphError(
-                f"target {self.target} does not support {description.family}, "
-                "whose encoder is exported from its own code; choose --target cpu"
-            )
         if self.target == "tensorrt" and description.attention.softcap is not None:
             raise GraphError(
                 "target tensorrt does not support attn_logit_softcapping; choose --target cuda"

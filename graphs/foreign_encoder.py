@@ -18,21 +18,24 @@ SMALL = 1024
 FP16_MAX = 65504.0
 
 
-def adapt_encoder(model: ir.Model, block: int, weights: WeightFile, compute: ir.DataType) -> int:
+def adapt_encoder(
+    model: ir.Model, block: int, weights: WeightFile, stored: ir.DataType, compute: ir.DataType
+) -> int:
     """Change an exported encoder, in place, into the encoder engine of a bundle.
 
     Before: `input_ids` and `attention_mask` int64 [B, N], N a multiple of `block`, and one output
     float32 [B, N, d]. After: `input_ids` int64 [B, E] and `lengths` int32 [B] -> `hidden` [B, E, d]
     in the compute type.
 
-    Weights move to `weights`, where tensors shared with the decoder are stored once. In fp16 they
-    are stored as fp16 and widened: the layers compute in fp32, because code written for fp32 masks
-    with values outside the range of fp16.
+    Weights move to `weights`, where tensors shared with the decoder are stored once. Half-precision
+    weights are widened: the layers compute in fp32, because code written for fp32 masks with values
+    outside the range of fp16.
 
     Args:
         model: The exported graph.
         block: The exported code expects prompts padded to a multiple of this number of tokens.
         weights: File that receives the weights.
+        stored: Type of the stored weights. Weights outside the range of fp16 are stored in fp32.
         compute: Type of the output.
 
     Returns:
@@ -52,7 +55,8 @@ def adapt_encoder(model: ir.Model, block: int, weights: WeightFile, compute: ir.
     ClearMetadataAndDocStringPass()(model)
     graph.name = "encoder"
     _pad(graph, block, compute)
-    return _move_weights(graph, weights, compute)
+    _pad_integers_as_floats(graph)
+    return _move_weights(graph, weights, stored)
 
 
 def _pad(graph: ir.Graph, block: int, compute: ir.DataType) -> None:
@@ -84,6 +88,7 @@ def _pad(graph: ir.Graph, block: int, compute: ir.DataType) -> None:
     mask = tape.op("Cast", [tape.op("Less", [positions, ends])], to_int64)
     graph.insert_before(graph[0], tape.nodes)
     for name, value in (("input_ids", padded), ("attention_mask", mask)):
+        value.dtype = ir.DataType.INT64
         ir.convenience.replace_all_uses_with(old[name], value)
     graph.inputs[:] = [tokens, lengths]
 
@@ -101,7 +106,32 @@ def _pad(graph: ir.Graph, block: int, compute: ir.DataType) -> None:
     graph.outputs[:] = [hidden]
 
 
-def _move_weights(graph: ir.Graph, weights: WeightFile, compute: ir.DataType) -> int:
+def _pad_integers_as_floats(graph: ir.Graph) -> None:
+    """Pad integers, which are token ids and masks, as float32, which holds those below 2^24.
+
+    ONNX Runtime's CUDA provider has no kernel to pad integers.
+    """
+    for node in [node for node in graph if node.op_type == "Pad"]:
+        data = node.inputs[0]
+        assert data is not None
+        if data.dtype != ir.DataType.INT64:
+            continue
+        for place in (0, 2):  # the data and the constant
+            if place < len(node.inputs) and node.inputs[place] is not None:
+                wide = ir.node("Cast", [node.inputs[place]], {"to": int(ir.DataType.FLOAT)})
+                node.replace_input_with(place, wide.outputs[0])
+                graph.insert_before(node, wide)
+        padded = node.outputs[0]
+        padded.dtype = ir.DataType.FLOAT
+        back = ir.node("Cast", [padded], {"to": int(ir.DataType.INT64)})
+        back.outputs[0].dtype = ir.DataType.INT64
+        back.outputs[0].shape = padded.shape
+        ir.convenience.replace_all_uses_with(padded, back.outputs[0])
+        back.replace_input_with(0, padded)
+        graph.insert_after(node, back)
+
+
+def _move_weights(graph: ir.Graph, weights: WeightFile, stored: ir.DataType) -> int:
     """Move large initializers to the weight file. Return the bytes of widened weights."""
     widened = 0
     for value in list(graph.initializers.values()):
@@ -109,11 +139,12 @@ def _move_weights(graph: ir.Graph, weights: WeightFile, compute: ir.DataType) ->
         if tensor is None or tensor.nbytes < SMALL:
             continue
         array = tensor.numpy()
-        converts = tensor.dtype == ir.DataType.FLOAT != compute
-        narrow = converts and float(np.abs(array).max()) <= FP16_MAX
-        dtype = compute if narrow else tensor.dtype
-        stored = weights.add(f"encoder/{value.name}", dtype, partial(np.asarray, array))
-        replacement = external(graph, stored)
+        narrow = tensor.dtype == ir.DataType.FLOAT != stored
+        if stored == ir.DataType.FLOAT16:
+            narrow = narrow and float(np.abs(array).max()) <= FP16_MAX
+        dtype = stored if narrow else tensor.dtype
+        tensor_in_file = weights.add(f"encoder/{value.name}", dtype, partial(np.asarray, array))
+        replacement = external(graph, tensor_in_file)
         if narrow:
             widened += tensor.nbytes
             cast = ir.node("Cast", [replacement], {"to": int(tensor.dtype)})

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from checkpoints import BY_NAME
+from checkpoints import BY_NAME, _t5
 from exit_layer_case import with_feature
 from exit_vocabulary_case import with_exit_vocabulary
 
@@ -30,3 +30,6 @@ MODES: dict[str, dict[str, Any]] = {
     "constrained lossless": {"mode": "lossless", "threshold": 0.1, "regex": "([a-k]{3} = (yes|never)[.]){9}"},
     "biased": {"mode": "full", "sequence_bias": {42: 3.0}, "output_logprobs": True},
 }
+
+# An encoder exported from the model's code, and heads that kernels of all targets support.
+LONGT5 = _t5("longt5-wide", (1, 2), model="LongT5", num_layers=1, local_radius=7, d_kv=16)

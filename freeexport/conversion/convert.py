@@ -308,11 +308,7 @@ def _write_engines(
 
                 reason = "encoder weights, widened to fp32 by ONNX Runtime (in memory)"
                 widened = export_encoder(
-                    checkpoint,
-                    description.encoder,
-                    weights,
-                    directory=directory,
-                    precision=options.precision,
+                    checkpoint, description.encoder, weights, directory=directory, options=options
                 )
                 copies += [DeclaredCopy("encoder", widened, reason)] if widened else []
             else:

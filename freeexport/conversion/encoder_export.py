@@ -6,9 +6,9 @@ Uses optimum's exporter if it is installed, otherwise torch.onnx.
 from __future__ import annotations
 
 import logging
-import tempfile
 import warnings
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -19,17 +19,19 @@ from torch.overrides import TorchFunctionMode
 from freeexport.checkpoints.checkpoint import Checkpoint
 from freeexport.checkpoints.transformers_model import reference_model
 from graphs.description import ForeignEncoder
+from graphs.engine_options import FLOAT_TYPES, EngineOptions
 from graphs.errors import UnsupportedModelError
 from graphs.foreign_encoder import adapt_encoder
+from graphs.graph import OPSET
 from graphs.weights import WeightFile
-from runtime.bundle.manifest import Precision
+from graphs.widen import widen
 from runtime.engines.onnx import OnnxEngine
 from runtime.errors import first_line
 from runtime.machine.machine import usable_cores
 
 # Largest difference between the graph and the model, relative to the largest value. The encoder's
-# weights are never rounded to 8 or 4 bits, so int8 and int4 bundles have the tolerance of fp32.
-TOLERANCE = {"fp32": 1e-4, "fp16": 3e-2}
+# weights are never rounded to 8 or 4 bits, so only their type matters.
+TOLERANCE = {ir.DataType.FLOAT: 1e-4, ir.DataType.FLOAT16: 3e-2, ir.DataType.BFLOAT16: 1e-1}
 
 
 def export_encoder(
@@ -37,7 +39,7 @@ def export_encoder(
     encoder: ForeignEncoder,
     weights: WeightFile,
     directory: Path,
-    precision: Precision,
+    options: EngineOptions,
 ) -> int:
     """Export the encoder to encoder.onnx and check it.
 
@@ -45,7 +47,7 @@ def export_encoder(
     and E. It is tested at lengths below and above a block.
 
     Returns:
-        Bytes of weights that are stored in fp16 and widened to fp32 in memory.
+        Bytes of weights that are stored in half precision and widened to fp32 in memory.
 
     Raises:
         CheckpointError: If weights are missing or damaged.
@@ -73,13 +75,16 @@ def export_encoder(
             f"the encoder of {checkpoint.name} ({checkpoint.architecture}) cannot be exported: "
             f"{first_line(error)}; try another release of torch or transformers"
         ) from error
-    compute = ir.DataType.FLOAT16 if precision == "fp16" else ir.DataType.FLOAT
-    widened = adapt_encoder(exported, encoder.block, weights, compute)
+    compute = FLOAT_TYPES[options.float_type]
+    stored = FLOAT_TYPES.get(options.precision, compute)
+    widened = adapt_encoder(exported, encoder.block, weights, stored=stored, compute=compute)
     ir.save(exported, directory / "encoder.onnx")
     weights.flush()
-    _check_engine(
-        directory / "encoder.onnx", module, encoder.block, precision=precision, name=checkpoint.name
-    )
+    widen(exported.graph, compute)  # NumPy has no bf16
+    copy = directory / "encoder.fp32.onnx"
+    ir.save(exported, copy)
+    _check_engine(copy, module, encoder.block, TOLERANCE[stored], checkpoint.name)
+    copy.unlink()
     return widened
 
 
@@ -126,7 +131,7 @@ def _export(module: _Encoder, block: int, directory: Path) -> ir.Model:
         library_name="transformers",
     )
     config = constructor(model.config).with_behavior("encoder")
-    with tempfile.TemporaryDirectory(dir=directory) as folder:
+    with TemporaryDirectory(dir=directory) as folder:
         path = Path(folder) / "encoder.onnx"
         export(model, config, path, input_shapes={"batch_size": 2, "sequence_length": 3 * block})
         # The folder is deleted, so weights must not stay there.
@@ -142,6 +147,7 @@ def _export_with_torch(module: _Encoder, block: int) -> ir.Model:
         module,
         (ids, torch.ones_like(ids)),
         dynamo=True,
+        opset_version=OPSET,
         verbose=False,
         dynamic_shapes=(shape, shape),
         input_names=["input_ids", "attention_mask"],
@@ -151,9 +157,7 @@ def _export_with_torch(module: _Encoder, block: int) -> ir.Model:
     return program.model
 
 
-def _check_engine(
-    path: Path, module: _Encoder, block: int, precision: Precision, name: str
-) -> None:
+def _check_engine(path: Path, module: _Encoder, block: int, tolerance: float, name: str) -> None:
     """Run the engine on prompts shorter and longer than a block, and compare with the model.
 
     Exporters may turn a length into a constant.
@@ -178,7 +182,7 @@ def _check_engine(
         except Exception as failure:  # ONNX Runtime's exceptions have no common base
             error = np.inf
             reason = first_line(failure)
-        if not error <= TOLERANCE.get(precision, TOLERANCE["fp32"]):
+        if not error <= tolerance:
             raise UnsupportedModelError(
                 f"the encoder of {name} was exported, but is wrong for prompts of {lengths} "
                 f"tokens: {reason}; this encoder is not supported"

@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 import pytest
 from checkpoints import BY_NAME, WIDE, Bundles
+from device_cases import LONGT5
 from exit_layer_case import with_feature
 from exit_vocabulary_case import with_exit_vocabulary
 from onnx import TensorProto
@@ -62,6 +63,11 @@ def test_every_engine_is_built_with_all_profiles(case: Any, precision: str, copi
         assert progress == sorted(progress)
         assert len(set(progress)) > 10
         assert progress[-1] == 1.0
+
+
+def test_the_engines_of_an_exported_encoder_are_built(copied: Bundles) -> None:
+    opened = Bundle.open(copied(LONGT5, 1, precision="bf16", target="tensorrt"))
+    assert [engine.plan.engine for engine in build(opened, 4)] == SEQ2SEQ
 
 
 @each_precision

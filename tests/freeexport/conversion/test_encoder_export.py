@@ -8,15 +8,20 @@ from typing import Any
 import numpy as np
 import pytest
 from checkpoints import Bundles, Case, _t5
+from device_cases import LONGT5
+from fake_device import Machine
 
 from freeexport.checkpoints.checkpoint import CheckpointError
 from freeexport.conversion import encoder_export
 from freeexport.conversion.convert import convert
 from freeexport.conversion.options import ConvertOptions
+from freeexport.verification.batches import QUICK
 from freeexport.verification.greedy import TIE, compare_greedy
 from freeexport.verification.verification import failure, verify
 from graphs.errors import UnsupportedModelError
+from graphs.widen import fp32_copy
 from runtime import Bundle, Session
+from tools.gpu.operators import check_bundle, load_table
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -78,6 +83,40 @@ def test_an_exported_encoder_is_stored_in_fp16_and_declares_what_is_widened(
     assert manifest.weight_bytes <= 0.65 * (checkpoint(GLOBAL) / "model.safetensors").stat().st_size
     (widened,) = (copy for copy in manifest.copies if copy.tensor == "encoder")
     assert widened.bytes > 0
+
+
+TARGETS = (
+    {"precision": "fp16"},  # this project's kernels compute in fp32
+    {"precision": "bf16", "target": "cuda"},
+    pytest.param({"precision": "int8", "target": "tensorrt"}, marks=pytest.mark.slow),
+)
+
+
+@pytest.mark.parametrize("options", TARGETS, ids=lambda options: options.get("target", "cpu"))
+def test_an_exported_encoder_computes_for_every_target(
+    options: dict[str, Any], bundle: Bundles, checkpoint: Directory
+) -> None:
+    opened = Bundle.open(bundle(LONGT5, **options))
+    report = verify(opened, str(checkpoint(LONGT5)), extent=QUICK)
+    assert report["passed"], failure(report)
+    assert opened.manifest.weight_bytes <= 0.65 * (checkpoint(LONGT5) / "model.safetensors").stat().st_size
+    if opened.manifest.target == "cuda":
+        assert check_bundle(opened.path, load_table()) == []
+
+
+def test_on_a_stand_in_of_a_gpu_it_decodes_as_on_the_cpu(bundle: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = Bundle.open(bundle(LONGT5, precision="bf16", target="cuda"))
+    options: dict[str, Any] = {"max_new_tokens": 12, "threshold": 0.5}
+    with fp32_copy(opened, rounds=True) as copy, Session(copy.path, threads=1) as session:
+        expected = [session.generate(prompt, **options).token_ids for prompt in prompts()]
+    Machine(monkeypatch)
+    with Session(opened.path, device="cuda:0", threads=1) as session:
+        assert [session.generate(prompt, **options).token_ids for prompt in prompts()] == expected
+
+
+@pytest.mark.slow
+def test_every_node_of_a_global_encoder_has_a_cuda_kernel(bundle: Bundles) -> None:
+    assert check_bundle(bundle(GLOBAL, target="cuda"), load_table()) == []
 
 
 @pytest.mark.slow

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,8 +16,6 @@ from freeexport.checkpoints.checkpoint import open_checkpoint
 from freeexport.conversion.options import ConvertOptions, engine_options
 from freeexport.verification.batches import QUICK
 from freeexport.verification.verification import failure, verify
-from graphs.description import ForeignEncoder
-from graphs.engine_options import EngineOptions
 from graphs.errors import GraphError
 from graphs.families import describe
 from runtime import Bundle, Session
@@ -74,14 +71,6 @@ def test_what_a_target_cannot_do_is_refused(
     assert result.exit_code == 1
     assert message in result.stderr
     assert not (tmp_path / "out").exists()
-
-
-def test_an_exported_encoder_is_for_the_cpu(checkpoint: Checkpoint) -> None:
-    source = open_checkpoint(str(checkpoint(T5)))
-    foreign = dataclasses.replace(describe(source.config, source), encoder=ForeignEncoder())
-    options = EngineOptions(1, 64, precision="fp16", dialect="standard", target="cuda")
-    with pytest.raises(GraphError, match=r"target cuda does not support t5.*choose --target cpu"):
-        options.check(foreign)
 
 
 def test_bf16_is_verified_as_if_a_cpu_had_it_and_decodes_on_none(checkpoint: Checkpoint, tmp_path: Path) -> None:
