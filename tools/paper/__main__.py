@@ -17,7 +17,7 @@ import click
 from freeexport.commands.train import command as train_verb
 from freeexport.commands.verb_options import MetricName, option_of
 from tools.data.splits import run_tool
-from tools.paper.compare_options import ROWS, CompareOptions, checked_options
+from tools.paper.compare_options import ROWS, CompareOptions
 from tools.paper.datasets import DATA_SETS, convert_data_set
 from tools.paper.losses import LOSSES
 
@@ -93,7 +93,7 @@ option = option_of(CompareOptions)
 @option("epochs", "Epochs of each training.  [default: 3, without --steps and --minutes]")
 @option("minutes", "Time limit of each training.")
 @option("batch_tokens", "Padded tokens per micro-batch.")
-@option("max_tokens", "Longest input in training. Longer ones are cut.")
+@option("max_tokens", "Longest input. Longer ones are cut, in training and in tests.")
 @click.option("--learning-rate", type=float, default=CompareOptions.learning_rate)
 @option("bf16", "Train in bfloat16 mixed precision.")
 @option(
@@ -137,7 +137,8 @@ option = option_of(CompareOptions)
 @option("threads", "Threads.  [default: all usable cores]", type=click.IntRange(1))
 @option(
     "precision",
-    "Precision of the engines. PyTorch computes in fp16 and bf16 if they do, else in fp32.",
+    "Precision of the engines. PyTorch computes in fp16 and bf16 if they do, else in fp32.  "
+    "[default: fp32, with TensorRT fp16]",
 )
 def compare_command(**given: Any) -> None:
     """Train, convert, calibrate and measure all rows of the paper's comparison.
@@ -148,6 +149,7 @@ def compare_command(**given: Any) -> None:
     import matplotlib  # noqa: F401
 
     from tools.paper.compare import compare
+    from tools.paper.compare_check import checked_options
     from tools.paper.compare_report import FILES, write_comparison
 
     checked = checked_options(CompareOptions(**given))

@@ -5,7 +5,8 @@ Every finished step is a JSON file below the output, so that an interrupted run 
 
 from __future__ import annotations
 
-import gc
+import json
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -18,22 +19,17 @@ import numpy as np
 from freeexport.calibrate.calibrate import CalibrateOptions, calibrate
 from freeexport.calibrate.threshold import Rule, choose, rollback_limit
 from freeexport.checkpoints.checkpoint import open_checkpoint
+from freeexport.checkpoints.tokenizer_files import load_tokenizer
 from freeexport.conversion.convert import build_and_test, convert
-from freeexport.conversion.options import ConvertOptions
+from freeexport.conversion.options import DEFAULT_ENCODER_CAPACITY, Verify
 from freeexport.conversion.recalibrate import update_bundle
 from freeexport.evaluate import page
-from freeexport.evaluate.evaluate import Evaluation, evaluate
-from freeexport.evaluate.measure import OtherDecoder, open_session
-from freeexport.evaluate.records import Records
-from freeexport.evaluate.scores import speeds
-from freeexport.evaluate.settings import Entry, EvaluateOptions
 from freeexport.system.output import write_whole
-from runtime import Session
 from runtime.bundle.beta import NEVER_EXIT
-from runtime.bundle.bundle import Bundle
-from runtime.machine.device import Device
-from tools.paper.calm import CalmDecoder
-from tools.paper.compare_options import CompareOptions, Resolved
+from runtime.bundle.manifest import Manifest
+from tools.paper.compare_check import Resolved
+from tools.paper.compare_measure import described_rows, evaluated
+from tools.paper.compare_options import CompareOptions
 from tools.paper.compare_plan import (
     MAIN_TABLE,
     SAMPLES,
@@ -42,16 +38,17 @@ from tools.paper.compare_plan import (
     PaperTraining,
     bundles_of,
     measurements_of,
-    settings,
     trainings_of,
 )
-from tools.paper.eager import EagerDecoder
 from tools.paper.recipes import RECIPES, recipe_options, train_recipe
-from tools.paper.threshold import PaperSession, paper_choice
+from tools.paper.threshold import paper_choice
 from tools.steps import Steps
 
-VALIDATION = "validation.jsonl"
 RUN = "compare.json"
+# Tokens of the line that is decoded before any training.
+CHECKED_TOKENS = 8
+# Recipes whose training needs the most memory. One step of each is tried first.
+LARGEST = ("free", "free-drop", "static")
 
 
 def compare(
@@ -70,7 +67,8 @@ def compare(
     options = checked.options
     steps = Steps(options.output, RUN, checked.run, announce)
     measurements = measurements_of(options)
-    steps.run("validation", _cut_validation, options)
+    steps.run("check", _check, options)
+    steps.run("data", _cut_data, options)
     found: dict[str, Any] = {}
     for seed in options.seeds:
         directories = SeedDirectories(options.output, f"seed-{seed}")
@@ -95,12 +93,79 @@ def compare(
     return {"run": checked.run, "notes": list(checked.notes), "seeds": found}
 
 
-def _cut_validation(options: CompareOptions) -> dict[str, Any]:
-    """Write the first validation lines. Trainings evaluate on them, and keep the last weights."""
-    with options.validation.open(encoding="utf-8") as file:
-        lines = list(islice((line for line in file if line.strip()), options.lines))
-    write_whole(options.output / VALIDATION, "".join(lines))
-    return {"lines": len(lines)}
+def _check(options: CompareOptions) -> dict[str, Any]:
+    """Train a step, convert, and decode a line in every method of the largest measurement.
+
+    What does not work on this device, or does not fit into its memory, fails here and not after
+    hours.
+    """
+    place = options.output / "check"
+    shutil.rmtree(place, ignore_errors=True)
+    short = replace(options, output=place, steps=1, epochs=None, minutes=None, lines=1, rounds=1)
+    directories = SeedDirectories(place, "")
+    plan = measurements_of(options)
+    trainings = trainings_of(plan)
+    of_recipe = {one.recipe: one for one in reversed(trainings)}
+    tried = [of_recipe[name] for name in LARGEST if name in of_recipe] or trainings[:1]
+    model = str(directories.checkpoint(tried[0]))
+    place.mkdir(parents=True)
+    try:
+        _cut_data(short)
+        for training in tried:
+            _train(training, options.seeds[0], short, directories)
+        manifest = _built(model, place / "bundle", tried[0].exit_layer, short)
+        found, _ = evaluated(
+            plan[0],
+            replace(short, max_new_tokens=CHECKED_TOKENS),
+            {one.name: (place / "bundle", model) for one in plan[0].contestants},
+            options.thresholds[:1],
+            place / "measured",
+        )
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+    return {
+        "trained": [training.name for training in tried],
+        "target": manifest.target,
+        "precision": manifest.precision,
+        "decoded": [row["setting"] for row in found.rows],
+    }
+
+
+def _cut_data(options: CompareOptions) -> dict[str, Any]:
+    """Write the lines that are read, with inputs cut to the length of those in training.
+
+    A prompt is cut at the end, as the authors do, and keeps the special tokens around it. Trainings
+    evaluate on the validation lines, and keep the last weights.
+    """
+    checkpoint = open_checkpoint(options.model)
+    cuts = checkpoint.described().encoder is not None
+    tokenizer = load_tokenizer(checkpoint)
+    limit = options.max_tokens or DEFAULT_ENCODER_CAPACITY
+    files = {
+        "validation": (options.validation, options.lines),
+        "calibration": (options.calibration, options.calibration_lines),
+        "test": (options.data / "test.jsonl", options.lines),
+    }
+    counts = {}
+    for name, (path, most) in files.items():
+        with path.open(encoding="utf-8") as file:
+            lines = [json.loads(line) for line in islice(filter(str.strip, file), most)]
+        long = 0
+        for line in lines if cuts else ():
+            if isinstance(line.get("input"), str):
+                encoded = tokenizer(
+                    line["input"],
+                    truncation=True,
+                    max_length=limit,
+                    return_offsets_mapping=True,
+                )
+                kept = line["input"][: max(end for _, end in encoded["offset_mapping"])]
+                long += kept.strip() != line["input"].strip()
+                line["input"] = kept
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        write_whole(options.output / f"{name}.jsonl", text)
+        counts[name] = {"lines": len(lines), "cut": long}
+    return counts
 
 
 class SeedDirectories(NamedTuple):
@@ -134,7 +199,7 @@ def _train(
         training_options = recipe_options(
             recipe,
             options.data / "train.jsonl",
-            validation=options.output / VALIDATION,
+            validation=options.output / "validation.jsonl",
             exit_layer=training.exit_layer,
             steps=options.steps,
             epochs=options.epochs,
@@ -164,25 +229,33 @@ def _convert(
     one: Contestant, options: CompareOptions, directories: SeedDirectories
 ) -> dict[str, Any]:
     """Convert a checkpoint. A bundle of the exit that it was trained for is verified and timed."""
-    out = directories.bundle(one)
-    out.parent.mkdir(parents=True, exist_ok=True)
     whole = one.depth == one.training.exit_layer
-    on_cpu = Device.parse(options.device).index is None
-    manifest = convert(
+    manifest = _built(
         str(directories.checkpoint(one.training)),
-        out,
-        ConvertOptions(
-            exit_layer=one.depth,
-            precision=options.precision,
-            target="cpu" if on_cpu else options.engines,
-            verify="quick" if whole else "none",
-            measure=whole,
-            overwrite=True,
-        ),
+        directories.bundle(one),
+        one.depth,
+        options,
+        verify="quick" if whole else "none",
+        measure=whole,
     )
+    return {"source_sha256": manifest.source_sha256, "weight_bytes": manifest.weight_bytes}
+
+
+def _built(
+    model: str,
+    out: Path,
+    depth: int,
+    options: CompareOptions,
+    verify: Verify = "quick",
+    measure: bool = False,
+) -> Manifest:
+    """Write the bundle of a checkpoint, with its TensorRT engines."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    given = options.conversion(open_checkpoint(model).described(), depth)
+    manifest = convert(model, out, replace(given, verify=verify, measure=measure))
     if manifest.target == "tensorrt":
         build_and_test(out, max_batch=1)
-    return {"source_sha256": manifest.source_sha256, "weight_bytes": manifest.weight_bytes}
+    return manifest
 
 
 def _calibrate(
@@ -200,7 +273,7 @@ def _calibrate(
         device=options.device,
         threads=options.count,
     )
-    result = calibrate(str(path), options.calibration, given)
+    result = calibrate(str(path), options.output / "calibration.jsonl", given)
     traces = result.traces
     chosen = {}
     for count in sorted({most, *(count for count in options.samples if count < most)}):
@@ -236,99 +309,17 @@ def _measure(
         chosen = calibrations[measurement.contestants[0].name]["chosen"].values()
         every = {threshold for one in chosen for threshold in one.values()}
         thresholds = sorted(one for one in every if one < NEVER_EXIT)
-    entries = []
-    others: dict[tuple[str, str], OtherDecoder] = {}
-    notes: list[str] = []
-    for one in measurement.contestants:
-        bundle = Bundle.open(directories.bundle(one))
-        entries.append(Entry(one.name, bundle, settings(one, thresholds, bundle.manifest)))
-        if "rollback" in one.methods and bundle.manifest.rollback_threshold is None:
-            notes.append(f"rollback is left out on {one.name}: no token of its calibration exits")
-        decoders, said = other_decoders(one, bundle, options, directories)
-        others |= {(one.name, method): decoder for method, decoder in decoders.items()}
-        notes += said
+    places = {
+        one.name: (directories.bundle(one), str(directories.checkpoint(one.training)))
+        for one in measurement.contestants
+    }
     out = directories.measured(measurement)
-    found = evaluate(
-        EvaluateOptions(
-            tuple((entry.bundle.path, ("full",)) for entry in entries),
-            data=options.data / "test.jsonl",
-            output=out,
-            metrics=options.metrics,
-            samples=options.lines,
-            rounds=options.rounds,
-            max_new_tokens=options.max_new_tokens,
-            threads=options.threads,
-            device=options.device,
-        ),
-        entries,
-        others,
-        open_paper_session,
-    )
+    found, notes = evaluated(measurement, options, places, thresholds, out)
     if measurement.name == MAIN_TABLE:
         page.write_evaluation(found, out)
-    others.clear()
-    gc.collect()  # engines and the model of PyTorch
     report = found.report
     return {
         **{name: value for name, value in report.items() if name != "rows"},
         "notes": [*report["notes"], *notes],
         "rows": described_rows(found, measurement, options),
     }
-
-
-def other_decoders(
-    one: Contestant, bundle: Bundle, options: CompareOptions, directories: SeedDirectories
-) -> tuple[dict[str, OtherDecoder], list[str]]:
-    """Return the decoders of methods that no session has, by method, and notes on them."""
-    checkpoint = str(directories.checkpoint(one.training))
-    found: dict[str, OtherDecoder] = {}
-    notes: list[str] = []
-    calm = [method for method in one.methods if method.startswith("calm")]
-    if calm:
-        least = options.calm_min_layer if "calm" in calm else one.depth
-        decoder = CalmDecoder(bundle, checkpoint, directories.calm(one), least, options.count)
-        found |= dict.fromkeys(calm, decoder.decode)
-        notes += decoder.notes if "calm" in calm else []
-    if "eager" in one.methods:
-        eager = EagerDecoder(bundle, checkpoint, options.device, options.count)
-        found["eager"] = eager.decode
-    return found, notes
-
-
-def open_paper_session(entry: Entry, options: EvaluateOptions, records: Records) -> Session:
-    """Open the session of a bundle, whose adaptive threshold is that of the authors' code."""
-    if "adaptive" not in entry.methods:
-        return open_session(entry, options, records)
-    return PaperSession(
-        entry.bundle.path,
-        state=records.last_state(entry.name, "adaptive"),
-        threads=options.count,
-        slots=1,
-        device=options.device,
-        draft_memory_mb=0,
-        prefix_cache_mb=0,
-    )
-
-
-def described_rows(
-    found: Evaluation, measurement: Measurement, options: CompareOptions
-) -> list[dict[str, Any]]:
-    """Return the rows with their recipe and first exit layer, and with speeds relative to PyTorch.
-
-    `eager` is None if PyTorch was not measured with them.
-    """
-    contestants = {one.name: one for one in measurement.contestants}
-    whole = found.records.get((measurement.contestants[0].name, "eager"))
-    rows = []
-    for row in found.rows:
-        one = contestants[row["bundle"]]
-        records = found.records[one.name, row["setting"]]
-        rows.append(
-            {
-                **row,
-                "recipe": one.training.recipe,
-                "exit_layer": options.calm_min_layer if row["method"] == "calm" else one.depth,
-                "eager": None if whole is None else speeds(records, whole),
-            }
-        )
-    return rows

@@ -8,23 +8,27 @@ from dataclasses import dataclass
 from freeexport.evaluate.settings import Setting, settings_of
 from runtime.bundle.manifest import Manifest
 from tools.paper.compare_options import CompareOptions, PaperRow
+from tools.paper.eager import EARLY
 
 # Methods with a setting for each fixed threshold. FREE has another for the calibrated one.
-FIXED = ("free", "calm", "calm-single", "rollback")
+FIXED = ("free", "eager-free", "calm", "calm-single", "rollback")
 # Methods of FREE, whose bundles are calibrated.
 CALIBRATED = ("free", "rollback")
-# Rows of the main measurement, with their recipe and method.
-MAIN: dict[PaperRow, tuple[str, str]] = {
-    "full": ("full", "full"),
-    "eager": ("full", "eager"),
-    "free": ("free", "free"),
-    "adaptive": ("free", "adaptive"),
-    "rollback": ("free", "rollback"),
-    "copying": ("free", "calm-single"),
-    "static": ("static", "static"),
-    "calm": ("static", "calm"),
-    "calm-single": ("calm-single", "calm-single"),
+# Rows of the main measurement, with their recipe and methods.
+MAIN: dict[PaperRow, tuple[str, tuple[str, ...]]] = {
+    "full": ("full", ()),
+    "eager": ("full", ("eager",)),
+    "free": ("free", ("free",)),
+    "adaptive": ("free", ("adaptive",)),
+    "rollback": ("free", ("rollback",)),
+    "lossless": ("free", ("lossless",)),
+    "copying": ("free", ("calm-single", "eager-free")),
+    "static": ("static", ("static",)),
+    "calm": ("static", ("calm",)),
+    "calm-single": ("calm-single", ("calm-single",)),
 }
+# Methods that row eager-exits adds to others.
+EAGER_EXITS: dict[PaperRow, str] = {"static": "eager-static", "free": "eager-free"}
 MAIN_TABLE = "main"
 SAMPLES = "samples"
 
@@ -102,14 +106,20 @@ def measurements_of(options: CompareOptions) -> list[Measurement]:
         return Measurement(name, (Contestant(PaperTraining(recipe, trained), depth, methods),))
 
     methods: dict[str, list[str]] = {"full": []}
-    for row, (recipe, method) in MAIN.items():
-        if row in rows and method != "full":
-            methods.setdefault(free if recipe == "free" else recipe, []).append(method)
+    for row, (recipe, listed) in MAIN.items():
+        if row in rows:
+            named = methods.setdefault(free if recipe == "free" else recipe, [])
+            named += listed
+            named += [EAGER_EXITS[row]] if row in EAGER_EXITS and "eager-exits" in rows else []
+    if "eager-exits" in rows or any(
+        method in EARLY for named in methods.values() for method in named
+    ):
+        methods["full"].append("eager-full")
     found = []
     if any(row in rows for row in MAIN):
         contestants = (
-            Contestant(PaperTraining(recipe, layer), layer, tuple(dict.fromkeys(listed)))
-            for recipe, listed in methods.items()
+            Contestant(PaperTraining(recipe, layer), layer, tuple(dict.fromkeys(named)))
+            for recipe, named in methods.items()
         )
         found.append(Measurement(MAIN_TABLE, tuple(contestants)))
     if "static" in rows:

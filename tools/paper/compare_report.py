@@ -23,14 +23,20 @@ from tools.paper.compare_plan import SAMPLES
 FILES = "report.md, report.json, and a curve for each table (.svg)"
 METHODS = {
     "full": "Full model",
-    "eager": "Full model, eager PyTorch",
+    "eager": "Full model, generate of transformers",
     "static": "Static",
-    "calm": "CALM",
-    "calm-single": "One exit, states copied",
     "free": "FREE",
     "adaptive": "FREE, adaptive threshold",
     "rollback": "FREE, rollback policy",
+    "lossless": "FREE, lossless",
+    "eager-full": "Full model, PyTorch",
+    "eager-static": "Static, PyTorch",
+    "calm": "CALM, PyTorch",
+    "calm-single": "One exit, states copied, PyTorch",
+    "eager-free": "FREE, PyTorch",
 }
+# Methods in which no token can exit.
+WITHOUT_EXIT = ("full", "eager", "eager-full")
 TITLES = {
     "main": "Early-exit methods",
     "static": "Static exits by depth",
@@ -117,7 +123,7 @@ def _move_from_main(tables: dict[str, list[Row]]) -> None:
     free = [row for row in measured if row["recipe"].startswith("free")]
     copied = [row for row in free if row["method"] == "calm-single"]
     if copied:
-        fixed = [row for row in free if row["method"] == "free"]
+        fixed = [row for row in free if row["method"] == "eager-free"]
         tables["copying"] = sorted([*copied, *fixed], key=lambda row: row["threshold"])
         tables["main"] = [row for row in measured if row not in copied]
     if "static" in tables:
@@ -131,7 +137,7 @@ def table_of(name: str, rows: Sequence[Row], metrics: Sequence[Metric]) -> Sheet
     """Return a table of rows. Empty columns, and columns with one value, are left out."""
 
     def layer(row: Row) -> str:
-        if row["method"] in ("full", "eager"):
+        if row["method"] in WITHOUT_EXIT:
             return str(row["exit_layer"]) if name == "depth" else ""
         return f"{row['exit_layer']}{'+' if row['method'] == 'calm' else ''}"
 
@@ -149,7 +155,7 @@ def table_of(name: str, rows: Sequence[Row], metrics: Sequence[Metric]) -> Sheet
         columns[f"{metric.name}#"] = partial(_score, metric.name)
     columns[f"% of full's {metrics[0].name}#"] = partial(relative_score, metrics[0].name)
     columns |= {
-        "exits#": lambda row: f"{row['exit_rate']:.0%}" if row["exit_rate"] else "",
+        "exits#": lambda row: "" if row["method"] in WITHOUT_EXIT else f"{row['exit_rate']:.0%}",
         "layers#": lambda row: f"{row['layers']:.1f}",
         "tokens/s#": lambda row: f"{row['tokens_per_second']:.0f}",
         "per token#": lambda row: speed_interval_of(row, "token"),
@@ -226,8 +232,8 @@ def facts_of(report: Mapping[str, Any]) -> list[str]:
         f"data: {first['lines']} lines of test.jsonl, {run['rounds']} round(s), "
         f"at most {run['max_new_tokens']} new tokens, greedy; seeds {seeds}",
         "per token, per request: speed as a multiple of the full model of the same weights, "
-        "on the same engines; with PyTorch: of eager PyTorch on the same device. Tokens are those "
-        "after the first",
+        "on the same engines, or for rows of PyTorch in the same loop. In columns of PyTorch: of "
+        "generate of transformers on the same device. Tokens are those after the first",
         f"±: {interval}",
         "% of full: relative to the full model of the same weights",
         "byte model: predicted speed per token, from the bytes that are read",

@@ -9,30 +9,33 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from checkpoints import BY_NAME, Bundles, Case
 from click.testing import CliRunner
 from fake_device import Machine
 
+from freeexport.checkpoints.checkpoint import open_checkpoint
 from freeexport.checkpoints.examples import DataError
+from freeexport.checkpoints.tokenizer_files import load_tokenizer
 from freeexport.evaluate.measure import Work
 from freeexport.evaluate.settings import Entry, Setting
 from freeexport.task_metrics import MetricError, metric_of
-from runtime import Session
+from graphs.errors import GraphError, UnsupportedModelError
 from runtime.bundle.bundle import Bundle
-from runtime.errors import CapacityError, FreeExportError, OptionError
-from tools.paper import compare_options, recipes
+from runtime.errors import CapacityError, EngineError, FreeExportError, OptionError
+from tools.paper import compare, compare_check, recipes
 from tools.paper.__main__ import main
 from tools.paper.compare import RUN
-from tools.paper.compare_options import ROWS, CompareOptions, checked_options, needed_memory
+from tools.paper.compare_check import checked_options, needed_disk, needed_memory
+from tools.paper.compare_measure import open_paper_session
+from tools.paper.compare_options import ROWS, CompareOptions
 from tools.paper.compare_plan import bundles_of, measurements_of, settings, trainings_of
 from tools.paper.compare_report import as_page, pooled, rows_by_table, table_of
-from tools.paper.eager import EagerDecoder
+from tools.paper.eager import EAGER
 from tools.steps import Steps
 
-T5 = BY_NAME["t5-deep-decoder"]
+T5, LLAMA = BY_NAME["t5-deep-decoder"], BY_NAME["llama-tied"]
 Directory = Callable[[Case], Path]
 
 
@@ -68,9 +71,9 @@ def test_the_plan_has_a_measurement_for_each_table_and_trains_each_checkpoint_on
     assert names[3:6] == ["mapping/free-kd-unif", "mapping/free-kd-last", "mapping/free"]
     assert names[6:] == ["depth/2", "depth/3", "samples", "lora"]
     methods = {one.name: one.methods for one in plan[0].contestants}
-    assert methods["full-3"] == ("eager",)
-    assert methods["free-3"] == ("free", "adaptive", "rollback", "calm-single")
-    assert methods["static-3"] == ("static", "calm")
+    assert methods["full-3"] == ("eager", "eager-full")
+    assert methods["free-3"] == ("free", "eager-free", "adaptive", "rollback", "lossless", "calm-single")
+    assert methods["static-3"] == ("static", "eager-static", "calm")
     trained = [one.name for one in trainings_of(plan)]
     assert len(trained) == len(set(trained)) == 8
     bundles = bundles_of(plan)
@@ -86,12 +89,21 @@ def test_rows_can_be_chosen_and_leftover_teachers_dropped() -> None:
     assert plan[-1].contestants[0].training.recipe == "free-drop"
 
 
+def test_the_full_model_is_measured_in_the_loop_of_early_exits_if_any_of_them_is() -> None:
+    full = {row: measurements_of(options(Path(), rows=("full", row)))[0].contestants[0] for row in ("calm", "free")}
+    assert full["calm"].methods == ("eager-full",)
+    assert full["free"].methods == ()
+    (copying,) = measurements_of(options(Path(), rows=("copying",)))[0].contestants[1:]
+    assert copying.methods == ("calm-single", "eager-free")
+
+
 def test_each_method_has_a_setting_for_each_threshold_that_it_uses() -> None:
     free = measurements_of(options(Path()))[0].contestants[1]
     manifest: Any = SimpleNamespace(threshold=0.5, rollback_threshold=3.0)
     names = [one.name for one in settings(free, (0.3, 0.9), manifest)]
     assert names[:4] == ["full", "free 0.3", "free 0.5, calibrated", "free 0.9"]
-    assert names[4:] == ["adaptive", "rollback 0.3", "rollback 0.9", "calm-single 0.3", "calm-single 0.9"]
+    assert names[4:7] == ["eager-free 0.3", "eager-free 0.9", "adaptive"]
+    assert names[7:] == ["rollback 0.3", "rollback 0.9", "lossless", "calm-single 0.3", "calm-single 0.9"]
     manifest.rollback_threshold = None
     assert "rollback" not in {one.method for one in settings(free, (0.3,), manifest)}
 
@@ -140,6 +152,8 @@ BROKEN = {
     "depth of CALM": ({}, {"calm_min_layer": 0}, OptionError, "--calm-min-layer 0 is outside"),
     "depth": ({}, {"depths": (9,)}, OptionError, "--depth 9 is outside the decoder"),
     "threshold": ({}, {"thresholds": (1.0,)}, OptionError, "--threshold 1 is out of range"),
+    "precision": ({}, {"precision": "bf16"}, GraphError, "target cpu has no precision bf16; choose --precision fp32"),
+    "no measured row": ({}, {"rows": ("eager-exits",)}, OptionError, "--rows eager-exits measures nothing; add some"),
     "steps and epochs": ({}, {"steps": 1, "epochs": 1.0}, OptionError, "--steps and --epochs contradict"),
     "device": ({}, {"device": "cuda:7"}, OptionError, "device cuda:7 is not there"),
 }
@@ -170,7 +184,7 @@ def test_too_little_memory_is_refused_on_a_cpu_and_on_a_gpu(
 ) -> None:
     given = options(write_splits(tmp_path / "data"), checkpoint(T5))
     with monkeypatch.context() as patch:
-        patch.setattr(compare_options, "available_memory", lambda: 1000)
+        patch.setattr(compare_check, "available_memory", lambda: 1000)
         with pytest.raises(OptionError, match=r"training needs at least .*, and 1 kB are free"):
             checked_options(given)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
@@ -180,16 +194,90 @@ def test_too_little_memory_is_refused_on_a_cpu_and_on_a_gpu(
         checked_options(replace(given, device="cuda:0"))
     monkeypatch.setattr(machine.cuda, "cudaMemGetInfo", lambda: (0, 1 << 40, 1 << 40))
     checked = checked_options(replace(given, device="cuda:0"))
-    assert "calm" not in checked.options.rows
-    assert "left out on cuda:0: calm, calm-single, copying" in checked.notes[0]
-    assert "not yet been run on a GPU" in checked.notes[1]
+    assert checked.options.rows == ROWS
+    assert "not yet been run on a GPU" in checked.notes[0]
 
 
-def test_memory_counts_the_bundles_of_the_largest_measurement() -> None:
-    every = needed_memory(options(Path()), 10)
-    assert every == {"training": 160, "the measurement": 4 * 4 * 10 + 40}
+def test_engines_of_a_gpu_have_a_precision_by_default_and_refuse_others(
+    checkpoint: Directory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    machine = Machine(monkeypatch)
+    monkeypatch.setattr(machine.cuda, "cudaMemGetInfo", lambda: (0, 1 << 40, 1 << 40))
+    monkeypatch.setattr(compare_check, "import_tensorrt", lambda: None)
+    given = options(write_splits(tmp_path / "data"), checkpoint(T5), device="cuda:0")
+    found = {engines: checked_options(replace(given, engines=engines)) for engines in ("cuda", "tensorrt")}
+    assert {engines: one.options.precision for engines, one in found.items()} == {"cuda": "fp32", "tensorrt": "fp16"}
+    with pytest.raises(GraphError, match="tensorrt has no precision fp32; choose --precision fp16 or bf16"):
+        checked_options(replace(given, engines="tensorrt", precision="fp32"))
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(EngineError, match="needs ONNX Runtime with CUDA"):
+        checked_options(given)
+
+
+def test_too_little_disk_is_refused_unless_the_run_has_used_it(
+    checkpoint: Directory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = options(write_splits(tmp_path / "data"), checkpoint(T5))
+    monkeypatch.setattr(compare_check.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(OptionError, match=r"need about .* of disk, and 1 kB are free at .*; choose another --output"):
+        checked_options(given)
+    given.output.mkdir()
+    (given.output / "written").write_bytes(bytes(10_000_000))
+    checked_options(given)
+
+
+def test_rows_that_need_a_t5_are_left_out_for_others_and_late_exits_and_tiny_models_are_noted(
+    checkpoint: Directory, tmp_path: Path
+) -> None:
+    data = write_splits(tmp_path / "data")
+    checked = checked_options(options(data, checkpoint(LLAMA), exit_layer=1, calm_min_layer=1))
+    assert not {"eager-exits", "calm", "calm-single", "copying"} & set(checked.options.rows)
+    assert "left out for llama: eager-exits, calm, calm-single, copying" in checked.notes[0]
+    late, tiny = checked_options(options(data, checkpoint(T5))).notes
+    assert late.startswith("CALM may exit only after layer 4 of 6, so it exits late or never")
+    assert "eager PyTorch spends its time on calls" in tiny
+    assert len(checked_options(options(data, checkpoint(T5), calm_min_layer=2)).notes) == 1
+
+
+def test_memory_and_disk_count_what_the_plan_has() -> None:
+    every = needed_memory(options(Path(), precision="fp32"), 10)
+    # Four bundles, and the model of each in PyTorch.
+    assert every == {"training": 160, "the measurement": 4 * (4 + 4) * 10}
     assert needed_memory(options(Path(), rows=("free",), precision="int8"), 10)["the measurement"] == 20
     assert needed_memory(options(Path(), rows=("lora",)), 10)["training"] == 40
+    free = options(Path(), rows=("free",), precision="fp16", seeds=(0, 1))
+    assert needed_disk(free, 10) == 2 * (2 * 40 + 2 * 20) + 160
+    assert needed_disk(replace(free, device="cuda:0", engines="tensorrt"), 10) == 2 * (2 * 40 + 2 * 40) + 160
+
+
+def test_sync_passes_and_caches_are_as_long_as_an_output_and_prompts_as_in_training(checkpoint: Directory) -> None:
+    description = open_checkpoint(str(checkpoint(T5))).described()
+    given = options(Path(), max_new_tokens=512, max_tokens=300).conversion(description, 2)
+    assert (given.max_pending, given.capacity, given.encoder_capacity) == (256, 512, 300)
+    assert options(Path(), max_new_tokens=30).conversion(description, 2).max_pending == 30
+
+
+def test_inputs_are_cut_as_in_training(checkpoint: Directory, tmp_path: Path) -> None:
+    long = json.dumps({"input": "A long line of words.", "target": "b", "id": 7}) + "\n"
+    given = options(write_splits(tmp_path / "data", test=long), checkpoint(T5), max_tokens=8, lines=5)
+    given.output.mkdir()
+    counts = compare._cut_data(given)
+    assert counts["test"] == {"lines": 1, "cut": 1}
+    line = json.loads((given.output / "test.jsonl").read_text())
+    assert line == {"input": "A long ", "target": "b", "id": 7}  # the end of sequence is the eighth
+    tokenizer = load_tokenizer(open_checkpoint(given.model))
+    assert tokenizer(line["input"])["input_ids"] == tokenizer("A long line", truncation=True, max_length=8)["input_ids"]
+
+
+def test_sessions_run_no_deep_pass_in_the_background(bundle: Bundles) -> None:
+    for method in ("free", "adaptive"):
+        entry = Entry("a", Bundle.open(bundle(T5)), (Setting(method),))
+        records: Any = SimpleNamespace(last_state=lambda name, method: None)
+        given: Any = SimpleNamespace(count=1, device="cpu")
+        with open_paper_session(entry, given, records) as session:
+            assert session._model.options.overlap is False
 
 
 @pytest.mark.parametrize(
@@ -227,17 +315,15 @@ def test_tables_follow_the_paper_and_state_copying_has_its_own() -> None:
     full = row(method="full", setting="full", threshold=None, recipe="full", bundle="full-3")
     copied = row(method="calm-single", setting="calm-single 0.5")
     own = row(method="calm-single", setting="calm-single 0.5", recipe="calm-single", bundle="calm-single-3")
-    found = report(copied, own, row(), full)
+    found = report(copied, own, row(method="eager-free", setting="eager-free 0.5"), row(exit_rate=0.0), full)
     tables = rows_by_table(found)
-    assert [(one["method"], one["recipe"]) for one in tables["main"]] == [
-        ("full", "full"),
-        ("calm-single", "calm-single"),
-        ("free", "free"),
-    ]
-    assert [one["method"] for one in tables["copying"]] == ["calm-single", "free"]
+    assert [one["method"] for one in tables["copying"]] == ["calm-single", "eager-free"]
+    assert {one["method"] for one in tables["main"]} == {"full", "calm-single", "free", "eager-free"}
     shown = table_of("main", tables["main"], [metric_of("rouge-l")])
-    cells = dict(zip(shown.columns, shown.rows[-1], strict=True))
+    cells = dict(zip(shown.columns, shown.rows[1], strict=True))
     assert (cells["method"], cells["per token#"], cells["per request#"]) == ("FREE", "2.00±0.10x", "1.50±0.10x")
+    assert cells["exits#"] == "0%"  # an empty cell would say that no token can exit
+    assert dict(zip(shown.columns, shown.rows[0], strict=True))["exits#"] == ""
     assert cells["per request, PyTorch#"].startswith("3.00±")
     page = as_page(found)
     assert "## Parallel decoding against state copying" in page
@@ -251,17 +337,35 @@ def test_another_decoder_decodes_its_method() -> None:
     assert work.decode(work.settings[0], 1, 9) == {"setting": "other 0.5", "prompt": [4, 5], "most": 9}
 
 
-def test_eager_pytorch_gives_the_tokens_of_the_full_model(bundle: Bundles, checkpoint: Directory) -> None:
-    path = bundle(T5)
-    decoder = EagerDecoder(Bundle.open(path), str(checkpoint(T5)), "cpu", threads=1)
-    with Session(path, threads=1, slots=1) as session:
-        assert session.tokenizer is not None
-        prompt = np.array(session.tokenizer.encode("one two three"), np.int64)
-        full = session.generate(prompt, mode="full", max_new_tokens=8)
-    made = decoder.decode(Setting("eager"), prompt, 8)
-    assert (made["token_ids"], made["text"], made["finish_reason"]) == (full.token_ids, full.text, full.finish_reason)
-    assert made["exited"] == (False,) * made["tokens"]
-    assert 0 < made["first_seconds"] < made["seconds"]
+def train_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Train in this process, because a child would import torch again."""
+    monkeypatch.setattr(recipes, "run_child", lambda module, call, variables: recipes.main([call]))
+
+
+def test_a_step_is_trained_and_a_line_decoded_in_every_method_first(
+    checkpoint: Directory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_here(monkeypatch)
+    given = options(write_splits(tmp_path / "data"), checkpoint(T5), thresholds=(0.3,), batch_tokens=128, threads=1)
+    found = compare._check(checked_options(given).options)
+    assert found["trained"] == ["free-3", "static-3"]
+    assert found["precision"] == "fp32"
+    assert {"full", "eager", "eager-free 0.3", "calm 0.3", "lossless", "adaptive"} <= set(found["decoded"])
+    assert not (given.output / "check").exists()
+
+
+def test_what_no_engine_supports_fails_before_any_training(
+    checkpoint: Directory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> Any:
+        raise UnsupportedModelError("no kernel")
+
+    train_here(monkeypatch)
+    monkeypatch.setattr(compare, "convert", fail)
+    given = options(write_splits(tmp_path / "data"), checkpoint(T5), rows=("free",), batch_tokens=128, threads=1)
+    with pytest.raises(UnsupportedModelError, match="no kernel"):
+        compare.compare(checked_options(given))
+    assert sorted(path.name for path in given.output.iterdir()) == [RUN]
 
 
 @pytest.mark.slow
@@ -269,8 +373,7 @@ def test_eager_pytorch_gives_the_tokens_of_the_full_model(bundle: Bundles, check
 def test_the_whole_command_measures_every_row_and_continues(
     checkpoint: Directory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # A child would import torch again.
-    monkeypatch.setattr(recipes, "run_child", lambda module, call, variables: recipes.main([call]))
+    train_here(monkeypatch)
     data, out = write_splits(tmp_path / "data"), tmp_path / "out"
     sizes = ["--steps", 2, "--batch-tokens", 128, "--lines", 3, "--calibration-lines", 8, "--samples", 4]
     sizes += ["--threshold", 0.3, "--calm-min-layer", 2, "--max-new-tokens", 16, "--threads", 1]
@@ -281,12 +384,14 @@ def test_the_whole_command_measures_every_row_and_continues(
     found = json.loads((out / "report.json").read_text())
     rows = [one for each in found["seeds"]["0"]["measurements"].values() for one in each["rows"]]
     methods = {one["method"] for one in rows}
-    assert methods == {"full", "eager", "static", "calm", "calm-single", "free", "adaptive", "rollback"}
+    assert methods == {"full", "static", "free", "adaptive", "rollback", "lossless", *EAGER}
     assert {one["recipe"] for one in rows} >= {"free-kd-unif", "free-kd-last", "free-lora"}
     assert all(one["lines"] == 3 for one in rows)
     main_rows = found["seeds"]["0"]["measurements"]["main"]["rows"]
     assert all(one["eager"]["request_speed"] > 0 for one in main_rows)
     full, eager = (next(one for one in main_rows if one["method"] == name) for name in ("full", "eager"))
+    loop = next(one for one in main_rows if one["method"] == "eager-full")
+    assert (loop["token_speed"], loop["same"]) == (1, 1)
     assert eager["same"] == 1
     assert all(score["value"] == full["scores"][name]["value"] for name, score in eager["scores"].items())
     page = (out / "report.md").read_text()
