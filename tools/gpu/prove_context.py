@@ -44,9 +44,9 @@ class StepContext:
         tokens: Tokens per prompt.
         rounds: Rounds of a measurement.
         model: The checkpoint. Empty for steps without one.
+        name: Name of the checkpoint in the report.
         precision: Precision of the bundle. Empty for steps without one.
         exit_layer: Exit layer. Default: that of the checkpoint's exit, or a third of the layers.
-        exit: Name or file of a ready-made exit.
     """
 
     device: str
@@ -57,7 +57,6 @@ class StepContext:
     name: str = ""
     precision: str = ""
     exit_layer: int | None = None
-    exit: str | None = None
 
     @property
     def on_gpu(self) -> bool:
@@ -70,21 +69,25 @@ class StepContext:
 
     @property
     def float_type(self) -> FloatType:
-        """Type that the results have, also if the CPU computes them in fp32 and rounds."""
-        types: dict[str, FloatType] = {"fp16": "fp16", "bf16": "bf16"}
-        return types.get(self.precision, "fp32")
+        """Type that the results have, also if the CPU computes them in fp32 and rounds.
+
+        A GPU multiplies fp32 in TF32, whose mantissa has the length of fp16's.
+        """
+        if self.precision == "bf16" or (self.precision == "fp32" and not self.on_gpu):
+            return self.precision
+        return "fp16"
 
     def session(self, **options: Any) -> Session:
         """Open a session of the bundle on the device."""
         return Session(self.bundle, **{"device": self.device, "slots": 1, **options})
 
-    def prompts(self, count: int = PROMPTS) -> list[list[int]]:
-        """Return the token ids of the first sample texts."""
-        return speed_prompts(Bundle.open(self.bundle), None, count)
+    def prompts(self, count: int = PROMPTS, bundle: Path | None = None) -> list[list[int]]:
+        """Return the token ids of the first sample texts, for `bundle` in place of its own."""
+        return speed_prompts(Bundle.open(bundle or self.bundle), None, count)
 
     def file(self, step: str) -> Path:
-        """Return where a step keeps values for later steps of the same bundle."""
-        return Path(self.work) / f"{self.name}-{self.precision}-{step}.json"
+        """Return where a step keeps values for later steps of the same checkpoint."""
+        return Path(self.work) / f"{self.name}-{step}.json"
 
 
 @dataclass

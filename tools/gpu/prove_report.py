@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,12 +15,16 @@ BAD = ("failed", "error", "timed out", "not run")
 
 
 def report_text(report: Mapping[str, Any]) -> str:
-    """Return the report as Markdown."""
+    """Return the report as Markdown, with all values as JSON at its end."""
     steps = report["steps"]
     counts = {state: sum(step["state"] == state for step in steps) for state in _states(steps)}
     counted = ", ".join(f"{count} {state}" for state, count in counts.items())
     whole = "" if report["complete"] else " The run has not finished."
     parts = [f"# Proof on {report['device']}", f"{counted or 'No step has ended yet'}.{whole}"]
+    parts.append(
+        f"{report['made']}, commit {report['commit']}, {', '.join(report['models'])}, "
+        f"{report['tokens']} tokens, {report['rounds']} round(s), {report['machine']['processor']}"
+    )
     if report["device"] == "cpu":
         parts.append(CPU_NOTE)
     parts += list(_problems(steps))
@@ -41,6 +46,7 @@ def report_text(report: Mapping[str, Any]) -> str:
             parts.append(f"## {_title(step)}")
             cells = tuple(tuple(_cell(cell) for cell in row) for row in step["rows"])
             parts.append(markdown(Sheet("", tuple(step["columns"]), cells)))
+    parts += ["## Values", f"```json\n{json.dumps(report, separators=(',', ':'))}\n```"]
     return "\n\n".join(parts) + "\n"
 
 

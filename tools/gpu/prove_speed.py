@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -207,20 +208,19 @@ def tensorrt(context: StepContext) -> StepOutcome:
         raise NotApplicable("TensorRT engines are built for a GPU")
     if importlib.util.find_spec("tensorrt") is None:
         raise NotApplicable("TensorRT is not installed; run: pip install 'freeexport[tensorrt]'")
-    path = Path(context.work) / f"{context.bundle.name}-tensorrt"
+    path = Path(context.work) / "tensorrt"
     arguments = ["convert", context.model, str(path), "--target", "tensorrt", "--overwrite"]
     arguments += ["--precision", context.precision, "--capacity", str(CAPACITY)]
     arguments += ["--verify", "none", "--build", str(max(BATCHES))]
     if context.exit_layer is not None:
         arguments += ["--exit-layer", str(context.exit_layer)]
-    if context.exit is not None:
-        arguments += ["--exit", context.exit]
     said = run_child("freeexport", *arguments)
-    prompts = context.prompts()
+    prompts = context.prompts(bundle=path)
     with Session(path, device=context.device, slots=max(BATCHES)) as session:
         report = compare_up_to_ties(session, prompts, context.tokens)
         ways = list(METHODS.values())
-        runs = [list(turn) for turn in _interleaved(context, session, ways)]
+        runs = [list(turn) for turn in _interleaved(context, session, ways, prompts)]
+    shutil.rmtree(path)
     rows = list[Sequence[Any]]()
     for number, name in enumerate(METHODS):
         pairs = [[turn[number].stats.tokens, turn[number].stats.seconds] for turn in runs]
@@ -261,7 +261,10 @@ def _lanes(context: StepContext, lanes: dict[str, dict[str, Any]]) -> StepOutcom
 
 
 def _interleaved(
-    context: StepContext, session: Session, ways: Sequence[dict[str, Any]]
+    context: StepContext,
+    session: Session,
+    ways: Sequence[dict[str, Any]],
+    prompts: Sequence[list[int]] | None = None,
 ) -> Iterator[list[GenerationResult]]:
     """Yield the results of all ways for each prompt and round."""
     plain: dict[str, Any] = {"max_new_tokens": context.tokens, "ignore_eos": True}
@@ -270,7 +273,7 @@ def _interleaved(
         result: GenerationResult = session.generate(prompt, **way, **plain)
         return result
 
-    for turn in interleave(ways, context.prompts(), context.rounds, decode):
+    for turn in interleave(ways, prompts or context.prompts(), context.rounds, decode):
         yield turn.runs
 
 

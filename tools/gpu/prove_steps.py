@@ -17,9 +17,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
-from importlib.resources import files
 from pathlib import Path
-from statistics import median
 from time import perf_counter
 from typing import Any
 
@@ -29,25 +27,29 @@ from freeexport.checkpoints.checkpoint import open_checkpoint
 from freeexport.commands.doctor import examine, provider_problem
 from freeexport.conversion.convert import convert
 from freeexport.conversion.options import ConvertOptions
-from freeexport.system.child import run_child
 from freeexport.verification.ties import (
     BATCHES,
     LIMIT,
     Noise,
     ScoredTokens,
     SettingTies,
+    TieReport,
     compare_up_to_ties,
 )
 from graphs.widen import fp32_copy
-from runtime import GenerationResult
+from runtime import GenerationResult, Session
 from runtime.bundle.bundle import Bundle
+from runtime.bundle.manifest import FloatType
 from runtime.engines.onnx import import_onnxruntime
 from runtime.machine.device import CUDA_PROVIDER
 from runtime.options import MOST_TOP_LOGPROBS
 from tools.gpu.operators import check_bundle, load_table
+from tools.gpu.prove_commands import comparison, training
 from tools.gpu.prove_context import (
     CAPACITY,
+    FREE,
     METHODS,
+    THRESHOLD,
     NotApplicable,
     StepContext,
     StepOutcome,
@@ -55,8 +57,6 @@ from tools.gpu.prove_context import (
 )
 from tools.gpu.prove_speed import beside, cuda_graphs, eager, overlap, speed, sync_every, tensorrt
 
-# A fp32 result may differ from that of another device, because a GPU multiplies in TF32.
-LEAST_COMMON = 0.5  # share of the tokens before the first difference
 # Largest error of logits in nats, relative to that of torch in the same precision.
 TIMES_TORCH = 3.0
 PACKAGES = (
@@ -112,7 +112,6 @@ def conversion(context: StepContext) -> StepOutcome:
     """
     options = ConvertOptions(
         context.exit_layer,
-        exit=context.exit,
         target="cuda",
         precision=context.precision,  # type: ignore[arg-type]
         capacity=CAPACITY,
@@ -235,111 +234,132 @@ def modes(context: StepContext) -> StepOutcome:
 
 
 def against_cpu(context: StepContext) -> StepOutcome:
-    """Compare tokens and exits with the same fp32 graphs on the CPU."""
-    plain: dict[str, Any] = {"max_new_tokens": context.tokens, "ignore_eos": True}
+    """Compare the device with the same graphs on the CPU, whose results are rounded alike.
+
+    Tokens of mode full, and of the shallow decoder alone, may differ at ties. A token may exit on
+    one of the two only if its confidence is as near to the threshold as confidences move.
+    """
     prompts = context.prompts()
-    found = list[dict[str, list[GenerationResult]]]()
-    for device in (context.device, "cpu"):
-        with context.session(device=device) as session:
-            found.append(
-                {
-                    name: [session.generate(prompt, **METHODS[name], **plain) for prompt in prompts]
-                    for name in list(METHODS)[:4]
-                }
-            )
-    rows = list[Sequence[Any]]()
-    for name, results in found[0].items():
-        pairs = list(zip(results, found[1][name], strict=True))
-        common = [_common(one.token_ids, other.token_ids) for one, other in pairs]
-        exits = sum(one.exited == other.exited for one, other in pairs)
-        rows.append((name, round(float(np.mean(common)), 3), f"{exits} of {len(pairs)}"))
-    least = min(row[1] for row in rows)
-    return StepOutcome(
-        f"at least {least:.0%} of the tokens before the first difference",
-        "done" if least >= LEAST_COMMON else "failed",
-        ("method", "tokens before the first difference", "prompts with equal exits"),
-        rows,
-    )
-
-
-def batches(context: StepContext) -> StepOutcome:
-    """Compare 8 requests at once with the same requests alone, and measure batches of 1 to 8."""
-    prompts = [ids[cut:] for cut in (0, 1) for ids in context.prompts()]
     plain: dict[str, Any] = {"max_new_tokens": context.tokens, "ignore_eos": True}
     scored = plain | {"output_logprobs": True, "top_logprobs": MOST_TOP_LOGPROBS}
-    rows = list[Sequence[Any]]()
-    with context.session(slots=len(prompts)) as session:
-        alone = [ScoredTokens.of(session.generate(ids, mode="full", **scored)) for ids in prompts]
-        together = [
-            ScoredTokens.of(result) for result in session.generate(prompts, mode="full", **scored)
-        ]
-        noise = Noise.between(zip(alone, together, strict=True))
-        found = SettingTies("full, batch 8")
-        for request, (expected, other) in enumerate(zip(alone, together, strict=True)):
-            found.add(request, expected, other.ids, noise)
-        for name, options in list(METHODS.items())[:2]:
-            speeds = []
-            for size in (1, 2, 4, 8):
-                runs = []
-                for _ in range(context.rounds + 1):  # the first run binds buffers
-                    began = perf_counter()
-                    results = session.generate(prompts[:size], **options, **plain)
-                    seconds = perf_counter() - began
-                    runs.append(sum(one.stats.tokens for one in results) / seconds)
-                speeds.append(round(median(runs[1:]), 1))
-            rows.append((name, *speeds))
-    passed = not found.faults and noise.plausible(context.float_type)
-    line = (
-        f"{found.tokens} tokens in a batch of 8, {len(found.ties)} ties, {len(found.faults)} "
-        f"faults, noise {noise.largest:.2g} nats"
-    )
-    columns = ("tokens/s", "batch 1", "2", "4", "8")
+    ways = {
+        "full": {"mode": "full", **scored},
+        "shallow": {"mode": "shallow", **scored},
+        f"free at {THRESHOLD}": {**FREE, **plain},
+    }
+    found = list[dict[str, list[GenerationResult]]]()
+    with fp32_copy(Bundle.open(context.bundle), rounds=True) as copy:
+        for path, device in ((copy.path, "cpu"), (context.bundle, context.device)):
+            with Session(path, device=device, slots=1) as session:
+                found.append(
+                    {
+                        name: [session.generate(prompt, **way) for prompt in prompts]
+                        for name, way in ways.items()
+                    }
+                )
+    on_cpu, on_device = found
+    reports = [
+        _ties(name, on_cpu[name], on_device[name], context.float_type) for name in list(ways)[:2]
+    ]
+    name = f"free at {THRESHOLD}"
+    moved, faults = _other_exits(on_cpu[name], on_device[name])
+    rows = [
+        (
+            row.setting,
+            row.tokens,
+            len(row.ties),
+            len(row.faults),
+            f"{report.noise.largest:.2g} nats",
+        )
+        for report in reports
+        for row in report.rows
+    ]
+    rows.append((f"{name}: exits", len(prompts), "", faults, f"{moved:.2g} of confidence"))
+    passed = all(report.passed for report in reports) and not faults
+    bad = [
+        report.line if report.noise.positions else "no first token is that of the CPU"
+        for report in reports
+        if not report.passed
+    ]
+    tokens = sum(row.tokens for report in reports for row in report.rows)
+    ties = sum(len(row.ties) for report in reports for row in report.rows)
+    equal = "; ".join(bad) or f"{tokens} tokens equal, {ties} ties"
+    line = f"{equal}; {faults} exits differ, confidences move by up to {moved:.2g}"
     return StepOutcome(
-        line, "done" if passed else "failed", columns, rows, {"noise": asdict(noise)}
+        line,
+        "done" if passed else "failed",
+        ("setting", "tokens or requests", "ties", "faults", "largest move"),
+        [*rows],
+        {"reports": [report.to_json() for report in reports], "confidence": moved},
     )
 
 
-def calibration(context: StepContext) -> StepOutcome:
-    """Calibrate a copy of the bundle on the sample texts."""
-    copy = Path(context.work) / f"{context.bundle.name}.calibrated"
-    shutil.rmtree(copy, ignore_errors=True)
-    shutil.copytree(context.bundle, copy)
-    data = Path(context.work) / "calibration.jsonl"
-    texts = files("freeexport").joinpath("data/verify.txt").read_text(encoding="utf-8").splitlines()
-    words = [text.split() for text in texts if text.strip()]
-    # Many short prompts, because the rule needs a number of sequences.
-    lines = [" ".join(one[start : start + 8]) for one in words for start in range(len(one))]
-    step = max(1, len(lines) // 48)
-    data.write_text("".join(json.dumps({"input": line}) + "\n" for line in lines[::step]))
-    answer = run_child(
-        "freeexport",
-        *("calibrate", str(copy), "--data", str(data), "--device", context.device),
-        *("--max-new-tokens", str(min(16, context.tokens)), "--rounds", "1", "--json"),
-    )
-    shutil.rmtree(copy)
-    values = json.loads(answer)
-    threshold = values.get("threshold", values.get("calibration", {}).get("threshold"))
-    return StepOutcome(f"threshold {threshold}", values=values)
+def _ties(
+    name: str,
+    expected: Sequence[GenerationResult],
+    found: Sequence[GenerationResult],
+    float_type: FloatType,
+) -> TieReport:
+    """Compare scored results, with the noise between their scores."""
+    pairs = [
+        (ScoredTokens.of(one), ScoredTokens.of(other))
+        for one, other in zip(expected, found, strict=True)
+    ]
+    noise = Noise.between(pairs)
+    row = SettingTies(name)
+    for request, (one, other) in enumerate(pairs):
+        row.add(request, one, other.ids, noise)
+    return TieReport(float_type, noise, [row])
+
+
+def _other_exits(
+    expected: Sequence[GenerationResult], found: Sequence[GenerationResult]
+) -> tuple[float, int]:
+    """Return how far confidences move, and the number of exits that differ by more than that.
+
+    Only the first difference of a request counts. Later ones have another context.
+    """
+    moved = [0.0]
+    first = []
+    for one, other in zip(expected, found, strict=True):
+        rows = zip(one.token_ids, one.exited, one.confidence or (), strict=True)
+        others = zip(other.token_ids, other.exited, other.confidence or (), strict=True)
+        for (token, exited, before), (newer, exits, after) in zip(rows, others, strict=False):
+            if before is not None and after is not None:
+                if exited != exits:
+                    first.append(abs(before - THRESHOLD))
+                    break
+                moved.append(abs(before - after))
+            if token != newer:
+                break
+    return max(moved), sum(distance > max(moved) for distance in first)
 
 
 Function = Callable[[StepContext], StepOutcome]
-# Steps without a model, with a model in fp32, and with a bundle in half precision, in order.
-MACHINE: dict[str, Function] = {"environment": report_environment, "providers": providers}
-FP32: dict[str, Function] = {"conversion": conversion, "against-cpu": against_cpu}
-HALF: dict[str, Function] = {
-    **{"conversion": conversion, "parity": parity, "modes": modes, "batches": batches},
-    **{"calibration": calibration, "cuda-graphs": cuda_graphs, "overlap": overlap},
-    **{"eager": eager, "speed": speed, "sync-every": sync_every, "beside-torch": beside},
-    "tensorrt": tensorrt,
+STEPS: dict[str, Function] = {
+    **{"environment": report_environment, "providers": providers, "conversion": conversion},
+    **{"against-cpu": against_cpu, "parity": parity, "modes": modes, "eager": eager},
+    **{"speed": speed, "cuda-graphs": cuda_graphs, "overlap": overlap, "sync-every": sync_every},
+    **{"beside-torch": beside, "tensorrt": tensorrt},
+    **{"training": training, "comparison": comparison},
 }
-STEPS: dict[str, Function] = {**MACHINE, **FP32, **HALF}
-
-
-def _common(one: Sequence[int], other: Sequence[int]) -> float:
-    """Return the share of tokens before the first difference."""
-    pairs = enumerate(zip(one, other, strict=False))
-    first = next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
-    return first / max(1, len(one), len(other))
+# Steps of the machine, and steps that convert what they need.
+WITHOUT_MODEL = ("environment", "providers", "comparison")
+WITHOUT_BUNDLE = (*WITHOUT_MODEL, "conversion", "tensorrt", "training")
+# Steps by precision, the most important first: the time may end before the last ones.
+PLAN: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("", ("environment", "providers")),
+    ("fp32", ("conversion", "against-cpu")),
+    ("fp16", ("conversion", "parity", "modes", "eager", "speed", "tensorrt")),
+    ("", ("training", "comparison")),
+    ("int8", ("conversion", "against-cpu", "modes", "speed")),
+    ("int4", ("conversion", "against-cpu", "modes", "speed")),
+    ("fp8", ("tensorrt",)),
+    ("fp16", ("cuda-graphs", "overlap", "sync-every", "beside-torch")),
+    ("bf16", ("conversion", "parity", "modes")),
+    ("int8", ("tensorrt",)),
+    ("int4", ("tensorrt",)),
+)
 
 
 def _log_probabilities(

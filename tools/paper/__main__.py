@@ -146,8 +146,6 @@ def compare_command(**given: Any) -> None:
     MODEL is a Hugging Face checkpoint directory, a hub name, or a GGUF file. OUTPUT gets report.md,
     report.json and curves.
     """
-    import matplotlib  # noqa: F401
-
     from tools.paper.compare import compare
     from tools.paper.compare_check import checked_options
     from tools.paper.compare_report import FILES, write_comparison

@@ -6,6 +6,7 @@ import math
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,11 @@ def checked_options(options: CompareOptions) -> Resolved:
         CapacityError: If the device has too little memory.
     """
     device = Device.parse(options.device)
+    for package in ("matplotlib", *(["peft"] if "lora" in options.rows else [])):
+        if find_spec(package) is None:
+            raise OptionError(
+                f"{package} is not installed; run: pip install '.[train,calibrate,evaluate]'"
+            )
     files, test = _check_data(options)
     metrics = _metrics(options, test[: options.lines])
     checkpoint = open_checkpoint(options.model)

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,8 +14,9 @@ from checkpoints import BY_NAME, Case
 from click.testing import CliRunner
 from fake_device import Machine
 
+from runtime import GenerationResult, Session
 from runtime.errors import EngineError
-from tools.gpu import prove, prove_speed, prove_steps
+from tools.gpu import prove, prove_commands, prove_speed, prove_steps
 from tools.gpu.prove_context import METHODS, NotApplicable, StepContext
 from tools.gpu.prove_report import CPU_NOTE, report_text
 
@@ -48,6 +50,46 @@ def test_modes_and_batches_are_compared_on_the_device(on_gpu: StepContext) -> No
     assert {"lossless, both drafts", "full, batch 4", "rollback"} <= {row[0] for row in outcome.rows}
     assert set(outcome.values["exit_rates"]) == set(METHODS)
     json.dumps(outcome.values, allow_nan=False)
+
+
+def test_a_device_may_differ_from_the_cpu_at_ties_only(on_gpu: StepContext, monkeypatch: pytest.MonkeyPatch) -> None:
+    outcome = prove_steps.against_cpu(on_gpu)
+    assert outcome.state == "done", outcome.line
+    assert [row[0] for row in outcome.rows] == ["full", "shallow", "free at 0.5: exits"]
+    assert outcome.rows[0][1] == 8 * 4
+    json.dumps(outcome.values, allow_nan=False)
+    # A device that ignores the last token of a prompt.
+    generate = Session.generate
+
+    def wrong(self: Session, prompt: list[int], **options: Any) -> GenerationResult:
+        cut = prompt[:-1] if self._model.options.device != "cpu" else prompt
+        return generate(self, cut, **options)
+
+    monkeypatch.setattr(Session, "generate", wrong)
+    outcome = prove_steps.against_cpu(on_gpu)
+    assert outcome.state == "failed"
+    assert "nats apart" in outcome.line or "cannot explain" in outcome.line or "no first token" in outcome.line
+
+
+def test_an_exit_may_differ_where_the_confidence_is_near_the_threshold() -> None:
+    def result(*confidence: float) -> Any:
+        ids = tuple(range(len(confidence)))
+        exited = tuple(one > 0.5 for one in confidence)
+        return SimpleNamespace(token_ids=ids, exited=exited, confidence=confidence)
+
+    moved, faults = prove_steps._other_exits([result(0.9, 0.501)], [result(0.89, 0.499)])
+    assert (round(moved, 3), faults) == (0.01, 0)
+    assert prove_steps._other_exits([result(0.9, 0.6)], [result(0.89, 0.3)])[1] == 1
+
+
+@pytest.mark.slow
+def test_a_step_is_trained_the_checkpoint_calibrated_and_rows_compared(converted: StepContext, tmp_path: Path) -> None:
+    context = replace(converted, work=str(tmp_path))
+    outcome = prove_commands.training(context)
+    assert outcome.values["train_seconds"] > 0
+    assert outcome.line.startswith("a step in ")
+    outcome = prove_commands.comparison(context)
+    assert {row[1] for row in outcome.rows} >= {"full", "eager", "free 0.9", "eager-free 0.9"}
 
 
 def test_graphs_and_overlap_do_not_change_tokens_and_calls_are_counted(on_gpu: StepContext) -> None:
@@ -106,35 +148,41 @@ def test_on_the_cpu_calls_are_timed_by_the_host_and_tensorrt_does_not_apply(conv
 
 def test_a_step_that_breaks_or_takes_too_long_is_recorded_and_the_report_written(tmp_path: Path) -> None:
     base = StepContext("cpu", "", 8, 1)
-    report = prove.prove(base, tmp_path / "out", [], (), ("providers",), limit=0.01)
-    (entry,) = report["steps"]
-    assert (entry["state"], entry["line"]) == ("timed out", "more than 0.01 s")
-    broken = prove.run_step("no-such-step", base, tmp_path, limit=60)
+    report = prove.prove(base, tmp_path / "out.md", [Path("m")], ("providers", "conversion"), minutes=0.0005)
+    assert [entry["state"] for entry in report["steps"]] == ["timed out"] + ["not run"] * (len(report["steps"]) - 1)
+    assert "more than the 0 s that were left" in report["steps"][0]["line"]
+    assert report["steps"][1]["line"] == "the time was over; give more --minutes"
+    assert [path.name for path in tmp_path.iterdir()] == ["out.md"]
+    broken = prove.run_step("no-such-step", replace(base, work=str(tmp_path)), tmp_path, limit=60)
+    assert broken["line"] == "the conversion wrote no bundle"
+    (tmp_path / "m-fp16").mkdir()
+    context = replace(base, model="m", name="m", precision="fp16", work=str(tmp_path))
+    broken = prove.run_step("no-such-step", context, tmp_path, limit=60)
     assert broken["state"] == "error"
     assert broken["line"] == "exit code 1: KeyError: 'no-such-step'"
     assert broken["last_lines"][0].startswith("Traceback")
-    without = prove.run_step("modes", replace(base, model="m", name="m", work=str(tmp_path)), tmp_path, limit=60)
-    assert without["state"] == "not run"
-    text = (tmp_path / "out" / "report.md").read_text()
+    text = (tmp_path / "out.md").read_text()
     assert CPU_NOTE in text
-    assert "**providers**, timed out: more than 0.01 s" in text
-    assert json.loads((tmp_path / "out" / "report.json").read_text())["complete"]
-    report["steps"] += [broken, without]
+    assert "**providers**, timed out: more than the 0 s" in text
+    values = json.loads(text[text.index("```json\n") + 8 : text.rindex("```")])
+    assert values["complete"]
+    assert values["commit"]
+    report["steps"].append(broken)
     assert "KeyError" in report_text(report)
 
 
-def test_the_order_of_steps() -> None:
-    found = [
-        (name, one.name, one.precision)
-        for name, one in prove.contexts(StepContext("cpu", "", 8, 1), [Path("a/m.1")], ("fp16", "bf16"))
-    ]
-    assert found[:4] == [
-        ("environment", "", ""),
-        ("providers", "", ""),
-        ("conversion", "m.1", "fp32"),
-        ("against-cpu", "m.1", "fp32"),
-    ]
-    assert [name for name, _, precision in found if precision == "bf16"] == list(prove_steps.HALF)
+def test_bundles_are_converted_once_and_important_steps_come_first() -> None:
+    base = StepContext("cpu", "work", 8, 1)
+    models = [Path("a/m.1"), Path("a/n.2")]
+    found = [(name, one.name, one.precision) for name, one in prove.planned(base, models, tuple(prove_steps.STEPS))]
+    assert found[:2] == [("environment", "", ""), ("providers", "", "")]
+    assert found[2:4] == [("conversion", "m.1", "fp32"), ("against-cpu", "m.1", "fp32")]
+    assert len(found) == len(set(found))
+    precisions = {precision for name, _, precision in found if name in ("against-cpu", "modes", "tensorrt")}
+    assert precisions == {"fp32", "fp16", "bf16", "int8", "int4", "fp8"}
+    assert {name for name, *_ in found} == set(prove_steps.STEPS)
+    chosen = [(name, one.precision) for name, one in prove.planned(base, models[:1], ("overlap", "comparison"))]
+    assert chosen == [("comparison", ""), ("conversion", "fp16"), ("overlap", "fp16")]
 
 
 def test_what_cannot_run_is_refused_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,14 +194,16 @@ def test_what_cannot_run_is_refused_before_any_work(tmp_path: Path, monkeypatch:
     assert "needs ONNX Runtime with CUDA" in str(refused.exception)
     assert not (tmp_path / "out").exists()
     assert "'modez' is no step" in invoke("--output", tmp_path / "out", "--steps", "modez").output
-    (tmp_path / prove.REPORT).write_text("{}")
-    assert "--overwrite" in str(invoke("--output", tmp_path, "--device", "cpu").exception)
+    (tmp_path / "out.md").write_text("")
+    assert "--overwrite" in str(invoke("--output", tmp_path / "out.md", "--device", "cpu").exception)
 
 
 def test_a_bar_in_an_outcome_is_escaped_once() -> None:
     step = {"model": "m", "precision": "fp16", "step": "parity", "state": "done", "seconds": 1.0, "line": "a|b\nc"}
     step |= {"columns": ("one|two",), "rows": [["x|y"]], "last_lines": []}
-    text = report_text({"steps": [step], "complete": True, "device": "cpu"})
+    about = {"made": "today", "commit": "abc", "models": ["m"], "tokens": 8, "rounds": 1}
+    given = {**about, "machine": {"processor": "p"}, "steps": [step], "complete": True, "device": "cpu"}
+    text = report_text(given).partition("## Values")[0]
     assert "a\\|b c" in text
     assert "x\\|y" in text
     assert "\\\\" not in text

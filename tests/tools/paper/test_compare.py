@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +16,7 @@ import pytest
 import torch
 from checkpoints import BY_NAME, Bundles, Case
 from click.testing import CliRunner
+from device_cases import LONGT5
 from fake_device import Machine
 
 from freeexport.checkpoints.checkpoint import open_checkpoint
@@ -24,6 +28,8 @@ from freeexport.task_metrics import MetricError, metric_of
 from graphs.errors import GraphError, UnsupportedModelError
 from runtime.bundle.bundle import Bundle
 from runtime.errors import CapacityError, EngineError, FreeExportError, OptionError
+from runtime.tensorrt.files import DIRECTORY
+from tools.gpu.operators import check_bundle, load_table
 from tools.paper import compare, compare_check, recipes
 from tools.paper.__main__ import main
 from tools.paper.compare import RUN
@@ -35,7 +41,7 @@ from tools.paper.compare_report import as_page, pooled, rows_by_table, table_of
 from tools.paper.eager import EAGER
 from tools.steps import Steps
 
-T5, LLAMA = BY_NAME["t5-deep-decoder"], BY_NAME["llama-tied"]
+T5, UMT5, LLAMA = (BY_NAME[name] for name in ("t5-deep-decoder", "umt5", "llama-tied"))
 Directory = Callable[[Case], Path]
 
 
@@ -177,6 +183,16 @@ def test_a_missing_split_is_named(checkpoint: Directory, tmp_path: Path) -> None
     (data / "calibration.jsonl").unlink()
     with pytest.raises(DataError, match=r"has no calibration.jsonl or validation.jsonl; convert that split by"):
         checked_options(options(data, checkpoint(T5)))
+
+
+def test_a_missing_package_is_named_before_any_work(
+    checkpoint: Directory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compare_check, "find_spec", lambda name: None if name == "peft" else name)
+    given = options(write_splits(tmp_path / "data"), checkpoint(T5))
+    with pytest.raises(OptionError, match="peft is not installed; run: pip install"):
+        checked_options(given)
+    checked_options(replace(given, rows=("full",)))
 
 
 def test_too_little_memory_is_refused_on_a_cpu_and_on_a_gpu(
@@ -366,6 +382,44 @@ def test_what_no_engine_supports_fails_before_any_training(
     with pytest.raises(UnsupportedModelError, match="no kernel"):
         compare.compare(checked_options(given))
     assert sorted(path.name for path in given.output.iterdir()) == [RUN]
+
+
+GPU: dict[str, Any] = {"device": "cuda:0", "max_new_tokens": 512, "max_tokens": 200}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [T5, UMT5, LONGT5], ids=lambda case: case.name)
+def test_bundles_for_cuda_are_verified_with_the_options_of_a_run(
+    case: Case, checkpoint: Directory, tmp_path: Path
+) -> None:
+    given = options(tmp_path, precision="fp32", **GPU)
+    manifest = compare._built(str(checkpoint(case)), tmp_path / "out", 1, given)
+    assert (manifest.target, manifest.verified, manifest.max_pending) == ("cuda", True, 256)
+    assert check_bundle(tmp_path / "out", load_table()) == []
+
+
+@pytest.mark.tensorrt
+@pytest.mark.parametrize("case", [BY_NAME["t5-larger-tied"], LONGT5], ids=lambda case: case.name)
+def test_tensorrt_builds_the_engines_of_a_run(case: Case, checkpoint: Directory, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt", reason="TensorRT is not installed (tools/gpu/tensorrt_environment.py)")
+    given = options(tmp_path, engines="tensorrt", precision="fp16", **GPU)
+    manifest = compare._built(str(checkpoint(case)), tmp_path / "out", 1, given)
+    assert manifest.verified
+    assert len(list((tmp_path / "out" / DIRECTORY).glob("*.engine"))) == 4
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_example_of_the_tutorial_runs(tmp_path: Path) -> None:
+    root = Path(__file__).parents[3]
+    page = (root / "docs" / "tutorial-paper.md").read_text()
+    commands = page[page.index("    words=") : page.index("It shows the tables")]
+    (tmp_path / "freeexport").symlink_to(root / "freeexport")
+    path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
+    variables = {**os.environ, "PATH": path, "PYTHONPATH": str(root)}
+    subprocess.run(["bash", "-ec", commands], cwd=tmp_path, env=variables, check=True)
+    rows = json.loads((tmp_path / "words-results" / "report.json").read_text())["seeds"]["0"]["measurements"]
+    assert {"free", "lossless", "calm", "eager-free"} <= {row["method"] for row in rows["main"]["rows"]}
 
 
 @pytest.mark.slow
