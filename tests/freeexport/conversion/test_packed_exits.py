@@ -47,7 +47,7 @@ from runtime.decoding.phrases import ENTRY, PHRASES, PhraseTable
 from runtime.errors import BundleError, HubError
 from runtime.machine.machine import host
 from runtime.session import Session
-from tools.models import exit_phrases, pack_exit
+from tools.models import exit_phrases, pack_exit, unpack_exit
 
 SLASHES = ["", "../up", "a/b", "a\0b", "x" * 300, "-dash", "a b"]
 Directory = Callable[[Case], Path]
@@ -383,6 +383,28 @@ def test_the_tool_packs_a_checkpoint(sampled: Path) -> None:
     given = [word for name, text in FACTS.items() for word in (f"--{name.replace('base_name', 'model')}", text)]
     assert read_packed(sampled).about.name == "words"
     assert "is not a valid name" in CliRunner().invoke(pack_exit.command, ["x", "No Name", *given]).output
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_an_exit_unpacked_for_training_is_packed_again_without_a_change(
+    kind: str, packed: Callable[..., Path], checkpoint: Directory, tmp_path: Path
+) -> None:
+    path, model, out = packed(kind), checkpoint(KINDS[kind][0]), tmp_path / "further"
+    found = CliRunner().invoke(unpack_exit.command, [str(path), str(model), str(out)], catch_exceptions=False)
+    assert found.output.startswith(f"{out}: exit after layer {KINDS[kind][1].get('exit_layer', 2)}")
+    assert ("LoRA of rank 4" in found.output) == (kind == "lora")
+    again = pack(str(out), tmp_path / "again.safetensors", "again", **FACTS)
+    assert again.tensors_sha256 == read_packed(path).about.tensors_sha256
+
+
+def test_an_exit_is_not_unpacked_for_other_weights(
+    packed: Callable[..., Path], checkpoint: Directory, tmp_path: Path
+) -> None:
+    model, out = checkpoint(LLAMA), tmp_path / "further"
+    path = packed("layers", weights_sha256="0" * 64)
+    with pytest.raises(CheckpointError, match="does not fit: it was trained on other weights, of llama-tied"):
+        CliRunner().invoke(unpack_exit.command, [str(path), str(model), str(out)], catch_exceptions=False)
+    assert not out.exists()
 
 
 @pytest.mark.smollm2
