@@ -16,8 +16,8 @@ from runtime.bundle.manifest import FloatType
 CAPACITY = 512
 PROMPTS = 4
 THRESHOLD = 0.5
-FREE: dict[str, Any] = {"mode": "free", "threshold": THRESHOLD}
-EVERY: dict[str, Any] = {"mode": "free", "threshold": 0.0}
+FREE: dict[str, Any] = {"mode": "free", "drafts": "exit", "threshold": THRESHOLD}
+EVERY: dict[str, Any] = {"mode": "free", "drafts": "exit", "threshold": 0.0}
 METHODS: dict[str, dict[str, Any]] = {
     "full": {"mode": "full"},
     f"free at {THRESHOLD}": FREE,

@@ -57,7 +57,7 @@ def overlap(context: StepContext) -> StepOutcome:
     outcome = _lanes(context, lanes)
     prompt = context.prompts(1)[0]
     options: dict[str, Any] = {
-        **{"mode": "free", "threshold": THRESHOLD},
+        **FREE,
         **{"max_new_tokens": context.tokens, "ignore_eos": True},
     }
     with context.session(**({"overlap": True} if context.on_gpu else {})) as session:

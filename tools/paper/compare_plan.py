@@ -11,14 +11,14 @@ from tools.paper.compare_options import CompareOptions, PaperRow
 from tools.paper.eager import EARLY
 
 # Methods with a setting for each fixed threshold. FREE has another for the calibrated one.
-FIXED = ("free", "eager-free", "calm", "calm-single", "rollback")
+FIXED = ("published", "eager-free", "calm", "calm-single", "rollback")
 # Methods of FREE, whose bundles are calibrated.
-CALIBRATED = ("free", "rollback")
+CALIBRATED = ("published", "rollback")
 # Rows of the main measurement, with their recipe and methods.
 MAIN: dict[PaperRow, tuple[str, tuple[str, ...]]] = {
     "full": ("full", ()),
     "eager": ("full", ("eager",)),
-    "free": ("free", ("free",)),
+    "free": ("free", ("published",)),
     "adaptive": ("free", ("adaptive",)),
     "rollback": ("free", ("rollback",)),
     "lossless": ("free", ("lossless",)),
@@ -130,18 +130,18 @@ def measurements_of(options: CompareOptions) -> list[Measurement]:
         ]
     if "mapping" in rows:
         found += [
-            variant(f"mapping/{recipe}", recipe, layer, layer, "free")
+            variant(f"mapping/{recipe}", recipe, layer, layer, "published")
             for recipe in ("free-kd-unif", "free-kd-last", free)
         ]
     if "depth" in rows:
         found += [
-            variant(f"depth/{depth}", free, depth, depth, "free")
+            variant(f"depth/{depth}", free, depth, depth, "published")
             for depth in sorted({*options.depths, layer})
         ]
     if "samples" in rows:
-        found.append(variant(SAMPLES, free, layer, layer, "free"))
+        found.append(variant(SAMPLES, free, layer, layer, "published"))
     if "lora" in rows:
-        found.append(variant("lora", "free-lora", layer, layer, "free"))
+        found.append(variant("lora", "free-lora", layer, layer, "published"))
     return found
 
 
@@ -169,8 +169,8 @@ def settings(
     """
     found = [Setting("full")]
     for method in contestant.methods:
-        if method == "free":
-            found += settings_of(("free",), thresholds, manifest)
+        if method == "published":
+            found += settings_of(("published",), thresholds, manifest)
         elif method == "rollback" and manifest.rollback_threshold is None:
             continue
         elif method in FIXED:

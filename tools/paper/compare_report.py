@@ -25,7 +25,7 @@ METHODS = {
     "full": "Full model",
     "eager": "Full model, generate of transformers",
     "static": "Static",
-    "free": "FREE",
+    "published": "FREE",
     "adaptive": "FREE, adaptive threshold",
     "rollback": "FREE, rollback policy",
     "lossless": "FREE, lossless",

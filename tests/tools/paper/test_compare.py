@@ -63,7 +63,7 @@ def row(**changes: Any) -> dict[str, Any]:
     score = {"value": 0.5, "relative": 0.9, "low": 0.8, "high": 1.0}
     speed = {"token_speed": 2.0, "token_low": 1.9, "token_high": 2.1, "request_speed": 1.5}
     speed |= {"request_low": 1.4, "request_high": 1.6}
-    facts = {"bundle": "free-3", "recipe": "free", "exit_layer": 3, "setting": "free 0.5", "method": "free"}
+    facts = {"bundle": "free-3", "recipe": "free", "exit_layer": 3, "setting": "published 0.5", "method": "published"}
     rates = {"exit_rate": 0.5, "layers": 4.0, "tokens_per_second": 100.0, "predicted": None, "same": 1.0}
     found = {**facts, "threshold": 0.5, "calibrated": False, **rates, **speed, "scores": {"rouge-l": score}}
     return {**found, "eager": {**speed, "request_speed": 3.0}, **changes}
@@ -78,7 +78,7 @@ def test_the_plan_has_a_measurement_for_each_table_and_trains_each_checkpoint_on
     assert names[6:] == ["depth/2", "depth/3", "samples", "lora"]
     methods = {one.name: one.methods for one in plan[0].contestants}
     assert methods["full-3"] == ("eager", "eager-full")
-    assert methods["free-3"] == ("free", "eager-free", "adaptive", "rollback", "lossless", "calm-single")
+    assert methods["free-3"] == ("published", "eager-free", "adaptive", "rollback", "lossless", "calm-single")
     assert methods["static-3"] == ("static", "eager-static", "calm")
     trained = [one.name for one in trainings_of(plan)]
     assert len(trained) == len(set(trained)) == 8
@@ -288,7 +288,7 @@ def test_inputs_are_cut_as_in_training(checkpoint: Directory, tmp_path: Path) ->
 
 
 def test_sessions_run_no_deep_pass_in_the_background(bundle: Bundles) -> None:
-    for method in ("free", "adaptive"):
+    for method in ("published", "adaptive"):
         entry = Entry("a", Bundle.open(bundle(T5)), (Setting(method),))
         records: Any = SimpleNamespace(last_state=lambda name, method: None)
         given: Any = SimpleNamespace(count=1, device="cpu")
@@ -334,7 +334,7 @@ def test_tables_follow_the_paper_and_state_copying_has_its_own() -> None:
     found = report(copied, own, row(method="eager-free", setting="eager-free 0.5"), row(exit_rate=0.0), full)
     tables = rows_by_table(found)
     assert [one["method"] for one in tables["copying"]] == ["calm-single", "eager-free"]
-    assert {one["method"] for one in tables["main"]} == {"full", "calm-single", "free", "eager-free"}
+    assert {one["method"] for one in tables["main"]} == {"full", "calm-single", "published", "eager-free"}
     shown = table_of("main", tables["main"], [metric_of("rouge-l")])
     cells = dict(zip(shown.columns, shown.rows[1], strict=True))
     assert (cells["method"], cells["per token#"], cells["per request#"]) == ("FREE", "2.00±0.10x", "1.50±0.10x")
@@ -419,7 +419,7 @@ def test_the_example_of_the_tutorial_runs(tmp_path: Path) -> None:
     variables = {**os.environ, "PATH": path, "PYTHONPATH": str(root)}
     subprocess.run(["bash", "-ec", commands], cwd=tmp_path, env=variables, check=True)
     rows = json.loads((tmp_path / "words-results" / "report.json").read_text())["seeds"]["0"]["measurements"]
-    assert {"free", "lossless", "calm", "eager-free"} <= {row["method"] for row in rows["main"]["rows"]}
+    assert {"published", "lossless", "calm", "eager-free"} <= {row["method"] for row in rows["main"]["rows"]}
 
 
 @pytest.mark.slow
@@ -438,7 +438,7 @@ def test_the_whole_command_measures_every_row_and_continues(
     found = json.loads((out / "report.json").read_text())
     rows = [one for each in found["seeds"]["0"]["measurements"].values() for one in each["rows"]]
     methods = {one["method"] for one in rows}
-    assert methods == {"full", "static", "free", "adaptive", "rollback", "lossless", *EAGER}
+    assert methods == {"full", "static", "published", "adaptive", "rollback", "lossless", *EAGER}
     assert {one["recipe"] for one in rows} >= {"free-kd-unif", "free-kd-last", "free-lora"}
     assert all(one["lines"] == 3 for one in rows)
     main_rows = found["seeds"]["0"]["measurements"]["main"]["rows"]

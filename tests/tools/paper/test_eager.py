@@ -43,7 +43,10 @@ def test_every_method_gives_the_tokens_of_the_engines(
         for prompt in PROMPTS:
 
             def ours(mode: Any, threshold: float | None = None, prompt: Any = prompt) -> GenerationResult:
-                return session.generate(list(prompt), mode=mode, threshold=threshold, max_new_tokens=TOKENS)
+                drafts: Any = "exit" if mode == "free" else None
+                return session.generate(
+                    list(prompt), mode=mode, threshold=threshold, drafts=drafts, max_new_tokens=TOKENS
+                )
 
             def theirs(method: str, threshold: float | None = None, prompt: Any = prompt) -> dict[str, Any]:
                 return eager.decode(Setting(method, threshold), prompt, TOKENS)

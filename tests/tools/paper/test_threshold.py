@@ -144,7 +144,7 @@ def test_a_state_that_does_not_fit_the_papers_rule_is_refused(change: dict[str, 
 
 def test_a_session_adapts_by_the_papers_rule_and_continues_from_its_state(bundle: Bundles) -> None:
     path = bundle(BY_NAME["t5-deep-decoder"])
-    options: dict[str, Any] = {"mode": "free", "max_new_tokens": 16, "ignore_eos": True}
+    options: dict[str, Any] = {"mode": "free", "drafts": "exit", "max_new_tokens": 16, "ignore_eos": True}
     with PaperSession(path, slots=1) as session:
         assert session.threshold == FIRST_THRESHOLD
         for prompt in PROMPTS[:3]:
