@@ -14,12 +14,13 @@ import numpy as np
 from runtime.adaptation.call_costs import CallCosts
 from runtime.adaptation.learner import RequestLabels
 from runtime.bundle.beta import NEVER_EXIT
+from runtime.bundle.costs import Costs
 from runtime.bundle.manifest import Manifest
 from runtime.decoding.acceptance import Acceptance
 from runtime.decoding.beams import BeamRows, BeamSearch, Hypothesis, Scores
 from runtime.decoding.calls import Prediction, Waiting, Waits
 from runtime.decoding.decoder import Decoder
-from runtime.decoding.draft_sources import DraftSource, Own, Predicted, Texts
+from runtime.decoding.draft_sources import DraftSource, Own, Predicted, TextSource
 from runtime.decoding.drafts import ConfidentExits, Drafts, Plain
 from runtime.decoding.loops import Loop, Policy, decode, shallow
 from runtime.decoding.response import Response
@@ -280,12 +281,8 @@ class Generation:
             # A background pass returns no predictions, so it provides no labels.
             sync_every = self.options.sync_every if labels is None else 0
             policy = policy._replace(threshold=self._threshold, sync_every=sync_every)
-            # Plans need costs that do not change, and a confidence of every token needs the exit.
-            published = (
-                self.options.drafts == "exit"
-                or self.options.output_confidence
-                or self.model.manifest.costs is None
-            )
+            # The confidence of every token needs the exit at every token.
+            published = self.options.drafts == "exit" or self.options.output_confidence
             drafts = ConfidentExits(NEVER_EXIT) if published else self._drafts()
         elif self.options.output_confidence:
             drafts = ConfidentExits(NEVER_EXIT)
@@ -300,7 +297,7 @@ class Generation:
         alone = self.mode == "free"
         exit_rate = model.thresholds.exit_rate(self._threshold) or 0.5
         acceptance = Acceptance(exit_draft=1 / max(1 - exit_rate, 1 / self._max_pending))
-        costs = CallCosts(model.costs.base)
+        costs = CallCosts(model.manifest.costs or _costs_by_layers(model.manifest))
         if not alone:
             acceptance = model.learned.acceptance(self._threshold, options.samples)
             reads_exit = self._exits or not model.own_layers
@@ -314,7 +311,7 @@ class Generation:
             read = () if is_read_by_decoder else self.ids.tolist()
             vocab_size = model.manifest.vocab_size
             sources.append(
-                Texts(
+                TextSource(
                     acceptance,
                     vocab_size,
                     text=[*filter(None, (predicted, read)), prompt],
@@ -403,6 +400,15 @@ class Generation:
             store.keep(chain, lambda number: cross, sum(array.nbytes for array in cross.values()))
         decoder.stats.encode_seconds = perf_counter() - began
         return cross
+
+
+def _costs_by_layers(manifest: Manifest) -> Costs:
+    """Return costs in layers, for a bundle whose costs were not measured."""
+    deep = manifest.layers - manifest.exit_layer
+    # A head, and a further row of a pass, cost about a tenth of the model.
+    further = 0.1 * manifest.layers
+    shallow = float(manifest.exit_layer)
+    return Costs(shallow + further, shallow, {1: deep, 2: deep + further}, measured=False)
 
 
 def sampler_of(

@@ -11,22 +11,22 @@ import pytest
 from runtime.adaptation.call_costs import CallCosts
 from runtime.decoding.acceptance import Acceptance
 from runtime.decoding.draft_sources import NO_PROPOSAL, DraftSource
-from runtime.decoding.drafts import NO_DRAFT, Drafts, Plan
+from runtime.decoding.drafts import NO_DRAFT, DraftPlan, Drafts
 from runtime.decoding.response import Response
 
 
 def draft_exits(patch: pytest.MonkeyPatch, most: int = 1000, plain_every: int = 0) -> None:
-    """Draft up to `most` tokens of the exit at each step, even if it does not pay. Texts draft nothing.
+    """Draft up to `most` tokens of the exit at each step, even if it does not pay. TextSource draft nothing.
 
     Every `plain_every`-th step drafts nothing (0: no such step).
     """
     count = 0
 
-    def plan(self: Drafts, response: object, room: int, sequences: int = 1) -> Plan:
+    def plan(self: Drafts, response: object, room: int, sequences: int = 1) -> DraftPlan:
         nonlocal count
         count += 1
         nothing = room == 0 or (plain_every and count % plain_every == 0)
-        return NO_DRAFT if nothing else Plan(exits=min(most, room))
+        return NO_DRAFT if nothing else DraftPlan(exits=min(most, room))
 
     patch.setattr(Drafts, "plan", plan)
     patch.setattr(Drafts, "continuation", lambda self, *args: NO_PROPOSAL)
@@ -76,11 +76,11 @@ class PlannedDrafts(Drafts):
         self._turns = itertools.cycle(plans or [(0, 1000)])
         self._text_length = 0
 
-    def plan(self, response: Response, room: int, sequences: int = 1) -> Plan:
+    def plan(self, response: Response, room: int, sequences: int = 1) -> DraftPlan:
         self._text_length, exits = next(self._turns)
         plan = super().plan(response, room, sequences)
         exits = min(exits, room)
-        return Plan(exits=exits) if exits and not plan.proposal.tokens else plan
+        return DraftPlan(exits=exits) if exits and not plan.proposal.tokens else plan
 
     def _length(self, probabilities: Sequence[float]) -> tuple[int, float]:
         length = min(self._text_length, len(probabilities))

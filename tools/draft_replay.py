@@ -25,7 +25,7 @@ from runtime.bundle.costs import MAX_PENDING, Costs
 from runtime.decoding.acceptance import LearnedDrafts
 from runtime.decoding.calls import NOTHING, Prediction, Waits
 from runtime.decoding.decoder import Decoder
-from runtime.decoding.draft_sources import Texts
+from runtime.decoding.draft_sources import TextSource
 from runtime.decoding.drafts import Drafts
 from runtime.decoding.loops import Policy, decode
 from runtime.decoding.phrases import PhraseTable
@@ -128,7 +128,7 @@ def replay_request(
         clock = staticmethod(lambda: decoder.now)
 
     acceptance = learned.acceptance(0.0, False)
-    texts = Texts(acceptance, VOCABULARY, text=[trace.prompt], memory=memory, phrases=phrases)
+    texts = TextSource(acceptance, VOCABULARY, text=[trace.prompt], memory=memory, phrases=phrases)
     drafts = Timed(learned.costs, acceptance, [texts], exits)
     for _ in decode(cast(Decoder, decoder), response, drafts, Policy(max_pending=MAX_PENDING)):
         pass

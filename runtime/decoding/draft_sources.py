@@ -66,7 +66,7 @@ class DraftSource(Protocol):
         """Return at most `max_tokens` tokens after the final ones and those `drafted`."""
 
 
-class Texts:
+class TextSource:
     """Proposes what followed the newest tokens in several texts.
 
     At each token, the text whose token is accepted more often continues.

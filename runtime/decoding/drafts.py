@@ -32,14 +32,14 @@ MIN_EXIT_PAUSE = 16
 MAX_SEARCH_PAUSE = 32
 
 
-class Plan(NamedTuple):
+class DraftPlan(NamedTuple):
     """The next draft: the tokens of a `proposal`, or up to `exits` predictions of the exit."""
 
     proposal: Proposal = NO_PROPOSAL
     exits: int = 0
 
 
-NO_DRAFT = Plan()
+NO_DRAFT = DraftPlan()
 
 
 class Outcome(NamedTuple):
@@ -71,7 +71,7 @@ class Plain:
 
     clock = staticmethod(perf_counter)
 
-    def plan(self, response: Response, room: int, sequences: int = 1) -> Plan:
+    def plan(self, response: Response, room: int, sequences: int = 1) -> DraftPlan:
         """Return the next draft of at most `room` tokens, in calls shared by `sequences`."""
         return NO_DRAFT
 
@@ -91,7 +91,7 @@ class Plain:
         return NO_PROPOSAL
 
     def observe(
-        self, plan: Plan, outcome: Outcome, shallow: float, deep: float, shared: bool
+        self, plan: DraftPlan, outcome: Outcome, shallow: float, deep: float, shared: bool
     ) -> None:
         """Record the outcome of a deep pass, and the seconds of its shallow and deep calls.
 
@@ -111,8 +111,8 @@ class ConfidentExits(Plain):
     def __init__(self, threshold: float) -> None:
         self._threshold = threshold
 
-    def plan(self, response: Response, room: int, sequences: int = 1) -> Plan:
-        return Plan(exits=max(1, room))
+    def plan(self, response: Response, room: int, sequences: int = 1) -> DraftPlan:
+        return DraftPlan(exits=max(1, room))
 
     def keeps(self, prediction: Prediction) -> bool:
         return (prediction.confidence or 0.0) > self._threshold
@@ -160,14 +160,14 @@ class Drafts(Plain):
         self._reach = 1.0  # probability that all tokens drafted by the exit are accepted
         self._rows = 1
 
-    def plan(self, response: Response, room: int, sequences: int = 1) -> Plan:
+    def plan(self, response: Response, room: int, sequences: int = 1) -> DraftPlan:
         self._sequences = sequences if self._learns else 1
         self._reach = 1.0
         self._rows = 1
         self._continuation = None
         if self._finals and room:
             # An exit that was sure goes on: its rows wait for a deep pass in any case.
-            return Plan(exits=min(MAX_DRAFT, room))
+            return DraftPlan(exits=min(MAX_DRAFT, room))
         best = NO_DRAFT
         # Without a measurement of mode "full", a losing draft would seem to pay.
         measured = not self._learns or sequences > 1 or self._costs.measured("pass", 1)
@@ -178,11 +178,11 @@ class Drafts(Plain):
             elif self._sources:
                 best, best_value = self._search(response, room, best_value)
             if self._exits and self._tries_exit(best_value):
-                best = Plan(exits=min(MAX_DRAFT, room))
+                best = DraftPlan(exits=min(MAX_DRAFT, room))
         self._began = self.clock()
         return best
 
-    def _search(self, response: Response, room: int, least: float) -> tuple[Plan, float]:
+    def _search(self, response: Response, room: int, least: float) -> tuple[DraftPlan, float]:
         """Return the best draft from text and its value, or NO_DRAFT and `least`."""
         best = NO_DRAFT
         self._follow(response)
@@ -195,7 +195,7 @@ class Drafts(Plain):
             length, value = self._length(proposal.probabilities[:count])
             if value > least:
                 least = value
-                best = Plan(_first(proposal, length))
+                best = DraftPlan(_first(proposal, length))
         if best is NO_DRAFT:
             self._count_search(0.0)
         return best, least
@@ -292,7 +292,7 @@ class Drafts(Plain):
         return best
 
     def observe(
-        self, plan: Plan, outcome: Outcome, shallow: float, deep: float, shared: bool
+        self, plan: DraftPlan, outcome: Outcome, shallow: float, deep: float, shared: bool
     ) -> None:
         costs = self._costs
         acceptance = self._acceptance

@@ -16,7 +16,7 @@ from runtime.adaptation.learner import RequestLabels
 from runtime.bundle.beta import NEVER_EXIT
 from runtime.decoding.calls import AT_ONCE, NOTHING, Prediction, Waiting, Waits
 from runtime.decoding.decoder import Decoder
-from runtime.decoding.drafts import NO_DRAFT, PLAIN_OUTCOME, Outcome, Plain, Plan
+from runtime.decoding.drafts import NO_DRAFT, PLAIN_OUTCOME, DraftPlan, Outcome, Plain
 from runtime.decoding.response import Response
 from runtime.result import Token
 
@@ -215,7 +215,7 @@ def _propose(
     decoder: Decoder,
     response: Response,
     drafts: Plain,
-    plan: Plan,
+    plan: DraftPlan,
     policy: Policy,
     unread: list[int],
     room: int,
@@ -250,7 +250,7 @@ def _draft_exits(
     decoder: Decoder,
     response: Response,
     drafts: Plain,
-    plan: Plan,
+    plan: DraftPlan,
     policy: Policy,
     unread: list[int],
     room: int,

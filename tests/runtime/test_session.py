@@ -247,7 +247,7 @@ def test_what_cross_attention_reads_counts_as_cache(
         ({}, {"mode": "free"}, "full"),
         ({"threshold": 0.3}, {}, "free"),
         ({"threshold": 0.3}, {"output_confidence": True}, "free"),
-        ({"threshold": 0.3}, {"drafts": "exit"}, "lossless"),
+        ({"threshold": 0.3}, {"drafts": "exit"}, "free"),
         ({"threshold": "adaptive"}, {}, "free"),
     ],
 )

@@ -49,7 +49,7 @@ def with_exit(checkpoint: Callable[[Case], Path], tmp_path: Path) -> Callable[..
     [
         ({"schema_version": 2}, "schema version 2"),
         ({"exit_layer": 0}, "exit_layer is '0'"),
-        ({"exit_norm": True}, "the exit has a norm of its own, which is no longer supported; train one with --exit-l"),
+        ({"exit_norm": True}, "the exit has a norm of its own, which is no longer supported; train one with --exit-h"),
         ({"exit_norm": True, "adapter_rank": 8}, "the exit has an adapter of rank 8 of its own"),
         ({"exit_layers": -1}, "exit_layers is '-1'"),
         ({"base_sha256": "ab"}, "base_sha256 is 'ab'"),

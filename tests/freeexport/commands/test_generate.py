@@ -75,7 +75,7 @@ def test_drafts_are_taken_from_the_sources_asked_for(generate: Run, session: Ses
     for more, message in (
         (("--predicted-output", str(tmp_path / "none.txt")), "none.txt cannot be read (No such file or directory)"),
         (("--predicted-output", str(tmp_path)), "cannot be read (it is a directory"),
-        (("--mode", "free", "-o", "drafts=lookup"), "drafts is 'lookup' in mode free, which drafts nothing"),
+        (("--mode", "full", "-o", "drafts=lookup"), "drafts is 'lookup' in mode full, which drafts nothing"),
         (("--predicted-output", str(draft), "-o", "drafts=none"), "but drafts is 'none'"),
     ):
         assert message in error(generate(*arguments, *more))
@@ -230,7 +230,7 @@ def test_first_line_is_the_mode_that_runs(generate: Run) -> None:
         (("-o", "drafts=lookup"), f"{drafting} the text\n"),
         (("-o", "drafts=none"), "mode full: no token exits\n"),
         (("--threshold", "0.5"), "mode free, threshold 0.5: speedup unknown\n"),
-        (("--threshold", "0.5", "-o", "drafts=exit"), f"{drafting} the exit\n"),
+        (("--threshold", "0.5", "-o", "drafts=exit"), "mode free, threshold 0.5: speedup unknown\n"),
         (("--mode", "free"), "mode full: no token exits\n"),
         (("--mode", "shallow"), "mode shallow: every token exits\n"),
     ):
@@ -239,13 +239,13 @@ def test_first_line_is_the_mode_that_runs(generate: Run) -> None:
     assert generate("Hi", "--max-new-tokens", "3", "--json").stderr == ""
 
 
-def test_a_calibrated_bundle_that_drafts_is_not_said_to_be_free(copied: Bundles) -> None:
+def test_a_calibrated_bundle_is_said_to_draft_if_its_mode_is_lossless(copied: Bundles) -> None:
     path = copied(CASE, 2)
     manifest = Bundle.open(path).manifest
     (path / MANIFEST).write_text(replace(manifest, threshold=0.135).to_json())
     run = partial(invoke, "generate", path, "Hi", "--max-new-tokens", "3", "--threads", "1")
     assert run().stderr.startswith("mode free, threshold 0.135: ")
-    assert run("-o", "drafts=exit").stderr.startswith(
+    assert run("--mode", "lossless", "-o", "drafts=exit").stderr.startswith(
         "mode lossless: the tokens of mode full, with drafts from the exit"
     )
 

@@ -8,7 +8,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -92,9 +92,8 @@ def done(tmp_path_factory: pytest.TempPathFactory, path: Path, data: Path) -> Do
     out, found = tmp_path_factory.mktemp("results") / "out", list[evaluation.Evaluation]()
     methods = ",".join(method for method in METHODS if method not in ("adaptive", "rollback", "phrases", "exit-drafts"))
     write = page.write_evaluation
-    searching = replace(drafts.RULE, longest_rest=0)  # it does not pay for such a small model
     with (
-        mock.patch.object(drafts, "RULE", searching),
+        mock.patch.object(drafts, "MAX_SEARCH_PAUSE", 0),  # searching does not pay for such a small model
         mock.patch.object(page, "write_evaluation", lambda one, out: (found.append(one), write(one, out))),
     ):
         result = call((path,), data, out, "--methods", methods, "--rounds", 2, "--metric", "chrf")

@@ -66,7 +66,7 @@ def test_a_bundle_holds_the_listed_files_and_the_manifest_only(bundle: Bundles) 
     for name, files in FILES.items():
         opened = Bundle.open(bundle(BY_NAME[name]), verify="full")
         assert set(files) <= set(opened.manifest.files)
-        assert {path.name for path in opened.path.iterdir()} == {MANIFEST, *opened.manifest.files}
+        assert {path.name for path in opened.path.iterdir()} == {MANIFEST, "README.md", *opened.manifest.files}
 
 
 @each_file

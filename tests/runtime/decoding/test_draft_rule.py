@@ -17,7 +17,7 @@ from runtime.bundle.costs import NEUTRAL, Costs
 from runtime.decoding.acceptance import Acceptance, LearnedDrafts
 from runtime.decoding.calls import NOTHING, Prediction, Waits
 from runtime.decoding.draft_sources import NO_PROPOSAL, Predicted, Proposal
-from runtime.decoding.drafts import Drafts, Outcome, Plan
+from runtime.decoding.drafts import DraftPlan, Drafts, Outcome
 from runtime.decoding.loops import Policy, decode
 from runtime.decoding.response import Response
 from runtime.decoding.text_index import LEVELS
@@ -392,7 +392,7 @@ def test_predictions_are_drafted_by_how_often_others_of_their_confidence_were_ri
     drafts = drafts_of(machine)
     for _ in range(40):
         for confidence, right in ((0.25, True), (0.85, False)):
-            drafts.observe(Plan(exits=1), outcome_of(confidence, right), machine.step, machine.deep, shared=False)
+            drafts.observe(DraftPlan(exits=1), outcome_of(confidence, right), machine.step, machine.deep, shared=False)
 
     def drafted(*confidences: float) -> list[bool]:
         drafts.plan(Response(np.array([RIGHT]), 100), 15)

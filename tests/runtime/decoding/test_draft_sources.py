@@ -15,7 +15,7 @@ from recording_engine import DEEP_TOKEN, LENGTH, alone, decoded, prompt_of
 from test_decode import decoder_of, drafted, full
 
 from runtime.decoding.acceptance import Acceptance
-from runtime.decoding.draft_sources import HOPELESS, MAX_CHECKED, MAX_INDEXED, Own, Predicted, Proposal, Texts
+from runtime.decoding.draft_sources import HOPELESS, MAX_CHECKED, MAX_INDEXED, Own, Predicted, Proposal, TextSource
 from runtime.decoding.loops import Policy
 from runtime.decoding.phrases import PhraseTable
 from runtime.decoding.text_index import ORDERS, TextMemory
@@ -35,7 +35,7 @@ def proposed(source: Any, drafted: Sequence[int] = (), max_tokens: int = 15) -> 
     return found.tokens
 
 
-# Texts
+# TextSource
 
 
 @given(texts, texts, texts, texts, st.integers(1, 15))
@@ -44,7 +44,9 @@ def test_text_proposals_do_not_change_with_how_tokens_arrive(
 ) -> None:
     memory = TextMemory(VOCAB, MB)
     memory.keep("a", [], remembered)
-    sources = [Texts(Acceptance(), VOCAB, [prompt], memory, "a", [PhraseTable.build([remembered])]) for _ in range(2)]
+    sources = [
+        TextSource(Acceptance(), VOCAB, [prompt], memory, "a", [PhraseTable.build([remembered])]) for _ in range(2)
+    ]
     sources[0].follow(output)
     for token in output:
         sources[1].follow([token])
@@ -61,7 +63,7 @@ def test_text_proposals_do_not_change_with_how_tokens_arrive(
 
 def test_a_repeated_text_is_proposed_until_it_becomes_unlikely() -> None:
     acceptance = Acceptance()
-    source = Texts(acceptance, 1000, [[*range(100), *range(8)]])
+    source = TextSource(acceptance, 1000, [[*range(100), *range(8)]])
     found = source.propose((), 90)
     assert found.source == "lookup"
     assert found.tokens == list(range(8, 8 + len(found.tokens)))
@@ -77,7 +79,7 @@ def test_the_source_whose_tokens_are_accepted_more_often_continues() -> None:
     acceptance = Acceptance()
     memory = TextMemory(100, MB)
     memory.keep(None, [], [1, 2, 3, 4, 50, 51, 52])
-    source = Texts(acceptance, 100, [[1, 2, 3, 4, 60, 61, 62, 1, 2, 3, 4]], memory)
+    source = TextSource(acceptance, 100, [[1, 2, 3, 4, 60, 61, 62, 1, 2, 3, 4]], memory)
     first, second = (source.propose((), 1) for _ in range(2))
     assert first == second
     for _ in range(30):
@@ -91,9 +93,9 @@ def test_a_phrase_continues_where_neither_the_request_nor_the_memory_does() -> N
     memory = TextMemory(100, MB)
     memory.keep(None, [], [1, 2, 3, 4] * 3)
     table = PhraseTable.build([[7, 8, 9, 10]] * 3 + [[3, 30]])
-    found = Texts(Acceptance(), 100, [[5, 7]], memory, phrases=[table]).propose((), 8)
+    found = TextSource(Acceptance(), 100, [[5, 7]], memory, phrases=[table]).propose((), 8)
     assert (found.source, found.tokens) == ("phrases", [8, 9, 10])
-    found = Texts(Acceptance(), 100, [[2, 3]], memory, phrases=[table]).propose((), 1)
+    found = TextSource(Acceptance(), 100, [[2, 3]], memory, phrases=[table]).propose((), 1)
     assert (found.source, found.tokens) == ("memory", [4])
 
 
@@ -106,13 +108,15 @@ def test_proposals_for_a_user_do_not_depend_on_outputs_of_others(
         memory.keep("a", [], prompt[::-1])
     shared.keep("b", [], text)
     shared.keep(None, [], text)
-    found = [Texts(Acceptance(), VOCAB, [prompt], memory, "a").propose((), max_tokens) for memory in (alone, shared)]
+    found = [
+        TextSource(Acceptance(), VOCAB, [prompt], memory, "a").propose((), max_tokens) for memory in (alone, shared)
+    ]
     assert found[0] == found[1]
 
 
 def test_the_newest_tokens_of_a_long_text_are_indexed() -> None:
     text = list(range(3 * MAX_INDEXED))
-    source = Texts(Acceptance(), 1 << 16, [text[: 2 * MAX_INDEXED]])
+    source = TextSource(Acceptance(), 1 << 16, [text[: 2 * MAX_INDEXED]])
     source.follow(text[2 * MAX_INDEXED :])
     assert proposed(source, text[-100:-50], 3) == text[-50:-47]
     assert proposed(source, text[-MAX_INDEXED // 2 : -MAX_INDEXED // 2 + 20], 1)
@@ -255,7 +259,7 @@ def test_drafts_of_texts_and_the_exit_give_the_tokens_of_full(
     limit: int,
     kind: str,
 ) -> None:
-    """Texts are right at some positions, and continue drafts of the exit."""
+    """TextSource are right at some positions, and continue drafts of the exit."""
     prompt = prompt_of(3)
     whole, _, _ = decoder_of(trace, max_pending, agrees=agrees)
     wanted = [step.id for _, step in zip(range(limit), full(whole, prompt), strict=False)]
@@ -290,9 +294,9 @@ def test_a_text_continues_a_draft_of_the_exit_in_the_same_pass(exits: int) -> No
     steps = list(alone(decoded(decoder, prompt, 9, drafts)))
     assert [step.id for step in steps] == wanted
     assert deep.calls == [3, 8]
-    counts = {name: counts.outcomes for name, counts in decoder.stats.drafts.items()}
-    assert counts.pop("exit", {(0, 0): 1}) == {(exits, exits): 1}
-    assert counts == {"predicted": {(8 - exits, 8 - exits): 1}}
+    counts = {name: (counts.proposed, counts.accepted) for name, counts in decoder.stats.drafts.items()}
+    assert counts.pop("exit", (0, 0)) == (exits, exits)
+    assert counts == {"predicted": (8 - exits, 8 - exits)}
 
 
 def test_a_draft_from_text_is_one_shallow_call_and_one_deep_call() -> None:

@@ -15,7 +15,7 @@ from reference import Run, assert_same_tokens, confidence_of, free_decode
 
 from runtime import BatchError, GenerationResult, OptionError, Session
 from runtime.decoding.draft_sources import Proposal
-from runtime.decoding.drafts import NO_DRAFT, Drafts, Plan
+from runtime.decoding.drafts import NO_DRAFT, DraftPlan, Drafts
 from runtime.decoding.response import Response
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -84,14 +84,14 @@ def test_drafts_that_take_turns_give_the_tokens_of_full_with_and_without_logits(
     draft_exits(monkeypatch)
     expected: list[int] = []
 
-    def plan(self: Drafts, response: Response, room: int, sequences: int = 1) -> Plan:
+    def plan(self: Drafts, response: Response, room: int, sequences: int = 1) -> DraftPlan:
         made = len(response.tokens)
         kind = made % 4
         if kind < 2:
-            return NO_DRAFT if kind == 0 else Plan(exits=min(3, room))
+            return NO_DRAFT if kind == 0 else DraftPlan(exits=min(3, room))
         tokens = response.within(expected[made : made + 2 * kind - 3][:room])
         count = len(tokens)
-        return Plan(Proposal("own", tokens, [0.5] * count, [("own", 0)] * count)) if tokens else NO_DRAFT
+        return DraftPlan(Proposal("own", tokens, [0.5] * count, [("own", 0)] * count)) if tokens else NO_DRAFT
 
     monkeypatch.setattr(Drafts, "plan", plan)
     options: dict[str, Any] = {"max_new_tokens": 40, "threshold": 0.0, "mode": "lossless", "drafts": "exit"}

@@ -107,7 +107,7 @@ def test_each_method_has_a_setting_for_each_threshold_that_it_uses() -> None:
     free = measurements_of(options(Path()))[0].contestants[1]
     manifest: Any = SimpleNamespace(threshold=0.5, rollback_threshold=3.0)
     names = [one.name for one in settings(free, (0.3, 0.9), manifest)]
-    assert names[:4] == ["full", "free 0.3", "free 0.5, calibrated", "free 0.9"]
+    assert names[:4] == ["full", "published 0.3", "published 0.5, calibrated", "published 0.9"]
     assert names[4:7] == ["eager-free 0.3", "eager-free 0.9", "adaptive"]
     assert names[7:] == ["rollback 0.3", "rollback 0.9", "lossless", "calm-single 0.3", "calm-single 0.9"]
     manifest.rollback_threshold = None
