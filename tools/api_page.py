@@ -173,7 +173,7 @@ def _members(kind: type[Any]) -> dict[str, Any]:
 def _hints(kind: type[Any]) -> dict[str, str]:
     """Return the types of a class's fields as they are written in its source."""
     return {
-        name: getattr(hint, "__forward_arg__", hint)
+        name: getattr(hint, "__forward_arg__", hint)  # type: ignore[misc]
         for name, hint in inspect.get_annotations(kind).items()
     }
 
@@ -188,7 +188,7 @@ def _errors() -> Iterator[str]:
         if inspect.isclass(one) and issubclass(one, errors.FreeExportError)
     ]
     rows = [
-        (f"`{one.__name__}`", f"`{one.__base__.__name__}`", _text(one.__doc__ or ""))
+        (f"`{one.__name__}`", f"`{one.__base__.__name__}`", _text(one.__doc__ or ""))  # type: ignore[union-attr]
         for one in classes
     ]
     yield _table(("error", "base", ""), rows)

@@ -212,7 +212,7 @@ def _prior(evidence: Evidence) -> float:
         return _MIDDLES[-1 - level]
     if source in ("own", "predicted"):
         # The more tokens match, the more likely the next one does too.
-        return (level + 1) / (level + 3)
+        return (level + 2) / (level + 3)
     share = (level % LEVELS + 0.5) / LEVELS
     order = level // LEVELS
     return share * _OF_SHARE[order] if order < len(_OF_SHARE) else share**0.5

@@ -119,7 +119,6 @@ def decode(
             draft = yield from _propose(
                 decoder, response, drafts, plan=plan, policy=policy, unread=unread, room=room
             )
-            alone = decoder.alone
             if labels is not None:
                 unlabelled += draft.predictions
             if draft.is_final:
@@ -131,7 +130,7 @@ def decode(
                 yield response.add(draft.following, True, prediction.confidence, prediction)
                 continue
             shallow_seconds = stats.shallow_seconds - shallow_seconds
-            if plan.exits and alone:
+            if plan.exits and decoder.alone:
                 # Python between the calls of the exit is a part of what its drafts cost.
                 shallow_seconds = drafts.clock() - began
             rows = len(draft.predictions)
@@ -148,7 +147,7 @@ def decode(
                 _outcome(draft, accept_length, correction),
                 shallow=shallow_seconds,
                 deep=stats.deep_seconds - deep_seconds,
-                shared=not (alone and decoder.alone) or len(unread) > 1,
+                shared=decoder.batch_size > 1 or len(unread) > 1,
             )
             yield from _settle(
                 decoder, response, draft, deep, accept_length=accept_length, correction=correction
@@ -176,7 +175,7 @@ def _plain(
         PLAIN_OUTCOME,
         shallow=stats.shallow_seconds - shallow_seconds,
         deep=stats.deep_seconds - deep_seconds,
-        shared=not decoder.alone or len(unread) > 1,
+        shared=decoder.batch_size > 1 or len(unread) > 1,
     )
     return token
 

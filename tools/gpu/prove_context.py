@@ -74,7 +74,7 @@ class StepContext:
         A GPU multiplies fp32 in TF32, whose mantissa has the length of fp16's.
         """
         if self.precision == "bf16" or (self.precision == "fp32" and not self.on_gpu):
-            return self.precision
+            return self.precision  # type: ignore[return-value]
         return "fp16"
 
     def session(self, **options: Any) -> Session:

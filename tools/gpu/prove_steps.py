@@ -274,7 +274,7 @@ def against_cpu(context: StepContext) -> StepOutcome:
         for report in reports
         for row in report.rows
     ]
-    rows.append((f"{name}: exits", len(prompts), "", faults, f"{moved:.2g} of confidence"))
+    rows.append((f"{name}: exits", len(prompts), 0, faults, f"{moved:.2g} of confidence"))
     passed = all(report.passed for report in reports) and not faults
     bad = [
         report.line if report.noise.positions else "no first token is that of the CPU"

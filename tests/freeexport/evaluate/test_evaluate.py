@@ -87,10 +87,13 @@ class Done:
     found: evaluation.Evaluation
 
 
+OTHERS = ("free", "adaptive", "rollback", "phrases", "exit-drafts")
+
+
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory, path: Path, data: Path) -> Done:
     out, found = tmp_path_factory.mktemp("results") / "out", list[evaluation.Evaluation]()
-    methods = ",".join(method for method in METHODS if method not in ("adaptive", "rollback", "phrases", "exit-drafts"))
+    methods = ",".join(method for method in METHODS if method not in OTHERS)
     write = page.write_evaluation
     with (
         mock.patch.object(drafts, "MAX_SEARCH_PAUSE", 0),  # searching does not pay for such a small model
@@ -104,11 +107,11 @@ def done(tmp_path_factory: pytest.TempPathFactory, path: Path, data: Path) -> Do
 def test_every_method_is_decoded_and_compared(done: Done) -> None:
     content = json.loads((done.out / "evaluation.json").read_text())
     rows = {row["setting"]: row for row in content["rows"]}
-    assert list(rows) == ["full", "static", "free 0.3", "free 0.7", "lookup", "lossless"]
+    assert list(rows) == ["full", "static", "published 0.3", "published 0.7", "lookup", "lossless"]
     full, static, lossless = rows["full"], rows["static"], rows["lossless"]
     assert rows["lookup"]["same"] == 1
     assert (rows["lookup"]["exit_rate"], full["predicted"]) == (0, None)
-    assert static["predicted"] > rows["free 0.3"]["predicted"] >= rows["free 0.7"]["predicted"] > 0
+    assert static["predicted"] > rows["published 0.3"]["predicted"] >= rows["published 0.7"]["predicted"] > 0
     assert rows["lookup"]["predicted"] > 0.3
     assert content["machine"]["kernels"] == kernels.instructions()
     assert content["row_shares"] == {str(path_name): 0.13 for path_name in content["bundles"]}
@@ -118,14 +121,14 @@ def test_every_method_is_decoded_and_compared(done: Done) -> None:
     assert lossless["same"] == 1
     assert all(0 <= share <= 1 for drafts in lossless["drafts"].values() for share, _ in drafts)
     assert set(rows["lookup"]["drafts"]) == {"lookup"}
-    assert rows["free 0.3"]["drafts"] == {}
+    assert rows["published 0.3"]["drafts"] == {}
     assert lossless["scores"] == {name: {**score, "low": 1, "high": 1} for name, score in full["scores"].items()}
-    assert rows["free 0.3"]["exit_rate"] >= rows["free 0.7"]["exit_rate"]
+    assert rows["published 0.3"]["exit_rate"] >= rows["published 0.7"]["exit_rate"]
     assert all(row["request_speed"] > 0 and row["first_speed"] > 0 and row["lines"] == 4 for row in rows.values())
     assert all(row["request_low"] <= row["request_speed"] <= row["request_high"] for row in list(rows.values())[1:])
     assert content["metrics"]["chrf"].startswith("nrefs:1|case:mixed")
     assert len((done.out / OUTPUTS).read_text().splitlines()) == 6 * 4 * 2
-    trained = "was not trained for its exit after layer 1: its figures for static, free, lossless show"
+    trained = "was not trained for its exit after layer 1: its figures for static, published, lossless show"
     assert any(trained in note for note in content["notes"])
     assert any("is not calibrated" in note for note in content["notes"])
 
