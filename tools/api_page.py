@@ -156,7 +156,7 @@ def _signature(name: str, function: Any) -> str:
         if name != "self"
     ]
     call = _wrapped(f"{name}{inspect.Signature(parameters)}", "    ")
-    return f"```python\n{call}\n```"
+    return f"```\n{call}\n```"
 
 
 def _members(kind: type[Any]) -> dict[str, Any]:
