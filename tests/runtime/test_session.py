@@ -381,7 +381,8 @@ def test_a_closed_session_leaves_nothing_for_the_garbage_collector(bundle: Bundl
 
 @both
 def test_statistics_add_up(name: str, open_session: Open) -> None:
-    stats = open_session(name).generate(PROMPT, threshold=0.3, max_new_tokens=30, ignore_eos=True).stats
+    options: dict[str, Any] = {"threshold": 0.3, "drafts": "exit", "max_new_tokens": 30, "ignore_eos": True}
+    stats = open_session(name).generate(PROMPT, **options).stats
     assert (stats.prompt_tokens, stats.tokens) == (len(PROMPT), 30)
     decided = 30 if name == T5 else 29  # a decoder-only model's first token comes from reading the prompt
     assert (stats.candidates, stats.exit_rate) == (decided, stats.exits / decided)
