@@ -281,8 +281,9 @@ class Generation:
             # A background pass returns no predictions, so it provides no labels.
             sync_every = self.options.sync_every if labels is None else 0
             policy = policy._replace(threshold=self._threshold, sync_every=sync_every)
-            # The confidence of every token needs the exit at every token.
-            published = self.options.drafts == "exit" or self.options.output_confidence
+            # Confidences of all tokens, also as labels, need the exit at every token.
+            asks = self.options.output_confidence or labels is not None
+            published = asks or self.options.drafts == "exit"
             drafts = ConfidentExits(NEVER_EXIT) if published else self._drafts()
         elif self.options.output_confidence:
             drafts = ConfidentExits(NEVER_EXIT)

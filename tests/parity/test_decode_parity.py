@@ -58,6 +58,9 @@ def assert_same_run(ours: GenerationResult, reference: Reference) -> None:
     assert stats.tokens == len(reference.token_ids)
 
 
+PUBLISHED: dict[str, Any] = {"mode": "free", "drafts": "exit"}
+
+
 @each_dialect
 def test_threshold_one_and_mode_full_are_greedy_decoding(
     case: Case, exit_layer: int, dialect: str, bundle: Bundles, source_model: Model
@@ -65,7 +68,7 @@ def test_threshold_one_and_mode_full_are_greedy_decoding(
     model = source_model(case)
     with opened(bundle, case, exit_layer, dialect) as session:
         for prompt in PROMPTS:
-            free = session.generate(prompt, threshold=1.0, output_confidence=True, max_new_tokens=TOKENS)
+            free = session.generate(prompt, mode="free", threshold=1.0, output_confidence=True, max_new_tokens=TOKENS)
             full = session.generate(prompt, mode="full", max_new_tokens=TOKENS)
             assert full.token_ids == free.token_ids
             assert set(full.confidence) == {None}
@@ -86,7 +89,7 @@ def test_exits_and_sync_passes_are_those_of_the_reference(
         for prompt in PROMPTS:
             guide = session.generate(prompt, threshold=1.0, max_new_tokens=TOKENS, ignore_eos=True).token_ids
             threshold = separating_threshold(replay(model, prompt, guide, exit_layer, 1.0))
-            ours = session.generate(prompt, threshold=threshold, max_new_tokens=TOKENS, ignore_eos=True)
+            ours = session.generate(prompt, threshold=threshold, **PUBLISHED, max_new_tokens=TOKENS, ignore_eos=True)
             reference = replay(model, prompt, ours.token_ids, exit_layer, threshold)
             assert any(reference.exited)
             assert any(size > 1 for size in reference.sync_sizes)
@@ -105,7 +108,7 @@ def test_a_full_stack_forces_the_sync_passes_of_the_reference(
         guide = session.generate(prompt, threshold=1.0, max_new_tokens=TOKENS, ignore_eos=True).token_ids
         threshold = separating_threshold(replay(model, prompt, guide, exit_layer, 1.0), quantile=0.1)
         ours = session.generate(
-            prompt, threshold=threshold, max_pending=max_pending, max_new_tokens=TOKENS, ignore_eos=True
+            prompt, threshold=threshold, max_pending=max_pending, **PUBLISHED, max_new_tokens=TOKENS, ignore_eos=True
         )
         reference = replay(model, prompt, ours.token_ids, exit_layer, threshold, max_pending)
     assert any(reference.forced)
@@ -123,7 +126,7 @@ def test_end_of_sequence_among_exits_ends_where_the_reference_ends(
     with opened(bundle, case, 1, "ort") as session:
         for threshold in (0.0, 0.1, 0.3, 0.6):
             for prompt in PROMPTS:
-                ours = session.generate(prompt, threshold=threshold, max_new_tokens=48)
+                ours = session.generate(prompt, threshold=threshold, **PUBLISHED, max_new_tokens=48)
                 reference = free_decode(model, prompt, 1, threshold, 48, expected=ours.token_ids)
                 if assert_same_tokens(ours, reference) is None:
                     assert ours.finish_reason == reference.finish_reason
@@ -191,7 +194,8 @@ def test_an_encoder_decoder_in_mode_shallow_never_runs_the_deep_engine(
     with opened(bundle, T5, exit_layer, "ort") as session:
         monkeypatch.setattr(Runner, "run", recorded)
         ours = session.generate(PROMPTS[2], mode="shallow", max_new_tokens=15, ignore_eos=True)
-        free = session.generate(PROMPTS[2], threshold=0.0, max_pending=16, max_new_tokens=15, ignore_eos=True)
+        options: dict[str, Any] = {"threshold": 0.0, "max_pending": 16, "max_new_tokens": 15, "ignore_eos": True}
+        free = session.generate(PROMPTS[2], **PUBLISHED, **options)
         assert session._runners[0] in ran
         assert session._runners[1] not in ran
     assert all(ours.exited)
@@ -203,11 +207,11 @@ def test_an_encoder_decoder_in_mode_shallow_never_runs_the_deep_engine(
 def test_each_of_several_continuations_decides_its_first_token(bundle: Bundles) -> None:
     options: dict[str, Any] = {"temperature": 1.0, "seed": 7, "max_new_tokens": 6, "ignore_eos": True}
     with opened(bundle, T5, 1, "ort") as session:
-        for mode, exits in (("free", True), ("full", False)):
-            found = session.generate_best(PROMPTS[0], 3, mode=mode, threshold=0.0, **options)
+        for way, exits in ((PUBLISHED, True), ({"mode": "full"}, False)):
+            found = session.generate_best(PROMPTS[0], 3, threshold=0.0, **way, **options)
             assert len({one.token_ids for one in found}) == 3
             assert [one.exited[0] for one in found] == [exits] * 3
-            alone = session.generate(PROMPTS[0], mode=mode, threshold=0.0, **options)
+            alone = session.generate(PROMPTS[0], threshold=0.0, **way, **options)
             assert alone.token_ids in [one.token_ids for one in found]
 
 

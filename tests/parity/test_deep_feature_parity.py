@@ -195,8 +195,8 @@ def assert_equal(one: GenerationResult, other: GenerationResult, mode: str) -> N
 
 
 METHODS: tuple[dict[str, Any], ...] = (
-    {"mode": "free", "threshold": 0.1},
-    {"mode": "free", "threshold": 0.1, "max_pending": 3},
+    {"mode": "free", "drafts": "exit", "threshold": 0.1},
+    {"mode": "free", "drafts": "exit", "threshold": 0.1, "max_pending": 3},
     {"mode": "rollback", "threshold": 0.05, "rollback_threshold": 3.0},
     {"mode": "lossless", "threshold": 0.05, "drafts": "exit"},
     {"mode": "shallow"},

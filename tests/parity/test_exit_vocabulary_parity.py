@@ -56,7 +56,9 @@ def test_exits_are_those_of_the_reference_and_never_of_the_class_of_others(
             guide = replay(model, prompt, full.token_ids, EXIT_LAYER, 1.0)
             others += guide.confidence.count(0.0)
             threshold = separating_threshold(guide, 0.6)
-            ours = session.generate(prompt, threshold=threshold, max_new_tokens=TOKENS, ignore_eos=True)
+            ours = session.generate(
+                prompt, mode="free", drafts="exit", threshold=threshold, max_new_tokens=TOKENS, ignore_eos=True
+            )
             reference = replay(model, prompt, ours.token_ids, EXIT_LAYER, threshold)
             if assert_same_tokens(ours, reference) is None:
                 assert ours.stats.sync_sizes == Counter(reference.sync_sizes)

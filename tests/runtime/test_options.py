@@ -196,10 +196,13 @@ def test_any_value_is_an_option_or_refused(options: Any) -> None:
         ({"num_beams": 2, "mode": "lossless"}, "early exit is not supported with beam search"),
         ({"num_beams": 2, "mode": "full", "temperature": 1.0}, "num_beams is 2 with sampling"),
         ({"num_beams": 2, "mode": "full", "stop": "end"}, "num_beams is 2 with stop strings"),
-        ({"mode": "full", "drafts": "auto"}, r"drafts is 'auto' in mode full, which drafts nothing; use 'lossless'"),
+        (
+            {"mode": "shallow", "drafts": "auto"},
+            "drafts is 'auto' in mode shallow, which drafts nothing; use 'lossless' or 'free'",
+        ),
         ({"mode": "full", "drafts": "lookup"}, "drafts is 'lookup' in mode full"),
         ({"mode": "rollback", "predicted_output": "x"}, "predicted_output is 'x' in mode rollback"),
-        ({"mode": "rollback", "draft_source": list}, "draft_source is <class 'list'> in mode rollback"),
+        ({"mode": "full", "draft_source": list}, "draft_source is <class 'list'> in mode full"),
         (
             {"mode": "lossless", "drafts": "some"},
             "drafts is 'some'; choose 'auto', 'exit', 'phrases', 'lookup' or 'none'",

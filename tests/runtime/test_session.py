@@ -248,7 +248,6 @@ def test_what_cross_attention_reads_counts_as_cache(
         ({"threshold": 0.3}, {}, "free"),
         ({"threshold": 0.3}, {"output_confidence": True}, "free"),
         ({"threshold": 0.3}, {"drafts": "exit"}, "free"),
-        ({"threshold": 0.3}, {"mode": "lossless", "drafts": "exit"}, "lossless"),
         ({"threshold": "adaptive"}, {}, "free"),
     ],
 )
@@ -304,9 +303,10 @@ def test_passes_are_as_long_as_tuned_in_mode_free_alone(bundle: Bundles, tmp_pat
     manifest = Manifest.from_json((path / MANIFEST).read_text())
     (path / MANIFEST).write_text(replace(manifest, tuned_max_pending=2).to_json())
     given: dict[str, Any] = {"threshold": 0.0, "max_new_tokens": 12, "ignore_eos": True}
+    published: dict[str, Any] = {**given, "mode": "free", "drafts": "exit"}
     with Session(path, threads=1, slots=1) as session:
-        assert set(session.generate(PROMPT, **given).stats.sync_sizes) == {2}
-        assert set(session.generate(PROMPT, **given, max_pending=3).stats.sync_sizes) == {3}
+        assert set(session.generate(PROMPT, **published).stats.sync_sizes) == {2}
+        assert set(session.generate(PROMPT, **published, max_pending=3).stats.sync_sizes) == {3}
         sizes = session.generate(PROMPT, **given, mode="rollback", rollback_threshold=100.0).stats.sync_sizes
     assert max(sizes) > 2
 
@@ -381,8 +381,8 @@ def test_a_closed_session_leaves_nothing_for_the_garbage_collector(bundle: Bundl
 
 @both
 def test_statistics_add_up(name: str, open_session: Open) -> None:
-    options: dict[str, Any] = {"threshold": 0.3, "drafts": "exit", "max_new_tokens": 30, "ignore_eos": True}
-    stats = open_session(name).generate(PROMPT, **options).stats
+    options: dict[str, Any] = {"mode": "free", "drafts": "exit", "threshold": 0.3, "max_new_tokens": 30}
+    stats = open_session(name).generate(PROMPT, ignore_eos=True, **options).stats
     assert (stats.prompt_tokens, stats.tokens) == (len(PROMPT), 30)
     decided = 30 if name == T5 else 29  # a decoder-only model's first token comes from reading the prompt
     assert (stats.candidates, stats.exit_rate) == (decided, stats.exits / decided)
@@ -543,7 +543,8 @@ def test_where_nothing_can_exit_the_shallow_head_is_not_run(
         assert result.stats.mode == full.stats.mode == "full"
     assert heads
     assert not any(heads)
-    assert session.generate(PROMPT, mode=mode, **options, threshold=0.9).stats.mode == mode
+    drafts = "exit" if mode == "free" else None
+    assert session.generate(PROMPT, mode=mode, drafts=drafts, **options, threshold=0.9).stats.mode == mode
     assert any(heads)
 
 

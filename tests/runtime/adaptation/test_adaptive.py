@@ -259,6 +259,8 @@ TARGET = 0.6
 START = BetaMixture(Beta(2.0, 1.5), Beta(1.2, 2.0), 0.7)
 LLAMA = BY_NAME["llama-tied"]
 OPTIONS: dict[str, Any] = {"max_new_tokens": 30, "ignore_eos": True}
+# A request that learns asks the exit at every token.
+PUBLISHED: dict[str, Any] = {**OPTIONS, "mode": "free", "drafts": "exit"}
 
 Open = Callable[..., Session]
 
@@ -346,7 +348,7 @@ def test_requests_move_the_threshold_and_each_decodes_with_that_of_its_start(ope
     for number in range(12):
         thresholds.append(session.threshold)
         (ours,) = decoded(session, 1, number)
-        result = plain.generate([*PROMPTS[0], 40 + number], threshold=thresholds[-1], **OPTIONS)
+        result = plain.generate([*PROMPTS[0], 40 + number], threshold=thresholds[-1], **PUBLISHED)
         assert ours == (result.token_ids, result.exited)
     assert len(set(thresholds)) > 3
 
@@ -394,7 +396,7 @@ def test_an_audit_changes_no_token_and_leaves_the_slot_sound(
     for number in range(8):
         threshold, prompt = session.threshold, [*PROMPTS[0], 40 + number]
         ours = session.generate(prompt, **OPTIONS)
-        theirs = plain.generate(prompt, threshold=threshold, **OPTIONS)
+        theirs = plain.generate(prompt, threshold=threshold, **PUBLISHED)
         assert (ours.token_ids, ours.exited, ours.stats.exits) == (theirs.token_ids, theirs.exited, theirs.stats.exits)
         audited += ours.stats.sync_passes - theirs.stats.sync_passes
         assert sum(size * times for size, times in ours.stats.sync_sizes.items()) == 29
@@ -414,11 +416,11 @@ def test_leaving_early_with_an_audit_due_leaves_the_slot_sound(
     session = open_session()
     for count in range(1, 14):
         threshold = session.threshold
-        expected = plain.generate(PROMPTS[0], threshold=threshold, **OPTIONS).token_ids
+        expected = plain.generate(PROMPTS[0], threshold=threshold, **PUBLISHED).token_ids
         with session.stream(PROMPTS[0], **OPTIONS) as stream:
             assert tuple(token.id for token in islice(stream, count)) == expected[:count]
         threshold = session.threshold
-        expected = plain.generate(PROMPTS[1], threshold=threshold, **OPTIONS).token_ids
+        expected = plain.generate(PROMPTS[1], threshold=threshold, **PUBLISHED).token_ids
         assert session.generate(PROMPTS[1], **OPTIONS).token_ids == expected
 
 
