@@ -154,8 +154,9 @@ def test_free_decodes_as_the_slow_reference(case: Case, dialect: str, bundle: Bu
     with opened(case, bundle, dialect) as session:
         for prompt in PROMPTS:
             for threshold in (0.05, 0.2):
+                options: dict[str, Any] = {"mode": "free", "drafts": "exit", "threshold": threshold}
                 result = session.generate(
-                    prompt, threshold=threshold, max_new_tokens=TOKENS, ignore_eos=True, max_pending=PENDING
+                    prompt, max_new_tokens=TOKENS, ignore_eos=True, max_pending=PENDING, **options
                 )
                 slow = Slow(source_model(case), list(prompt), case.exit_layers[0], result.token_ids)
                 ids, confidences = slow_free(slow, threshold)
