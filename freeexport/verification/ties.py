@@ -8,7 +8,7 @@ noise is measured: the same tokens are decoded one row at a time and in passes o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from math import inf
 from typing import Any
@@ -206,14 +206,12 @@ def compare_up_to_ties(session: Session, prompts: Sequence[Any], count: int) -> 
     pairs = list[tuple[ScoredTokens, ScoredTokens]]()
     measured = list[tuple[ScoredTokens, ScoredTokens]]()
     for prompt, one in zip(prompts, expected, strict=True):
-        result = session.generate(
-            prompt, mode="lossless", draft_source=_following(one.ids), **scored
-        )
+        result = session.generate(prompt, mode="lossless", predicted_output=list(one.ids), **scored)
         pairs.append((one, ScoredTokens.of(result)))
         if result.stats.longer_passes:
             measured.append(pairs[-1])
     noise = Noise.between(measured)
-    rows = [SettingTies("lossless, drafted output")]
+    rows = [SettingTies("lossless, predicted output")]
     for request, (one, drafted) in enumerate(pairs):
         rows[0].add(request, one, drafted.ids, noise)
     for setting in all_settings():
@@ -229,18 +227,6 @@ def compare_up_to_ties(session: Session, prompts: Sequence[Any], count: int) -> 
             row.add(request, expected[request], result.token_ids, noise)
         rows.append(row)
     return TieReport(session.manifest.float_type, noise, rows)
-
-
-def _following(ids: Sequence[int]) -> Callable[[np.ndarray], tuple[list[int], list[float]]]:
-    """Return a source that is sure that an output continues as `ids`."""
-
-    def propose(context: np.ndarray) -> tuple[list[int], list[float]]:
-        newest = context.tolist()
-        made = max(k for k in range(len(ids) + 1) if newest[len(newest) - k :] == list(ids[:k]))
-        rest = list(ids[made:])
-        return rest, [1.0] * len(rest)
-
-    return propose
 
 
 def _moved(alone: ScoredTokens, together: ScoredTokens) -> Iterator[float]:

@@ -60,9 +60,9 @@ class Average:
 class Speed:
     """Tokens per unit of time: the average number of tokens divided by the average time."""
 
-    def __init__(self, made: float = 1.0, time: float = 1.0) -> None:
-        self._made = Average(made)
-        self._time = Average(time)
+    def __init__(self) -> None:
+        self._made = Average(1.0)
+        self._time = Average(1.0)
 
     @property
     def value(self) -> float:
@@ -212,7 +212,7 @@ def _prior(evidence: Evidence) -> float:
         return _MIDDLES[-1 - level]
     if source in ("own", "predicted"):
         # The more tokens match, the more likely the next one does too.
-        return (level + 2) / (level + 3)
+        return (level + 1) / (level + 3)
     share = (level % LEVELS + 0.5) / LEVELS
     order = level // LEVELS
     return share * _OF_SHARE[order] if order < len(_OF_SHARE) else share**0.5
