@@ -296,10 +296,11 @@ class Generation:
         # Drafts change which tokens of "free" are verified, so they must depend on the request
         # alone: not on measured times, nor on other requests.
         alone = self.mode == "free"
-        exit_rate = model.thresholds.exit_rate(self._threshold) or 0.5
-        acceptance = Acceptance(exit_draft=1 / max(1 - exit_rate, 1 / self._max_pending))
-        costs = CallCosts(model.manifest.costs or _costs_by_layers(model.manifest))
-        if not alone:
+        if alone:
+            exit_rate = model.thresholds.exit_rate(self._threshold) or 0.5
+            acceptance = Acceptance(exit_draft=1 / max(1 - exit_rate, 1 / self._max_pending))
+            costs = CallCosts(model.manifest.costs or _costs_by_layers(model.manifest))
+        else:
             acceptance = model.learned.acceptance(self._threshold, options.samples)
             reads_exit = self._exits or not model.own_layers
             costs = model.learned.costs if reads_exit else model.learned.costs_without_exit

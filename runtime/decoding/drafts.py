@@ -1,4 +1,4 @@
-"""What a sequence drafts before its next deep pass: the rule, and what it learns.
+"""The rule that decides what a sequence drafts before its next deep pass.
 
 Each step of the loop asks for a plan. The rule (docs/decoding.md, "When to draft") compares a plain
 token, each proposal of a text, and the exit by one number: the expected number of tokens that
@@ -151,7 +151,7 @@ class Drafts(Plain):
         self._trust_exit_drafts = Trust(TRUST_WEIGHT_OF_EXIT)
         self._followed = 0  # final tokens that the sources have read
         self._open: list[Proposal] = []  # proposals for the next tokens
-        self._continuation: Proposal | None = None
+        self._continuation = NO_PROPOSAL  # continues the draft of the exit
         self._to_search = 0  # tokens before the text is searched again
         self._after_exit = False  # the last draft was the exit's
         self._finals = 0  # final tokens of the exit since the last deep pass
@@ -164,7 +164,7 @@ class Drafts(Plain):
         self._sequences = sequences if self._learns else 1
         self._reach = 1.0
         self._rows = 1
-        self._continuation = None
+        self._continuation = NO_PROPOSAL
         if self._finals and room:
             # An exit that was sure goes on: its rows wait for a deep pass in any case.
             return DraftPlan(exits=min(MAX_DRAFT, room))
@@ -222,10 +222,19 @@ class Drafts(Plain):
         final = [token.id for token in response.tokens[self._followed :]]
         self._followed += len(final)
         for proposal in self._open:
-            count_accepted(self._acceptance, proposal, final, self._trust_text)
+            self._count_accepted(proposal, final)
         self._open = []
         for source in self._sources:
             source.follow(final)
+
+    def _count_accepted(self, proposal: Proposal, final: Sequence[int]) -> None:
+        """Count the tokens of a proposal that became final, up to the first that did not."""
+        for token, evidence, right in zip(proposal.tokens, proposal.evidence, final, strict=False):
+            rate = self._acceptance.of(evidence)
+            self._trust_text.observe(rate.value, token == right)
+            rate.observe(token == right)
+            if token != right:
+                break
 
     def _length(self, probabilities: Sequence[float]) -> tuple[int, float]:
         """Return how many of the first tokens of a text to draft, and the value of that."""
@@ -313,7 +322,6 @@ class Drafts(Plain):
         self._after_exit = plan.exits > 0
         finals = self._finals
         self._finals = 0
-        together = self._sequences + rows - 1
         if plan.exits or finals:
             seconds = self._exit_seconds(rows + finals, heads + finals)
             # The text that continues the exit's draft would have been drafted without it, too.
@@ -328,6 +336,7 @@ class Drafts(Plain):
                 heads=finals + heads,
             )
         else:
+            together = self._sequences + rows - 1
             seconds = costs.seconds("step", together) + costs.seconds("pass", together)
             seconds += self._outside
         time = seconds / self._token
@@ -357,7 +366,7 @@ class Drafts(Plain):
             rate.observe(accepted)
             acceptance.exit.observe(accepted)
         found = self._continuation
-        if found is not None and found.tokens and outcome.accept_length >= outcome.proposed:
+        if found.tokens and outcome.accept_length >= outcome.proposed:
             accepted_here = outcome.accept_length - outcome.proposed
             rows = range(outcome.proposed + 1, outcome.proposed + 1 + len(found.tokens))
             cost = sum(map(self._row_seconds, rows))
@@ -418,15 +427,3 @@ def _first(proposal: Proposal, count: int) -> Proposal:
         proposal.probabilities[:count],
         proposal.evidence[:count],
     )
-
-
-def count_accepted(
-    acceptance: Acceptance, proposal: Proposal, final: Sequence[int], trust: Trust
-) -> None:
-    """Count the tokens of a proposal that became final, up to the first that did not."""
-    for token, evidence, right in zip(proposal.tokens, proposal.evidence, final, strict=False):
-        rate = acceptance.of(evidence)
-        trust.observe(rate.value, token == right)
-        rate.observe(token == right)
-        if token != right:
-            break

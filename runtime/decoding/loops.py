@@ -226,7 +226,12 @@ def _propose(
         yield from decoder.stepping([*unread, *read], head=False)
         return Draft(tokens, [NOTHING] * (len(read) + 1), plan.proposal.source)
     draft = yield from _draft_exits(
-        decoder, response, drafts, plan=plan, policy=policy, unread=unread, room=room
+        decoder,
+        response,
+        drafts,
+        unread=unread,
+        max_tokens=min(plan.exits, room),
+        threshold=policy.threshold,
     )
     if draft.is_final or (draft.tokens and response.ends(draft.tokens)):
         return draft
@@ -249,19 +254,17 @@ def _draft_exits(
     decoder: Decoder,
     response: Response,
     drafts: Plain,
-    plan: DraftPlan,
-    policy: Policy,
     unread: list[int],
-    room: int,
+    max_tokens: int,
+    threshold: float,
 ) -> Waits[Draft]:
     """Draft the exit's predictions, and the tokens that the grammar forces after each.
 
-    Stops at a prediction that is not worth drafting, after `plan.exits` tokens, or at one that
-    would end the request. A confident first prediction is final in mode "free".
+    Stops at a prediction that is not worth drafting, after `max_tokens`, or at one that would
+    end the request. A first prediction above the `threshold` is final.
     """
     tokens: list[int] = []
     predictions: list[Prediction] = []
-    max_tokens = min(plan.exits, room)
     while True:
         head = not tokens or drafts.continues(max_tokens - len(tokens))
         prediction = yield from decoder.stepping(unread, head)
@@ -270,8 +273,8 @@ def _draft_exits(
         if not head:
             return Draft(tokens, predictions)
         following: int | None = response.choose(prediction, tokens)
-        confident = (prediction.confidence or 0.0) > policy.threshold
-        if confident and not tokens and room > 0:
+        confident = (prediction.confidence or 0.0) > threshold
+        if confident and not tokens and max_tokens > 0:
             return Draft(tokens, predictions, following=following, is_final=True)
         enough = confident or drafts.keeps(prediction)
         if not enough or len(tokens) >= max_tokens:
