@@ -110,7 +110,12 @@ def test_free_drafts_what_the_head_does_over_several_passes(
         for prompt in PROMPTS:
             for threshold in (0.05, 0.2):
                 result = session.generate(
-                    prompt, threshold=threshold, max_new_tokens=TOKENS, ignore_eos=True, max_pending=PENDING
+                    prompt,
+                    threshold=threshold,
+                    drafts="exit",
+                    max_new_tokens=TOKENS,
+                    ignore_eos=True,
+                    max_pending=PENDING,
                 )
                 ids, confidences = plainly_free(plain, list(prompt), threshold, result.token_ids)
                 assert list(result.token_ids) == ids

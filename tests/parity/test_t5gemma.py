@@ -31,7 +31,7 @@ def test_its_modes_give_the_tokens_of_generate(precision: str, bundle: Bundles, 
         for prompt in PROMPTS:
             full = session.generate(prompt, mode="full", **options).token_ids
             assert session.generate(prompt, mode="lossless", threshold=0.0, **options).token_ids == full
-            free = session.generate(prompt, mode="free", threshold=0.5, **options)
+            free = session.generate(prompt, mode="free", drafts="exit", threshold=0.5, **options)
             exits += sum(free.exited)
             if precision == "fp32":
                 ids = torch.tensor([prompt])

@@ -3,6 +3,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -198,7 +199,8 @@ def test_a_trace_is_what_decoding_sees_at_each_token(
         prompt = np.array(session.tokenizer.encode("one two three"), np.int64)  # type: ignore[union-attr]
         trace = trace_of(session, 1, prompt, 15)
         # Just below 1 nothing exits, and every token has a confidence.
-        free = session.generate(prompt, mode="free", threshold=np.nextafter(1.0, 0), max_new_tokens=15)
+        options: dict[str, Any] = {"drafts": "exit", "threshold": np.nextafter(1.0, 0)}
+        free = session.generate(prompt, mode="free", max_new_tokens=15, **options)
         decided = [one for one in free.confidence or () if one is not None]
         if not session.manifest.encoder_decoder:
             decided = list(free.confidence or ())[1:]

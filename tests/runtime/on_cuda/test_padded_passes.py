@@ -88,7 +88,8 @@ def test_few_graphs_serve_all_sizes(case: Any, bundle: Bundles, monkeypatch: pyt
             for _ in range(2):
                 session.generate(list(PROMPTS[0]), max_new_tokens=30, ignore_eos=True, threshold=threshold)
     graphs = [binding for each in machine.onnxruntime.sessions for binding in each._graphs.values()]
-    widths = [binding.inputs["hidden"].shape[1] for binding in graphs if "hidden" in binding.inputs]
-    assert len(widths) == len(set(widths)) > 1
-    assert set(widths) <= {1, 2, 4, 8, 16, most}
+    deep = [binding.inputs for binding in graphs if "hidden" in binding.inputs]
+    sizes = [(inputs["hidden"].shape[1], inputs["head_rows"].shape[0]) for inputs in deep]
+    assert len(sizes) == len(set(sizes)) > 1
+    assert {size for pair in sizes for size in pair} <= {1, 2, 4, 8, 16, most}
     assert machine.onnxruntime.launches > machine.onnxruntime.runs
