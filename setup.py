@@ -24,8 +24,8 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
-NAME = "runtime.kernels.libfreeexport_kernels"
-SOURCE = Path("runtime", "kernels", "source")
+NAME = "runtime.engines.kernels.libfreeexport_kernels"
+SOURCE = Path("runtime", "engines", "kernels", "source")
 # Results must have the same bits on all processors, so multiplication and addition are fused only
 # where the source does.
 FLAGS = [

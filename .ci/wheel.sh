@@ -21,7 +21,7 @@ listed = ["git", "-C", checkout, "ls-files", "freeexport", "graphs", "runtime"]
 tracked = {
     path
     for path in subprocess.run(listed, capture_output=True, text=True, check=True).stdout.split()
-    if not path.startswith("runtime/kernels/source/")  # compiled into the library
+    if not path.startswith("runtime/engines/kernels/source/")  # compiled into the library
 }
 missing = sorted(tracked - set(zipfile.ZipFile(wheel).namelist()))
 assert tracked and not missing, f"not in the wheel: {missing}"

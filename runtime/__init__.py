@@ -27,14 +27,14 @@ from runtime.errors import (
     PromptLengthError,
     QueueFullError,
 )
-from runtime.metrics import Histogram, Metrics, RequestEvent
-from runtime.options import GenerationOptions, SpeechOptions
+from runtime.options.generation_options import GenerationOptions, SpeechOptions
+from runtime.options.session_options import SessionOptions
 from runtime.pretrained import FreeModelForCausalLM, FreeModelForSeq2SeqLM
+from runtime.requests.metrics import Histogram, Metrics, RequestEvent
+from runtime.requests.stream import AsyncStream, SegmentStream, Stream
+from runtime.requests.thresholds import DefaultMode
 from runtime.result import GenerationResult, Segment, Stats, Token, Word
 from runtime.session import Session
-from runtime.session_options import SessionOptions
-from runtime.stream import AsyncStream, SegmentStream, Stream
-from runtime.thresholds import DefaultMode
 
 __all__ = [
     "AsyncStream",

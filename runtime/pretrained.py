@@ -14,10 +14,10 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 
+from runtime.bundle.json_file import read_object
 from runtime.errors import BatchError, OptionError, PromptError, shown
-from runtime.json_file import read_object
-from runtime.model import GENERATION_CONFIG, LARGEST_CONFIG
-from runtime.options import GenerationOptions
+from runtime.options.generation_options import GenerationOptions
+from runtime.requests.session_state import GENERATION_CONFIG, LARGEST_CONFIG
 from runtime.session import Session
 
 NEW_TOKENS = 20  # transformers' default

@@ -9,7 +9,7 @@ from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 if TYPE_CHECKING:
-    from runtime.options import Mode
+    from runtime.options.generation_options import Mode
 
 # Token ids with their log-probabilities in nats, best first.
 TopLogprobs = tuple[tuple[int, float], ...]

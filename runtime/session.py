@@ -13,7 +13,6 @@ from typing import Any, Self, Unpack, overload
 import numpy as np
 
 from runtime.adaptation.call_costs import CallCosts
-from runtime.alignment import Aligner
 from runtime.bundle.bundle import Bundle
 from runtime.bundle.costs import NEUTRAL
 from runtime.bundle.manifest import Manifest
@@ -24,17 +23,15 @@ from runtime.engines.prefix_store import PrefixStore, default_limit_mb
 from runtime.errors import OptionError, shown
 from runtime.machine.device import Device, check_runnable
 from runtime.machine.machine import costs_here, usable_cores
-from runtime.metrics import Metrics, Observer, RequestEvent
-from runtime.model import Model, open_corpus, read_phrases
-from runtime.option_keywords import GenerationKeywords, SessionKeywords
-from runtime.options import merged
-from runtime.placement import capacity_of, load_engines, open_backend
-from runtime.requests import Given, Requests
-from runtime.result import GenerationResult
-from runtime.scheduler import Scheduler
-from runtime.session_options import SessionOptions
-from runtime.speech import SpeechPrompt, Transcriber
-from runtime.stream import (
+from runtime.options.generation_options import merged
+from runtime.options.option_keywords import GenerationKeywords, SessionKeywords
+from runtime.options.session_options import SessionOptions
+from runtime.requests.load_engines import capacity_of, load_engines, open_backend
+from runtime.requests.metrics import Metrics, Observer, RequestEvent
+from runtime.requests.requests import Given, Requests
+from runtime.requests.scheduler import Scheduler
+from runtime.requests.session_state import SessionState, open_corpus, read_phrases
+from runtime.requests.stream import (
     AsyncInbox,
     AsyncStream,
     Inbox,
@@ -42,9 +39,12 @@ from runtime.stream import (
     Stream,
     is_list_of_prompts,
 )
+from runtime.requests.thresholds import DefaultMode, Thresholds
+from runtime.result import GenerationResult
+from runtime.speech.alignment import Aligner
+from runtime.speech.windows import SpeechPrompt, Transcriber
 from runtime.text.prompt import Prompt
 from runtime.text.tokenizer import Tokenizer
-from runtime.thresholds import DefaultMode, Thresholds
 
 Keywords = GenerationKeywords
 
@@ -129,7 +129,7 @@ class Session:
         self._observer = Observer(None if on_event is None else scheduler.guarded(on_event))
         limit = options.prefix_cache_bytes
         memory_limit = options.draft_memory_bytes
-        self._model = Model(
+        self._state = SessionState(
             self.bundle,
             options,
             capacity=self.capacity,
@@ -149,7 +149,7 @@ class Session:
         if manifest.speech is not None:
             align = Aligner(manifest, engines.shallow.engine, engines.deep.engine).weights
             transcriber = Transcriber(manifest, self._tokenizer, self.capacity, align)
-        self._requests = Requests(self._model, scheduler, transcriber)
+        self._requests = Requests(self._state, scheduler, transcriber)
 
     @classmethod
     def from_pretrained(
@@ -184,7 +184,7 @@ class Session:
             HubError: If the bundle cannot be downloaded, or a file is altered.
             FreeExportError: As for Session.
         """
-        from runtime.hub import find_bundle  # not needed for a local bundle
+        from runtime.bundle.hub import find_bundle  # not needed for a local bundle
 
         options = merged(SessionOptions, options, keywords)
         path = find_bundle(
@@ -339,7 +339,7 @@ class Session:
             PromptError: If the prompt is not valid or does not fit.
             OptionError: If a language is not supported.
         """
-        return self._model.encode(prompt, tools=tools, src_lang=src_lang, tgt_lang=tgt_lang)
+        return self._state.encode(prompt, tools=tools, src_lang=src_lang, tgt_lang=tgt_lang)
 
     def embed(
         self,
@@ -365,7 +365,7 @@ class Session:
         """
         self._requests.check_open()
         listed: Any = prompts if is_list_of_prompts(prompts) else [prompts]
-        return self._model.embed(listed, normalize=normalize, src_lang=src_lang)
+        return self._state.embed(listed, normalize=normalize, src_lang=src_lang)
 
     def listen(self, audio: Any, language: str | None = None) -> SpeechPrompt:
         """Return a window of speech and its prompt, for `generate` and `decoder`. For measurements.
@@ -386,7 +386,7 @@ class Session:
         Raises:
             OptionError: If the grammar cannot be compiled.
         """
-        self._model.grammar(self._requests.options(options, keywords))
+        self._state.grammar(self._requests.options(options, keywords))
 
     def generate_best(
         self,
@@ -403,7 +403,7 @@ class Session:
 
         Args:
             num_return_sequences: Number of continuations, at most MOST_SEQUENCES
-                (runtime/requests.py).
+                (runtime/requests/requests.py).
 
         Raises:
             CapacityError: If the caches of beams do not fit into memory.
@@ -423,10 +423,10 @@ class Session:
         self._requests.check_open()
         with self._scheduler.borrowed() as decoder:
             decoder.reset()
-            if self._model.encoder is not None:
+            if self._state.encoder is not None:
                 read = prompt.sound.features if isinstance(prompt, SpeechPrompt) else prompt
                 decoder.attend(
-                    self._model.encoder.run(
+                    self._state.encoder.run(
                         np.zeros(1, np.int64) if read is None else read, decoder
                     )
                 )
@@ -437,7 +437,7 @@ class Session:
     def threshold(self) -> float:
         """The current threshold of requests in mode "free" that set none."""
         self._scheduler.check()
-        return self._model.thresholds.decide(None, "free")[0]
+        return self._state.thresholds.decide(None, "free")[0]
 
     @property
     def default_mode(self) -> DefaultMode:
@@ -449,7 +449,7 @@ class Session:
 
     def describe_mode(self, options: Given = None, **keywords: Unpack[Keywords]) -> DefaultMode:
         """Return how requests with these options are decoded, as `default_mode`."""
-        return self._model.thresholds.describe(self._requests.options(options, keywords))
+        return self._state.thresholds.describe(self._requests.options(options, keywords))
 
     @property
     def cached_answer_limit(self) -> int:
@@ -458,13 +458,13 @@ class Session:
         Tokens that are generated at later positions are computed again when they are part of the
         next prompt. A request with `max_new_tokens=0` can compute them earlier.
         """
-        return self._model.generated_limit
+        return self._state.generated_limit
 
     def forget_drafts(self) -> None:
         """Discard what requests have learned about drafts, and the outputs in the draft memory."""
-        self._model.learned.forget()
-        if self._model.memory is not None:
-            self._model.memory.forget()
+        self._state.learned.forget()
+        if self._state.memory is not None:
+            self._state.memory.forget()
 
     def metrics(self) -> Metrics:
         """Return counts since the session was opened, and the numbers of current requests."""
@@ -474,7 +474,7 @@ class Session:
         used = int(self._runners[0].cache.lengths.sum())
         metrics.kv_cache_usage = used / (self.options.slots * self.capacity)
         metrics.threshold = self.threshold
-        metrics.prefix_cache_queries = 0 if self._model.prefixes is None else metrics.prompt_tokens
+        metrics.prefix_cache_queries = 0 if self._state.prefixes is None else metrics.prompt_tokens
         return metrics
 
     def adaptive_state(self) -> dict[str, Any]:
@@ -486,7 +486,7 @@ class Session:
             OptionError: If the threshold is not adaptive.
         """
         self._scheduler.check()
-        adaptive = self._model.thresholds.adaptive
+        adaptive = self._state.thresholds.adaptive
         if adaptive is None:
             raise OptionError(
                 f"threshold is {self.options.threshold!r}; only an 'adaptive' one has a state"

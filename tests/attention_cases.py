@@ -12,7 +12,7 @@ from kernel_cases import one_node
 from onnx import TensorProto
 
 from runtime.bundle.manifest import cached_width
-from runtime.kernels import LIBRARY
+from runtime.engines.kernels import LIBRARY
 
 EPSILON = 1e-6
 POSITIONS = 256  # in rotary tables
@@ -20,7 +20,7 @@ TABLES = ("cosine", "sine", "bias", "query_norm", "key_norm")
 
 
 class _Attention(ctypes.Structure):
-    """Mirrors the struct in runtime/kernels/source/attention.h."""
+    """Mirrors the struct in runtime/engines/kernels/source/attention.h."""
 
     _fields_ = (
         *(

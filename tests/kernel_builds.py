@@ -42,7 +42,7 @@ def objects(folder: Path, compiler: Sequence[str], processor: str, *extra: str, 
 
 def check_program(folder: Path, compiler: Sequence[str], processor: str, *extra: str, **replaced: str) -> Path:
     """Build kernel_check.cpp with the library as a static program, and return its path."""
-    source = [f"-I{ROOT / 'runtime/kernels/source'}", str(ROOT / "tests/kernel_check.cpp")]
+    source = [f"-I{ROOT / 'runtime/engines/kernels/source'}", str(ROOT / "tests/kernel_check.cpp")]
     files = objects(folder, compiler, processor, *extra, **replaced)
     program = folder / "kernel_check.exe"  # wine runs no other names
     run(*compiler, "-std=c++17", "-O2", "-ffp-contract=off", *extra, *source, *files, "-static", "-o", str(program))

@@ -16,7 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 from graphs.quantization.panels import BITS, FLOAT_DTYPES, floats_in_panels, in_panels
 from graphs.quantization.rounding import Rounded, round_4_bits, round_8_bits
 from runtime.bundle.quantization import TensorFormat
-from runtime.kernels import DOMAIN, LIBRARY
+from runtime.engines.kernels import DOMAIN, LIBRARY
 from tools.kernel_rows import PackedProduct, PackedWeight, load
 
 ROUND = {4: round_4_bits, 8: round_8_bits}

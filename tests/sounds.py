@@ -7,7 +7,7 @@ import wave
 
 import numpy as np
 
-from runtime.audio import RATE
+from runtime.speech.audio import RATE
 
 
 def sound(seconds: float, rate: int = RATE) -> np.ndarray:

@@ -36,7 +36,7 @@ os.lock_file = None
 import freeexport.cli, runtime
 for package in ("runtime", "freeexport.system", "freeexport.serving", "freeexport.costs", "freeexport.commands"):
     for module in pkgutil.walk_packages(importlib.import_module(package).__path__, package + "."):
-        if not module.name.startswith(("runtime.cuda", "runtime.tensorrt", "runtime.kernels.")):
+        if not module.name.startswith(("runtime.engines.cuda", "runtime.engines.tensorrt", "runtime.engines.kernels.")):
             importlib.import_module(module.name)
 """
 

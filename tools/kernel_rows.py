@@ -28,8 +28,8 @@ import click
 import numpy as np
 
 from freeexport.system.load import load_note, other_load
+from runtime.engines.kernels import LIBRARY, instructions
 from runtime.errors import EngineError
-from runtime.kernels import LIBRARY, instructions
 from tools.data.splits import run_tool
 from tools.timings import save_timings
 
@@ -45,7 +45,7 @@ HEAD = ((49152, 576, 0, True),)
 
 
 class PackedWeight(ctypes.Structure):
-    """Mirrors `Weight` in runtime/kernels/source/packed_linear.h."""
+    """Mirrors `Weight` in runtime/engines/kernels/source/packed_linear.h."""
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("outputs", "inputs")),
@@ -59,7 +59,7 @@ class PackedWeight(ctypes.Structure):
 
 
 class PackedProduct(ctypes.Structure):
-    """Mirrors `Product` in runtime/kernels/source/packed_linear.h."""
+    """Mirrors `Product` in runtime/engines/kernels/source/packed_linear.h."""
 
     _fields_ = (
         ("rows", ctypes.c_int64),

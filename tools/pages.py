@@ -1,4 +1,4 @@
-"""Generates docs/api.md, docs/options.md and runtime/option_keywords.py from the code.
+"""Generates docs/api.md, docs/options.md and runtime/options/option_keywords.py from the code.
 
 python -m tools.pages              writes them
 python -m tools.pages --check      fails if one differs
@@ -19,9 +19,9 @@ from typing import Any, get_type_hints
 import click
 
 from freeexport.system.output import write_whole
-from runtime.checks import Real, Whole
-from runtime.options import GenerationOptions, SpeechOptions
-from runtime.session_options import SessionOptions
+from runtime.options.checks import Real, Whole
+from runtime.options.generation_options import GenerationOptions, SpeechOptions
+from runtime.options.session_options import SessionOptions
 from tools.api_page import api
 
 OPTIONS = """# Options
@@ -45,7 +45,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
-from runtime.options import Drafts, DraftSource, Mode
+from runtime.options.generation_options import Drafts, DraftSource, Mode
 from runtime.text.sampler import LogitsProcessor
 
 
@@ -155,7 +155,7 @@ def main(check: bool) -> None:
     pages = {
         Path("docs/api.md"): api(),
         Path("docs/options.md"): options(),
-        Path("runtime/option_keywords.py"): keywords(),
+        Path("runtime/options/option_keywords.py"): keywords(),
     }
     write_pages(pages, check, "python -m tools.pages")
 

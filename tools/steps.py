@@ -9,8 +9,8 @@ from typing import Any
 
 from freeexport.evaluate.records import check_run
 from freeexport.system.output import write_whole
+from runtime.bundle.json_file import read_object
 from runtime.errors import OptionError
-from runtime.json_file import read_object
 
 STEPS = "steps"
 UNREADABLE = "remove it, to do this step again"

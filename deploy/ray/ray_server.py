@@ -17,8 +17,8 @@ from starlette.applications import Starlette
 from freeexport.commands.serve import KEY
 from freeexport.serving.routes import application
 from freeexport.serving.service import ServerOptions, Service
-from runtime.options import Mode
-from runtime.session_options import SessionOptions
+from runtime.options.generation_options import Mode
+from runtime.options.session_options import SessionOptions
 
 
 class Arguments(BaseModel):

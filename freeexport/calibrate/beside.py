@@ -22,9 +22,9 @@ from freeexport.costs.intervals import Share
 from freeexport.system.output import OutputError, write_whole
 from runtime import Session
 from runtime.bundle.calibration import CALIBRATION, Calibration, read_calibration
+from runtime.bundle.json_file import UnreadableError, parse_json, read_text
 from runtime.bundle.manifest import MANIFEST
 from runtime.errors import CalibrationError, one_line
-from runtime.json_file import UnreadableError, parse_json, read_text
 
 SAMPLE = "calibration.sample.jsonl"
 # Tokens of the sequences in SAMPLE. They limit the time of a conversion.

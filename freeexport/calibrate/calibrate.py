@@ -39,7 +39,7 @@ from runtime.bundle.manifest import ConfidenceMeasure, Manifest
 from runtime.errors import CalibrationError
 from runtime.machine.device import Device
 from runtime.machine.machine import costs_here
-from runtime.options import Mode
+from runtime.options.generation_options import Mode
 
 # Time to decode a sequence at all thresholds that a rule compares, as a multiple of the time of its
 # trace, for which both decoders run at every token.

@@ -21,9 +21,9 @@ from freeexport.task_metrics import Reference
 from runtime import Session
 from runtime.bundle.bundle import sha256_of
 from runtime.bundle.calibration import is_calibration
+from runtime.bundle.json_file import read_object
 from runtime.bundle.manifest import Manifest
 from runtime.errors import CalibrationError, OptionError, PromptError
-from runtime.json_file import read_object
 from runtime.text.prompt import encode_prompt
 from runtime.text.tokenizer import TOKENIZER
 

@@ -20,9 +20,9 @@ from freeexport.system.jsonl import append_lines, whole_lines
 from runtime import Session
 from runtime.bundle.beta import NEVER_EXIT
 from runtime.bundle.costs import Costs
+from runtime.bundle.json_file import parse_json
 from runtime.errors import OptionError
-from runtime.json_file import parse_json
-from runtime.speech import SpeechPrompt
+from runtime.speech.windows import SpeechPrompt
 
 _KIND = "freeexport traces"
 # Traces of other formats are dropped. In format 3 a T5's first token may exit.

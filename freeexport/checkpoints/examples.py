@@ -17,11 +17,11 @@ from freeexport.checkpoints.special_tokens import end_ids, forced, speech_of
 from freeexport.checkpoints.tokenizer_files import has_tokenizer, load_tokenizer
 from freeexport.system.jsonl import BrokenLine, Request, read_requests
 from graphs.description import Description
-from runtime.audio import LARGEST_WAV, RATE, log_mel, read_audio, window
+from runtime.bundle.json_file import UnreadableError, read_bytes
 from runtime.bundle.manifest import Speech
 from runtime.errors import FreeExportError, PromptError, shown
-from runtime.json_file import UnreadableError, read_bytes
-from runtime.speech import FRAMES_A_POSITION, SECONDS_A_TIMESTAMP
+from runtime.speech.audio import LARGEST_WAV, RATE, log_mel, read_audio, window
+from runtime.speech.windows import FRAMES_A_POSITION, SECONDS_A_TIMESTAMP
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

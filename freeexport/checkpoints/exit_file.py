@@ -23,10 +23,10 @@ from graphs.exit_head import (
 from graphs.families import describe
 from graphs.shapes import own_shapes
 from graphs.weights import Weights
+from runtime.bundle.json_file import read_object
 from runtime.bundle.manifest import ExitInput, ExitVocabulary
 from runtime.bundle.schema import Reader
 from runtime.errors import BundleError
-from runtime.json_file import read_object
 
 # "deep-ce" trains a model without an exit, for comparison. tools/paper/losses.py has "weighted-ce",
 # which trains an exit after every layer, "kd-unif" and "kd-last".

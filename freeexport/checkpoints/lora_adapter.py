@@ -10,8 +10,8 @@ import numpy as np
 
 from freeexport.checkpoints.weight_files import CheckpointError, Shape, TensorFile, open_weights
 from graphs.weights import Weights
+from runtime.bundle.json_file import read_object
 from runtime.errors import shown
-from runtime.json_file import read_object
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from freeexport.checkpoints.weight_files import CheckpointError, SafetensorsFile
-from runtime.audio import RATE
+from runtime.speech.audio import RATE
 
 SOUND_PREFIX = "sound."
 LONGEST_SOUND = 30  # seconds

@@ -18,8 +18,8 @@ from freeexport.checkpoints.packed_exit import SUFFIX, PackedExit, PackedFile, S
 from freeexport.checkpoints.weight_files import CheckpointError
 from graphs.exit_head import EXIT
 from graphs.families import describe
+from runtime.bundle.hub import HubName, hub_file
 from runtime.bundle.manifest import Manifest, ReadyMadeExit
-from runtime.hub import HubName, hub_file
 
 READY_MADE = Path(__file__).parents[1] / "exits"
 HUB_EXIT = "exit.freeexport.safetensors"  # in a repository of the hub

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from graphs.quantization.panels import InFile
+from runtime.bundle.json_file import read_object
 from runtime.errors import FreeExportError, one_line, shown
-from runtime.json_file import read_object
 
 if TYPE_CHECKING:
     import torch

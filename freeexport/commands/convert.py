@@ -23,9 +23,9 @@ from runtime.bundle.beta import NEVER_EXIT
 from runtime.bundle.bundle import Bundle
 from runtime.bundle.calibration import is_calibration
 from runtime.bundle.manifest import MANIFEST, FloatType, Manifest
-from runtime.kernels import kernels_of
-from runtime.tensorrt.files import DIRECTORY
-from runtime.thresholds import default_mode
+from runtime.engines.kernels import kernels_of
+from runtime.engines.tensorrt.files import DIRECTORY
+from runtime.requests.thresholds import default_mode
 
 option = option_of(ConvertOptions)
 

@@ -23,12 +23,12 @@ from freeexport.commands.verb_options import SectionedCommand
 from freeexport.system.extras import PURPOSES, install_command, installed_version, missing_of
 from freeexport.system.machine import detect_machine
 from freeexport.system.page import human_bytes, pairs, print_page
-from runtime.cuda.attention import choose_attention
-from runtime.cuda.driver import dotted
+from runtime.engines.cuda.attention import choose_attention
+from runtime.engines.cuda.driver import dotted
+from runtime.engines.kernels import instructions, missing
+from runtime.engines.tensorrt.files import import_tensorrt
 from runtime.errors import EngineError, first_line
-from runtime.kernels import instructions, missing
 from runtime.machine.device import CUDA_PROVIDER, Device
-from runtime.tensorrt.files import import_tensorrt
 
 # Distributions that all install the import package `onnxruntime`. A later one overwrites an earlier
 # one.

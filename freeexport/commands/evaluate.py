@@ -27,7 +27,7 @@ from freeexport.evaluate.settings import (
     methods_of,
 )
 from freeexport.system.page import print_page
-from runtime.hub import find_bundle
+from runtime.bundle.hub import find_bundle
 
 
 def _defaults(name: str) -> str:

@@ -17,9 +17,9 @@ from freeexport.commands.verb_options import DEVICE, THREADS, SectionedCommand, 
 from freeexport.system.answers import answer_file, fields_of
 from freeexport.system.jsonl import STANDARD
 from runtime import FreeExportError, GenerationResult, OptionError, Session
+from runtime.bundle.json_file import UnreadableError, read_text
 from runtime.errors import PromptError, PromptLengthError, shown
-from runtime.json_file import UnreadableError, read_text
-from runtime.options import Mode
+from runtime.options.generation_options import Mode
 
 # Lines of a file that are decoded concurrently. Each uses a slot of the KV cache.
 BATCH = 4

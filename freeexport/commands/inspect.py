@@ -12,9 +12,9 @@ import click
 from freeexport.commands.verb_options import SectionedCommand
 from freeexport.system.page import human_bytes, listed_formats, pairs, print_page, table
 from runtime.bundle.bundle import VERIFICATION, Bundle
+from runtime.bundle.hub import find_bundle
 from runtime.decoding.phrases import PHRASES
 from runtime.errors import BundleError
-from runtime.hub import find_bundle
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -49,7 +49,7 @@ def command(bundle: Path, as_json: bool) -> None:
       freeexport inspect path/to/bundle
     """
     from freeexport.costs.verdict import bundle_verdict
-    from runtime.thresholds import default_mode
+    from runtime.requests.thresholds import default_mode
 
     opened = Bundle.open(find_bundle(bundle), verify="full")
     manifest = opened.manifest
@@ -119,7 +119,7 @@ def command(bundle: Path, as_json: bool) -> None:
 
 
 def _model(manifest: Manifest) -> Rows:
-    from runtime.kernels import kernels_of
+    from runtime.engines.kernels import kernels_of
 
     def span(layers: range) -> str:  # counted from 1
         return f"{layers.start + 1}-{layers.stop}" if len(layers) > 1 else str(layers.stop)

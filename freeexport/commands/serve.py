@@ -9,9 +9,9 @@ from typing import Any, get_args
 import click
 
 from freeexport.commands.verb_options import DEVICE, THREADS, SectionedCommand, option_of, section
-from runtime.hub import find_bundle
-from runtime.options import Mode
-from runtime.session_options import SessionOptions
+from runtime.bundle.hub import find_bundle
+from runtime.options.generation_options import Mode
+from runtime.options.session_options import SessionOptions
 
 KEY = "FREEEXPORT_API_KEY"
 # Chats resend all earlier turns. Holds 5,500 tokens of SmolLM2-135M, whose four slots take 380 MB.

@@ -21,10 +21,10 @@ from freeexport.verification.equality import Equality, all_settings, check_equal
 from freeexport.verification.ties import BATCHES
 from freeexport.verification.verification import VerificationError, failure, verify, write_report
 from runtime.bundle.bundle import Bundle
-from runtime.hub import find_bundle
-from runtime.kernels import supported
+from runtime.bundle.hub import find_bundle
+from runtime.engines.kernels import supported
 from runtime.machine.device import Device
-from runtime.placement import check_bundles
+from runtime.requests.load_engines import check_bundles
 
 
 def _sets(ctx: click.Context, parameter: click.Parameter, value: str | None) -> tuple[str, ...]:

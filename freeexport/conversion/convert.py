@@ -50,10 +50,10 @@ from runtime.bundle.manifest import (
 )
 from runtime.bundle.quantization import Quantization
 from runtime.decoding.phrases import PHRASES
+from runtime.engines.kernels import instructions
+from runtime.engines.tensorrt.files import DIRECTORY
 from runtime.errors import BundleError
-from runtime.kernels import instructions
 from runtime.machine.machine import write_back
-from runtime.tensorrt.files import DIRECTORY
 
 WEIGHTS = "weights.data"
 VERSIONED = ("onnx", "onnx_ir", "onnxruntime", "torch", "transformers", "numpy")

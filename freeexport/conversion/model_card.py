@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from freeexport.system.page import human_bytes
 from freeexport.system.sheet import Sheet, markdown
+from runtime.bundle.hub import HubName
 from runtime.bundle.manifest import Manifest
-from runtime.hub import HubName
 
 CARD = "README.md"
 TEXT = """\

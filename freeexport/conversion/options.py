@@ -23,8 +23,8 @@ from runtime.bundle.manifest import (
     Precision,
     Target,
 )
+from runtime.engines.kernels import instructions, missing
 from runtime.errors import OptionError
-from runtime.kernels import instructions, missing
 
 # Long enough for most uses, while keeping a slot of the KV cache small.
 DEFAULT_CAPACITY = 2048

@@ -28,7 +28,7 @@ from runtime.bundle.costs import Costs, Outside
 from runtime.bundle.schema import Reader
 from runtime.machine.machine import host
 from runtime.result import Stats
-from runtime.speech import SpeechPrompt
+from runtime.speech.windows import SpeechPrompt
 
 # Rows of deep passes with recorded costs.
 SIZES = (1, 2, 4, 8, 16)

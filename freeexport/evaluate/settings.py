@@ -9,13 +9,13 @@ from typing import Any, Literal, get_args
 
 from runtime.bundle.beta import NEVER_EXIT
 from runtime.bundle.bundle import Bundle
+from runtime.bundle.hub import bundle_name
 from runtime.bundle.manifest import Manifest
 from runtime.errors import OptionError, shown
-from runtime.hub import bundle_name
 from runtime.machine.device import Device
 from runtime.machine.machine import usable_cores
-from runtime.options import Drafts, GenerationOptions, Mode
-from runtime.placement import check_bundles
+from runtime.options.generation_options import Drafts, GenerationOptions, Mode
+from runtime.requests.load_engines import check_bundles
 
 Method = Literal[
     "full",

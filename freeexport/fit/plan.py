@@ -38,7 +38,7 @@ from runtime.bundle.manifest import ExitInput, Precision
 from runtime.errors import OptionError
 from runtime.machine.device import Device
 from runtime.machine.machine import usable_cores
-from runtime.placement import check_device
+from runtime.requests.load_engines import check_device
 
 # Cost of a prompt's token relative to a decoded one, since many tokens share a read of the weights.
 # A position of a speech encoder costs less if the decoder has more weights than the encoder (1/20

@@ -52,9 +52,9 @@ from runtime.bundle.beta import NEVER_EXIT
 from runtime.bundle.bundle import Bundle
 from runtime.bundle.manifest import MANIFEST
 from runtime.errors import FreeExportError, OptionError
-from runtime.options import Mode
+from runtime.options.generation_options import Mode
+from runtime.requests.thresholds import default_mode
 from runtime.session import Session
-from runtime.thresholds import default_mode
 
 AGAIN = "what was made is kept: give the same command again to go on"
 # Speed measurement without data: prompts, tokens of each, and maximum rounds.

@@ -18,10 +18,10 @@ from freeexport.fit.plan import Plan, least_lines, make_plan
 from freeexport.system.output import check_output, output_directory
 from freeexport.training.options import DISTILLING
 from runtime.bundle.bundle import sha256_of
+from runtime.bundle.json_file import read_object
 from runtime.bundle.manifest import MANIFEST, ExitInput
 from runtime.bundle.schema import Reader
 from runtime.errors import OptionError
-from runtime.json_file import read_object
 
 PLAN = "plan.json"
 DONE = "done.json"

@@ -23,8 +23,8 @@ from pathlib import Path
 import numpy as np
 
 from freeexport.serving.errors import ApiError, draining
-from runtime.audio import LONGEST_SECONDS, RATE, LateError, read_audio
 from runtime.errors import PromptError, one_line
+from runtime.speech.audio import LONGEST_SECONDS, RATE, LateError, read_audio
 
 READ_SECONDS = 300.0  # limit for reading a file
 # Limit for the address space of a process, in bytes. The longest audio has 0.9 GB of samples.

@@ -28,7 +28,7 @@ from runtime import (
     Session,
     Token,
 )
-from runtime.options import Mode
+from runtime.options.generation_options import Mode
 from runtime.text.prompt import encode_expected
 
 Generating = ChatRequest | CompletionRequest

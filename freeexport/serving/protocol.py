@@ -9,9 +9,9 @@ import msgspec
 
 from freeexport.serving.errors import invalid, unsupported
 from runtime import GenerationOptions
-from runtime.checks import LONGEST_SALT
 from runtime.errors import shown
-from runtime.options import MOST_TOP_LOGPROBS, Mode
+from runtime.options.checks import LONGEST_SALT
+from runtime.options.generation_options import MOST_TOP_LOGPROBS, Mode
 
 Count = Annotated[int, msgspec.Meta(ge=1)]
 Stop = Annotated[str, msgspec.Meta(max_length=1024)]

@@ -46,8 +46,8 @@ from freeexport.serving.transcriptions import (
     late,
 )
 from runtime import FreeExportError, PromptError, Session
-from runtime.audio import RATE, LateError
 from runtime.errors import cut
+from runtime.speech.audio import RATE, LateError
 from runtime.text.prompt import check_text
 from runtime.text.tokenizer import Tokenizer
 

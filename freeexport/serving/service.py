@@ -17,9 +17,9 @@ from freeexport.serving.audio_process import AudioReader
 from freeexport.serving.errors import ApiError, draining
 from freeexport.serving.grammar_trial import GrammarTrial
 from runtime import GenerationResult, OptionError, Session, SessionOptions
+from runtime.bundle.hub import bundle_name
 from runtime.errors import shown
-from runtime.hub import bundle_name
-from runtime.options import Mode
+from runtime.options.generation_options import Mode
 
 State = Literal["loading", "ready", "draining"]
 

@@ -15,7 +15,7 @@ from typing import Any
 from freeexport.serving.errors import invalid
 from freeexport.serving.protocol import ChatRequest, CompletionRequest, Tool
 from runtime import OptionError
-from runtime.checks import check_schema
+from runtime.options.checks import check_schema
 from runtime.text.grammar import JSON_FORM, written_form
 from runtime.text.tokenizer import Tokenizer
 

@@ -20,7 +20,7 @@ from freeexport.serving.events import EventStream
 from freeexport.serving.service import RequestLog
 from runtime import GenerationResult, Segment, SegmentStream, SpeechOptions
 from runtime.errors import cut, shown
-from runtime.options import Mode
+from runtime.options.generation_options import Mode
 
 FORMATS = ("json", "text", "srt", "verbose_json", "vtt")
 LARGEST_AUDIO = 64 << 20  # bytes of a form: 35 minutes of 16-bit mono at 16 kHz

@@ -11,7 +11,7 @@ from typing import Any
 
 from freeexport import __version__
 from freeexport.system.machine import detect_machine, kernel_instructions
-from runtime import kernels
+from runtime.engines import kernels
 
 
 def environment() -> dict[str, Any]:

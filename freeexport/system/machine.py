@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 
-from runtime import kernels
+from runtime.engines import kernels
 from runtime.machine.machine import ROOT, cpu_quota, memory_limit, usable_cores
 
 # Instruction sets that multiply bfloat16, by their names in /proc/cpuinfo. The last one is Arm's.

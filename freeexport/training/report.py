@@ -20,8 +20,8 @@ from freeexport.system.machine import keep_freed_memory
 from freeexport.system.progress import duration, progress
 from freeexport.training.trainer import AGREEING, ENDLESS, Clock
 from runtime.bundle.costs import Costs
+from runtime.bundle.json_file import parse_json
 from runtime.errors import FreeExportError
-from runtime.json_file import parse_json
 
 LEAST_LEFT = 0.25  # share of the machine's memory
 PLANNED_AFTER = 5  # first steps, which set the speed assumed by the plan

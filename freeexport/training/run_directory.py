@@ -19,8 +19,8 @@ from freeexport.checkpoints.exit_file import EXIT_FILE
 from freeexport.checkpoints.weight_files import CheckpointError, SafetensorsFile
 from freeexport.system.output import OutputError, check_output
 from freeexport.training.options import TrainingOptions
+from runtime.bundle.json_file import UnreadableError, parse_json, read_object, read_text
 from runtime.errors import OptionError
-from runtime.json_file import UnreadableError, parse_json, read_object, read_text
 
 OPTIONS = "training_options.json"
 ELAPSED = "elapsed.json"  # in a checkpoint: seconds of training so far

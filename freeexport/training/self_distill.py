@@ -17,7 +17,7 @@ from freeexport.checkpoints.examples import Example, Recording, TextFormat, exam
 from freeexport.system.jsonl import Request, append_lines, input_field, whole_lines
 from freeexport.system.output import OutputError
 from freeexport.system.progress import progress
-from runtime.json_file import read_object
+from runtime.bundle.json_file import read_object
 
 # Args: checkpoint, prompts, maximum number of new tokens, directory for temporary files. Yields the
 # index and the output of each prompt, in order of completion.

@@ -22,8 +22,8 @@ from runtime import GenerationResult, Session
 from runtime.bundle.bundle import Bundle
 from runtime.bundle.manifest import Manifest
 from runtime.decoding import decoder
+from runtime.engines.kernels import instructions, missing, prompt_differs_from
 from runtime.errors import OptionError, PromptError
-from runtime.kernels import instructions, missing, prompt_differs_from
 from runtime.text.prompt import encode_prompt
 from runtime.text.tokenizer import Tokenizer
 

@@ -26,9 +26,9 @@ from freeexport.system.progress import progress
 from freeexport.verification.batches import Batch, pad
 from graphs.exit_head import fused_layers
 from graphs.families import describe
-from runtime.audio import log_mel, window
 from runtime.bundle.manifest import ConfidenceMeasure
-from runtime.speech import FRAMES_A_POSITION
+from runtime.speech.audio import log_mel, window
+from runtime.speech.windows import FRAMES_A_POSITION
 
 if TYPE_CHECKING:
     import torch

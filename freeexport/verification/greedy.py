@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from runtime import Session
-from runtime.speech import SpeechPrompt
+from runtime.speech.windows import SpeechPrompt
 
 # If the two best logits are closer than this, rounding decides. Calls with k rows and single steps
 # round differently.

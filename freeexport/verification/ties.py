@@ -18,7 +18,7 @@ import numpy as np
 from freeexport.verification.equality import all_settings
 from runtime import GenerationResult, Session
 from runtime.bundle.manifest import FloatType
-from runtime.options import MOST_TOP_LOGPROBS
+from runtime.options.generation_options import MOST_TOP_LOGPROBS
 from runtime.result import TopLogprobs
 
 # Largest plausible noise, as a root mean square in nats. Rounding stays below a tenth of it, and

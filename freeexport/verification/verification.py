@@ -38,10 +38,10 @@ from graphs.widen import fp32_copy
 from runtime import Session
 from runtime.bundle.bundle import VERIFICATION, Bundle
 from runtime.bundle.manifest import MANIFEST, Manifest, Precision
+from runtime.engines.kernels import reading_prompt
 from runtime.errors import FreeExportError
-from runtime.kernels import reading_prompt
 from runtime.machine.machine import available_memory, usable_cores
-from runtime.speech import SpeechPrompt
+from runtime.speech.windows import SpeechPrompt
 
 # Bytes per token of a text and token of the vocabulary: 4 texts, with logits computed in ten ways.
 LOGITS = 4 * 10 * 4

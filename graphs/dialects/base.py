@@ -27,7 +27,7 @@ from graphs.description import (
 )
 from graphs.graph import STACK, Dimension, Graph
 from runtime.bundle.manifest import cached_width
-from runtime.kernels import DOMAIN
+from runtime.engines.kernels import DOMAIN
 
 
 @dataclass(frozen=True)

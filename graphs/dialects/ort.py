@@ -35,7 +35,7 @@ from graphs.dialects.base import (
 )
 from graphs.dialects.standard import StandardDialect
 from graphs.graph import MICROSOFT, Graph
-from runtime.kernels import DOMAIN
+from runtime.engines.kernels import DOMAIN
 from runtime.text.sampler import UNKNOWN
 
 

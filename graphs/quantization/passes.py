@@ -21,7 +21,7 @@ from graphs.graph import MICROSOFT, STACK, drop_unused, external, unread
 from graphs.quantization.panels import BITS, FLOAT_DTYPES
 from graphs.quantization.quantizer import FLOATS, OPERANDS, Quantizer, Stored
 from runtime.bundle.quantization import EnginePrecision, HigherTensor, TensorFormat
-from runtime.kernels import DOMAIN
+from runtime.engines.kernels import DOMAIN
 
 # Inputs of PackedLinear by position.
 X = 0

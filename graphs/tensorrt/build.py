@@ -17,8 +17,7 @@ from graphs.errors import BuildError
 from runtime.bundle.bundle import Bundle, engine_files
 from runtime.bundle.manifest import Manifest
 from runtime.engines.kv_cache import CROSS_STEP
-from runtime.errors import FreeExportError
-from runtime.tensorrt.files import (
+from runtime.engines.tensorrt.files import (
     DIRECTORY,
     EngineFile,
     EnginePlan,
@@ -31,6 +30,7 @@ from runtime.tensorrt.files import (
     record_of,
     sources_sha256,
 )
+from runtime.errors import FreeExportError
 
 MAX_BATCH = 256
 # Typical prompt length, for which prefill kernels are tuned.

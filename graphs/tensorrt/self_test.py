@@ -19,12 +19,12 @@ from graphs.errors import BuildError
 from graphs.tensorrt.build import dimensions
 from graphs.widen import fp32_copy
 from runtime.bundle.bundle import Bundle, engine_files
-from runtime.cuda.driver import Cuda, CudaStream
+from runtime.engines.cuda.driver import Cuda, CudaStream
 from runtime.engines.onnx import OnnxEngine
+from runtime.engines.tensorrt.engine import TensorRTEngine
+from runtime.engines.tensorrt.files import record_of
 from runtime.errors import DeviceError
 from runtime.machine.machine import usable_cores
-from runtime.tensorrt.engine import TensorRTEngine
-from runtime.tensorrt.files import record_of
 
 # ONNX Runtime's fp16 differs from fp32 by 0.4 to 1.2 times as much as rounding every result does,
 # by RMS (18 small checkpoints, tests/graphs/test_widen.py): kernels fuse and add in another order.

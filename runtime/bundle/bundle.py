@@ -17,9 +17,9 @@ from runtime.bundle.calibration import (
     is_calibration,
     read_calibration,
 )
+from runtime.bundle.json_file import UnreadableError, read_bytes, read_object, read_text
 from runtime.bundle.manifest import LARGEST_MANIFEST, MANIFEST, REMEDY, File, Manifest
 from runtime.errors import BundleError
-from runtime.json_file import UnreadableError, read_bytes, read_object, read_text
 
 Verify = Literal["sizes", "full"]
 VERIFICATION = "verification.json"

@@ -11,10 +11,10 @@ from typing import Annotated, Literal
 
 from runtime.bundle.beta import BetaMixture
 from runtime.bundle.costs import Costs
+from runtime.bundle.json_file import UnreadableError, read_text
 from runtime.bundle.manifest import ConfidenceMeasure, LayerCount
 from runtime.bundle.schema import Range, Reader, is_newer, parse_object
 from runtime.errors import CalibrationError
-from runtime.json_file import UnreadableError, read_text
 
 CALIBRATION = "calibration.json"
 CALIBRATION_VERSION = 2

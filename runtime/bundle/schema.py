@@ -10,8 +10,8 @@ import typing
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple
 
+from runtime.bundle.json_file import UnreadableError, parse_json
 from runtime.errors import BundleError, FreeExportError
-from runtime.json_file import UnreadableError, parse_json
 
 # Most entries of an array or object.
 MOST_ENTRIES = 10_000

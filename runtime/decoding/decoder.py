@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 from runtime.decoding.calls import NOTHING, Prediction, SlotCall, Waits, finish
+from runtime.engines.kernels import reading_prompt
 from runtime.engines.kv_cache import MOST_DOUBLED, CrossCache
 from runtime.engines.onnx import Call
 from runtime.engines.prefix_store import BLOCK, Prefix
 from runtime.engines.runner import Runner
-from runtime.kernels import reading_prompt
 from runtime.result import Stats
 
 # Prompts are read in pieces: attention over a piece needs memory for rows x positions scores.

@@ -19,7 +19,7 @@ from runtime.decoding.acceptance import MAX_AGREEMENT, Acceptance, Evidence
 from runtime.decoding.phrases import PhraseTable
 from runtime.decoding.text_index import LEVELS, LONGEST, ORDERS, Expectation, TextIndex, TextMemory
 from runtime.errors import OptionError, shown
-from runtime.options import DraftSource as OwnSource
+from runtime.options.generation_options import DraftSource as OwnSource
 
 # Maximum number of tokens of a request's text that are indexed, the newest.
 MAX_INDEXED = 16_384

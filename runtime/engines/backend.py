@@ -16,7 +16,7 @@ from runtime.engines.kv_cache import CacheSizes, FeatureCache, KVCache, check_me
 from runtime.engines.onnx import OnnxEngine, import_onnxruntime
 from runtime.engines.runner import Encoder, Runner
 from runtime.machine.machine import read_in_large_pages
-from runtime.session_options import SessionOptions
+from runtime.options.session_options import SessionOptions
 
 # Returns an engine by its name.
 Load = Callable[[str], Any]

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from runtime import kernels as own_kernels
+from runtime.engines import kernels as own_kernels
 from runtime.errors import EngineError, first_line
 from runtime.machine.device import CPU, Device
 

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from runtime.bundle.manifest import Manifest
+from runtime.engines.kernels import prompt_differs_from
 from runtime.engines.runner import Runner
-from runtime.kernels import prompt_differs_from
 
 # Tokens per block. Smaller blocks leave fewer tokens to compute, but need more copies.
 BLOCK = 16
@@ -40,7 +40,7 @@ def default_limit_mb(manifest: Manifest) -> int:
 
     0 for an encoder-decoder, which reuses only identical prompts, for ONNX Runtime's kernels, whose
     results depend on what was cached, for GPUs, and for an exit whose layers every row of a cached
-    prefix must have read (Model.chooses_exit).
+    prefix must have read (SessionState.chooses_exit).
     """
     plain = not manifest.encoder_decoder and manifest.target == "cpu"
     own_layers = bool(manifest.exit_layers) and not manifest.exit_engine

@@ -1,6 +1,6 @@
 """Runs an engine with its KV cache. On the CPU, calls run at once.
 
-See runtime/cuda/runner.py for runners on a GPU.
+See runtime/engines/cuda/runner.py for runners on a GPU.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from runtime.engines.kernels import reading_prompt
 from runtime.engines.kv_cache import KVCache
 from runtime.engines.onnx import Call, OnnxEngine, value
-from runtime.kernels import reading_prompt
 from runtime.machine.machine import lazy_zeros
 
 # Longest prompt, in tokens, that the encoder computes without tiles. Unpacking weights for tiles

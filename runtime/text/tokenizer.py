@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import tokenizers
 
+from runtime.bundle.json_file import LARGEST_FILE, UnreadableError, read_object, read_text
 from runtime.errors import BundleError, PromptError, one_line
-from runtime.json_file import LARGEST_FILE, UnreadableError, read_object, read_text
 from runtime.text.control_tokens import ControlTokens
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from fake_cuda import FakeCuda
 from fake_onnxruntime import FakeOnnxRuntime
 from fake_tensorrt import fake_tensorrt
 
-from runtime.cuda.attention import choose_attention
+from runtime.engines.cuda.attention import choose_attention
 
 
 class Machine:
@@ -22,8 +22,8 @@ class Machine:
         choose_attention.cache_clear()
         self.cuda = FakeCuda(seed, **options)
         self.onnxruntime = FakeOnnxRuntime(self.cuda)
-        monkeypatch.setattr("runtime.cuda.driver._import_runtime", lambda: self.cuda)
-        for module in ("runtime.engines.onnx", "runtime.cuda.onnx_engine", "runtime.cuda.attention"):
+        monkeypatch.setattr("runtime.engines.cuda.driver._import_runtime", lambda: self.cuda)
+        for module in ("runtime.engines.onnx", "runtime.engines.cuda.onnx_engine", "runtime.engines.cuda.attention"):
             monkeypatch.setattr(f"{module}.import_onnxruntime", lambda: self.onnxruntime)
 
 

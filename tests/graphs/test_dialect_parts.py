@@ -17,7 +17,7 @@ from graphs.description import RelativeBias
 from graphs.dialects.base import CallInputs, buckets, by_distance, packing
 from graphs.graph import Graph
 from graphs.weights import WeightFile
-from runtime.kernels import missing
+from runtime.engines.kernels import missing
 
 FLOAT, INT32, INT64 = ir.DataType.FLOAT, ir.DataType.INT32, ir.DataType.INT64
 

@@ -17,7 +17,7 @@ from graphs.quantization.passes import FuseProducts, PackedProducts, QuantizeLin
 from graphs.quantization.quantizer import Quantizer
 from graphs.quantization.rounding import IntegerScheme
 from graphs.weights import WeightFile
-from runtime.kernels import missing
+from runtime.engines.kernels import missing
 
 if problem := missing():
     pytest.skip(problem, allow_module_level=True)

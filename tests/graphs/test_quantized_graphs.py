@@ -30,7 +30,7 @@ from graphs.quantization.rounding import IntegerScheme
 from graphs.weights import WeightFile
 from runtime.bundle.bundle import Bundle
 from runtime.bundle.quantization import HigherTensor, TensorFormat
-from runtime.kernels import missing
+from runtime.engines.kernels import missing
 
 ORT, OWN = {"kernels": "onnxruntime"}, {"kernels": "freeexport"}
 each_precision = pytest.mark.parametrize("precision", ["int8", "int4", "mixed"])

@@ -22,7 +22,7 @@ from graphs.errors import BuildError
 from graphs.exit_head import EXIT_MAP
 from graphs.tensorrt.build import build, parse, profiles_of
 from runtime.bundle.bundle import Bundle
-from runtime.tensorrt.files import DIRECTORY, logger_of
+from runtime.engines.tensorrt.files import DIRECTORY, logger_of
 
 trt = pytest.importorskip("tensorrt", reason="TensorRT is not installed (tools/gpu/tensorrt_environment.py)")
 pytestmark = pytest.mark.tensorrt

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from graphs.errors import BuildError
 from graphs.tensorrt.build import build, dimensions, profiles_of
 from runtime.bundle.bundle import Bundle, engine_files
+from runtime.engines.tensorrt.files import EnginePlan, Profile, import_tensorrt, profile_for
 from runtime.errors import EngineError
-from runtime.tensorrt.files import EnginePlan, Profile, import_tensorrt, profile_for
 
 T5, LLAMA = BY_NAME["t5-relu-tied"], BY_NAME["llama-tied"]
 

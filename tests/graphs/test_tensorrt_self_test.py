@@ -17,7 +17,7 @@ from device_cases import EXITS
 from freeexport.conversion.convert import build_and_test
 from graphs.errors import BuildError
 from graphs.tensorrt.self_test import TOLERANCE
-from runtime.tensorrt.files import DIRECTORY
+from runtime.engines.tensorrt.files import DIRECTORY
 
 T5, LLAMA = BY_NAME["t5-relu-tied"], BY_NAME["llama-tied"]
 OPTIONS = (

@@ -50,12 +50,12 @@ from freeexport.verification.batches import QUICK
 from freeexport.verification.verification import failure, verify
 from graphs.families import describe
 from runtime import Bundle, OptionError, PromptError, Session
-from runtime.audio import log_mel, window
 from runtime.bundle.manifest import ExitInput
+from runtime.engines.kernels import VERSION, missing
 from runtime.engines.onnx import OnnxEngine
-from runtime.kernels import VERSION, missing
-from runtime.speech import SpeechPrompt, Transcriber
-from runtime.speech_rules import Rules
+from runtime.speech.audio import log_mel, window
+from runtime.speech.rules import Rules
+from runtime.speech.windows import SpeechPrompt, Transcriber
 from runtime.text.tokenizer import Tokenizer
 
 SOUND = sound(0.9)

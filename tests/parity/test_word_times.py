@@ -22,13 +22,13 @@ from freeexport.conversion.convert import convert
 from freeexport.conversion.options import ConvertOptions
 from graphs.errors import GraphError
 from runtime import Bundle, OptionError, PromptError, Session, SpeechOptions, Word
-from runtime.alignment import Aligner
-from runtime.audio import log_mel, window
+from runtime.engines.kernels import missing
 from runtime.engines.onnx import OnnxEngine
 from runtime.engines.runner import Encoder
-from runtime.kernels import missing
-from runtime.speech import Transcriber
-from runtime.words import Span, first_columns, spans_of, timed, token_starts
+from runtime.speech.alignment import Aligner
+from runtime.speech.audio import log_mel, window
+from runtime.speech.windows import Transcriber
+from runtime.speech.words import Span, first_columns, spans_of, timed, token_starts
 
 SOUND = sound(0.9)
 # Random weights say nothing likely.

@@ -37,7 +37,7 @@ from runtime.bundle.manifest import MANIFEST, Manifest
 from runtime.decoding.decoder import Decoder
 from runtime.engines.kv_cache import KVCache
 from runtime.engines.onnx import Call, OnnxEngine
-from runtime.thresholds import Thresholds
+from runtime.requests.thresholds import Thresholds
 
 ROOT = Path(__file__).parents[2]
 LLAMA, T5 = "llama-tied", "t5-relu-tied"
@@ -478,7 +478,7 @@ def test_importing_the_runtime_is_fast_and_loads_what_requests_need() -> None:
     code = (
         "import sys; from time import process_time; began = process_time(); import runtime;"
         "print(process_time() - began, *{'torch', 'transformers', 'onnx', 'onnx_ir', 'scipy', 'jinja2', 'psutil',"
-        "'statistics', 'difflib', 'freeexport', 'graphs', 'runtime.hub'} & set(sys.modules))"
+        "'statistics', 'difflib', 'freeexport', 'graphs', 'runtime.bundle.hub'} & set(sys.modules))"
     )
     seconds, *loaded = python(code).split()
     assert loaded == []

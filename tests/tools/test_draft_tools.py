@@ -12,7 +12,7 @@ from checkpoints import BY_NAME, PROMPTS, Bundles
 from click.testing import CliRunner
 
 from runtime.decoding.phrases import PhraseTable
-from runtime.kernels import LIBRARY
+from runtime.engines.kernels import LIBRARY
 from tools import draft_cost, draft_replay, draft_traces
 
 COSTS = {

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from runtime.kernels import LIBRARY, missing
+from runtime.engines.kernels import LIBRARY, missing
 from tools import kernel_rows
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason="the kernels are not built")

@@ -26,7 +26,7 @@ import numpy as np
 
 from freeexport.fit.splits import stable_hash
 from freeexport.system.output import output_directory
-from runtime.audio import RATE, read_audio, resampled
+from runtime.speech.audio import RATE, read_audio, resampled
 from tools.data.debian_index import PackageDescription, package_families, read_index
 from tools.data.debian_index import sources as source_packages
 from tools.data.splits import MARKER, DataError, run_tool, shuffled, split_of

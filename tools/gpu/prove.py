@@ -38,7 +38,7 @@ from freeexport.system.environment import environment
 from freeexport.system.output import OutputError, write_whole
 from runtime.errors import FreeExportError, OptionError
 from runtime.machine.device import Device
-from runtime.placement import check_device
+from runtime.requests.load_engines import check_device
 from tools.data.splits import run_tool
 from tools.gpu.prove_report import BAD, report_text
 from tools.gpu.prove_steps import PLAN, STEPS, WITHOUT_BUNDLE, WITHOUT_MODEL, StepContext

@@ -19,7 +19,7 @@ from freeexport.costs.timing import interleave
 from freeexport.system.child import run_child
 from freeexport.verification.ties import BATCHES, compare_up_to_ties
 from runtime import GenerationResult, Session
-from runtime.cuda.runner import CudaRunner
+from runtime.engines.cuda.runner import CudaRunner
 from runtime.engines.runner import Runner
 from tools.gpu.prove_context import (
     CAPACITY,

@@ -42,7 +42,7 @@ from runtime.bundle.bundle import Bundle
 from runtime.bundle.manifest import FloatType
 from runtime.engines.onnx import import_onnxruntime
 from runtime.machine.device import CUDA_PROVIDER
-from runtime.options import MOST_TOP_LOGPROBS
+from runtime.options.generation_options import MOST_TOP_LOGPROBS
 from tools.gpu.operators import check_bundle, load_table
 from tools.gpu.prove_commands import comparison, training
 from tools.gpu.prove_context import (

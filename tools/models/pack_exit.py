@@ -21,7 +21,7 @@ from freeexport.checkpoints.special_tokens import speech_of
 from freeexport.conversion.own_outputs import own_outputs
 from freeexport.verification.exit_agreement import agreement_of, samples_of
 from graphs.families import describe
-from runtime.audio import read_audio
+from runtime.speech.audio import read_audio
 from tools.data.splits import run_tool
 
 MOST_SOUNDS = 6  # recordings of a speech model's samples

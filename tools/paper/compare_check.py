@@ -23,11 +23,11 @@ from freeexport.task_metrics import MetricError, metric_of
 from graphs.engine_options import TARGETS
 from graphs.families import describe
 from runtime.bundle.bundle import sha256_of
+from runtime.engines.tensorrt.files import import_tensorrt
 from runtime.errors import OptionError
 from runtime.machine.device import Device
 from runtime.machine.machine import available_memory
-from runtime.placement import check_device, require_memory
-from runtime.tensorrt.files import import_tensorrt
+from runtime.requests.load_engines import check_device, require_memory
 from tools.paper.compare_options import ROWS, CompareOptions, PaperRow
 from tools.paper.compare_plan import bundles_of, measurements_of, trainings_of
 from tools.paper.datasets import QUESTION, TRANSLATE

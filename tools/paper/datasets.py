@@ -24,8 +24,8 @@ from xml.etree import ElementTree
 
 from freeexport.checkpoints.examples import DataError
 from freeexport.system.output import write_whole
+from runtime.bundle.json_file import UnreadableError, parse_json
 from runtime.errors import one_line
-from runtime.json_file import UnreadableError, parse_json
 
 SUMMARIZE = "summarize: "
 QUESTION = "question: "

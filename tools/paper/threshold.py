@@ -195,7 +195,7 @@ class PaperSession(Session):
         **options: Any,
     ) -> None:
         super().__init__(bundle, **{**options, "threshold": "adaptive"})
-        self._model.thresholds.adaptive = PaperThreshold(self.manifest, state, zeta)
+        self._state.thresholds.adaptive = PaperThreshold(self.manifest, state, zeta)
 
     def __enter__(self) -> PaperSession:
         return self

@@ -24,7 +24,7 @@ def load_ours(path: str, threads: int, options: dict[str, Any]) -> Loaded:
     """
     # Only what an application imports: the time of imports is in the first token of a process.
     from runtime import Session, kernels
-    from runtime.stream import Stream
+    from runtime.requests.stream import Stream
 
     if options.get("calls"):
         from freeexport.costs.bytes import calls_of

@@ -28,8 +28,8 @@ import numpy as np
 from freeexport.system.environment import environment
 from freeexport.system.output import check_writable, write_whole
 from runtime import Session
-from runtime.audio import read_audio
-from runtime.options import Mode
+from runtime.options.generation_options import Mode
+from runtime.speech.audio import read_audio
 from tools.peers.catalog import PEERS, chosen
 from tools.peers.measure import Contender, ask
 

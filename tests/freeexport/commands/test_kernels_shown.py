@@ -12,10 +12,10 @@ from checkpoints import BY_NAME
 from command_line import error, invoke, succeed
 from handmade_bundle import write_bundle
 
-import runtime.kernels
+import runtime.engines.kernels
 from freeexport.system.environment import environment
 from runtime.bundle.quantization import Quantization
-from runtime.kernels import VERSION, kernels_of, missing
+from runtime.engines.kernels import VERSION, kernels_of, missing
 
 CASE = BY_NAME["llama-tied"]
 ROUNDED: dict[str, Any] = {"precision": "int8", "quantization": Quantization()}
@@ -23,7 +23,7 @@ ROUNDED: dict[str, Any] = {"precision": "int8", "quantization": Quantization()}
 
 @pytest.fixture
 def no_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(runtime.kernels, "LIBRARY", tmp_path / "missing.so")
+    monkeypatch.setattr(runtime.engines.kernels, "LIBRARY", tmp_path / "missing.so")
 
 
 def printed(*arguments: str) -> str:
@@ -50,7 +50,7 @@ def test_without_the_library_all_three_say_that_the_slower_kernels_are_used(
 
 @pytest.mark.skipif(missing() is not None, reason="the library is not built")
 def test_with_the_library_its_instructions_are_named(tmp_path: Path, checkpoint: Callable[[Any], Path]) -> None:
-    here = runtime.kernels.instructions()
+    here = runtime.engines.kernels.instructions()
     assert json.loads(printed("doctor", "--json"))["kernels"] == here
     for needed in (9, VERSION):  # the version that runs, not the oldest that could
         page = printed("inspect", str(write_bundle(tmp_path / str(needed), **ROUNDED, kernels=needed)))

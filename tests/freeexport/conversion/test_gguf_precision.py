@@ -22,7 +22,7 @@ from graphs.quantization.panels import BITS
 from runtime.bundle.bundle import Bundle
 from runtime.bundle.manifest import HeadPrecision, Kernels
 from runtime.bundle.quantization import Quantization
-from runtime.kernels import missing
+from runtime.engines.kernels import missing
 
 needs_kernels = pytest.mark.skipif(missing() is not None, reason="the kernels are not built")
 

@@ -38,7 +38,6 @@ from freeexport.training.train import train
 from freeexport.training.tuning import link_or_copy
 from freeexport.verification.exit_agreement import open_with_exit
 from graphs.exit_head import OTHER, OTHER_BIAS, VOCABULARY
-from runtime import generation
 from runtime.bundle.bundle import Bundle
 from runtime.bundle.costs import Costs
 from runtime.bundle.manifest import MANIFEST, DraftGain, ExitVocabulary, ReadyMadeExit
@@ -46,6 +45,7 @@ from runtime.decoding.drafts import Drafts
 from runtime.decoding.phrases import ENTRY, PHRASES, PhraseTable
 from runtime.errors import BundleError, HubError
 from runtime.machine.machine import host
+from runtime.requests import generation
 from runtime.session import Session
 from tools.models import exit_phrases, pack_exit, unpack_exit
 

@@ -31,7 +31,7 @@ from freeexport.training.options import TrainingOptions
 from freeexport.training.train import train
 from freeexport.verification.exit_agreement import agreement_of, open_with_exit
 from runtime import Session
-from runtime.audio import RATE, read_audio
+from runtime.speech.audio import RATE, read_audio
 from tools.models import pack_exit
 
 SECONDS = (0.4, 0.5, 0.6)

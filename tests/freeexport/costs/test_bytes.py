@@ -33,7 +33,7 @@ from runtime.bundle.costs import Costs
 from runtime.decoding.calls import SlotCall
 from runtime.decoding.draft_sources import NO_PROPOSAL
 from runtime.decoding.drafts import Drafts
-from runtime.kernels import missing
+from runtime.engines.kernels import missing
 
 OWN = EXIT_CASES[0]
 REPEATED = "one two three one two three one two three"

@@ -17,8 +17,8 @@ from sounds import sound, wav
 from freeexport.serving import audio_process
 from freeexport.serving.audio_process import AudioReader
 from freeexport.serving.errors import ApiError
-from runtime.audio import RATE, LateError, read_audio
 from runtime.errors import PromptError
+from runtime.speech.audio import RATE, LateError, read_audio
 
 SOUND = wav(sound(0.3))
 NEVER = float("inf")

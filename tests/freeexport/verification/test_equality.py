@@ -16,9 +16,9 @@ from freeexport.verification import equality
 from freeexport.verification.equality import Answer, Row, all_settings, check_equality, prompt_ids
 from runtime.bundle.bundle import Bundle
 from runtime.decoding import decoder
+from runtime.engines.kernels import supported
 from runtime.errors import OptionError
-from runtime.kernels import supported
-from runtime.model import Model
+from runtime.requests.session_state import Model
 
 LLAMA, EXIT_LAYERS, T5 = "llama-tied", "llama-tied-exit-layers", "t5-wide-heads"  # heads that our attention takes
 CASES = {**BY_NAME, **{case.name: case for case in EXIT_CASES}}

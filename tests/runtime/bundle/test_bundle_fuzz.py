@@ -12,11 +12,11 @@ from manifest_case import CALIBRATED, MANIFEST
 
 from runtime.bundle.bundle import Bundle, sha256_of
 from runtime.bundle.calibration import Calibration
+from runtime.bundle.json_file import UnreadableError, parse_json
 from runtime.bundle.manifest import HASH, File, Manifest, _hash
 from runtime.bundle.manifest import MANIFEST as NAME
 from runtime.errors import BundleError
-from runtime.json_file import UnreadableError, parse_json
-from runtime.model import GENERATION_CONFIG, read_defaults
+from runtime.requests.session_state import GENERATION_CONFIG, read_defaults
 
 TEXT = MANIFEST.to_json().encode()
 CONTENT = {name: value for name, value in json.loads(TEXT).items() if name != HASH}

@@ -15,7 +15,7 @@ from checkpoints import CASES, Bundles
 
 from runtime import Session
 from runtime.engines import backend
-from runtime.kernels import missing
+from runtime.engines.kernels import missing
 from runtime.machine.machine import LARGE, lazy_zeros, read_in_large_pages, write_back
 
 SIZE = 8 << 20

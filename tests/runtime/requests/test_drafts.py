@@ -207,7 +207,7 @@ def test_drafts_of_several_lengths_share_one_engine_call(
         widths.append({work.rows for work in works})
         return [works]
 
-    monkeypatch.setattr("runtime.batching.grouped", together)
+    monkeypatch.setattr("runtime.requests.batching.grouped", together)
     options: dict[str, Any] = {"max_new_tokens": 30, "ignore_eos": True}
     with Session(bundle(BY_NAME[name], 2), threads=1, slots=4) as session:
         wanted = [session.generate(prompt, mode="full", **options).token_ids for prompt in PROMPTS]

@@ -11,7 +11,7 @@ import pytest
 from checkpoints import BY_NAME, Bundles
 
 from runtime import Session
-from runtime.kernels import missing
+from runtime.engines.kernels import missing
 
 if problem := missing():
     pytest.skip(problem, allow_module_level=True)

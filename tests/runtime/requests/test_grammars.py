@@ -222,7 +222,7 @@ def test_a_prepared_grammar_is_compiled_once(open_session: Open, monkeypatch: py
     session = open_session("llama-tied")
     session.prepare(choice=["a", "b"])
     session.prepare()
-    monkeypatch.setattr(session._model._grammars, "_compile", lambda kind, text: pytest.fail("compiled again"))
+    monkeypatch.setattr(session._state._grammars, "_compile", lambda kind, text: pytest.fail("compiled again"))
     assert session.generate(list(PROMPTS[0]), choice=["a", "b"]).text in ("a", "b")
     monkeypatch.undo()
     with pytest.raises(OptionError, match="regex cannot be used"):

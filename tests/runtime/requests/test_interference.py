@@ -23,7 +23,7 @@ from tokenizers import pre_tokenizers
 
 from runtime import BatchError, GenerationResult, OptionError, PromptError, Session, Stream
 from runtime.engines.onnx import Call
-from runtime.requests import sequence_of
+from runtime.requests.requests import sequence_of
 
 ROOT = Path(__file__).parents[3]
 LLAMA, T5 = "llama-tied", "t5-relu-tied"
@@ -85,7 +85,7 @@ def test_an_interruption_while_prompts_are_read_leaves_no_list_waiting(
             raise KeyboardInterrupt
         return make(model, prompt, *arguments, **keywords)
 
-    monkeypatch.setattr("runtime.requests.sequence_of", interrupted)
+    monkeypatch.setattr("runtime.requests.requests.sequence_of", interrupted)
 
     def listed() -> list[Any]:
         with pytest.raises(KeyboardInterrupt):

@@ -183,7 +183,7 @@ def test_what_is_stored_is_what_reading_it_at_once_gives(
     other.generate([*SYSTEM, *result.token_ids], **{**options, "max_new_tokens": 1})
     ours, theirs = stored(session), stored(other)
     assert ours.keys() <= theirs.keys()
-    generated = session._model.generated_limit >= len(SYSTEM) + 60 and options["mode"] != "shallow"
+    generated = session._state.generated_limit >= len(SYSTEM) + 60 and options["mode"] != "shallow"
     read = len(SYSTEM) + (60 - decoder_lag(options) if generated else 0)
     assert len(ours) >= read // BLOCK
     for key, (blocks, size) in ours.items():
@@ -198,8 +198,8 @@ def decoder_lag(options: dict[str, Any]) -> int:
 
 
 def stored(session: Session) -> dict[bytes, Any]:
-    assert session._model.prefixes is not None
-    return dict(session._model.prefixes._entries)
+    assert session._state.prefixes is not None
+    return dict(session._state.prefixes._entries)
 
 
 def test_the_deep_cache_of_a_free_request_is_reused_as_far_as_it_was_synced(open_session: Open) -> None:
@@ -228,7 +228,7 @@ def test_batches_that_share_a_beginning_give_what_each_gives_alone(precision: st
     session = open_session(precision=precision, prefix_cache_mb=1)
     draw = np.random.default_rng(0)
     beginnings = [SYSTEM, SYSTEM[:20], [5] * 50]
-    store, seen = session._model.prefixes, set[bytes]()
+    store, seen = session._state.prefixes, set[bytes]()
     assert store is not None
     for _ in range(4):
         prompts = [
@@ -294,7 +294,7 @@ def test_an_equal_prompt_of_an_encoder_decoder_is_encoded_once(
 
 def test_the_encodings_of_an_encoder_decoder_keep_the_bound(open_session: Open) -> None:
     session = open_session(T5, "fp32", prefix_cache_mb=1)
-    store = session._model.prefixes
+    store = session._state.prefixes
     assert store is not None
     for number in range(12):
         session.generate([7 + number] * 100, max_new_tokens=2)

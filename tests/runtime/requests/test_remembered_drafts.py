@@ -73,7 +73,7 @@ def test_a_corpus_is_drafted_in_the_first_request(
     lines = ["another text", {"input": "x", "target": wanted.text}]
     file.write_text("\n\n".join(map(json.dumps, lines)))
     with Session(path, threads=1, slots=1, draft_corpus=file) as session:
-        assert session._model.corpus is not None
+        assert session._state.corpus is not None
         ours = session.generate(PROMPTS[0], mode="lossless", drafts="lookup", **OPTIONS)
     assert ours.token_ids == wanted.token_ids
     assert ours.stats.drafts["phrases"].accepted > 0

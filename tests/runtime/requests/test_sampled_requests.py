@@ -23,7 +23,7 @@ from transformers import (
 
 from runtime import GenerationResult, OptionError, Session
 from runtime.errors import BundleError
-from runtime.model import read_defaults
+from runtime.requests.session_state import read_defaults
 from runtime.text.sampler import race
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from runtime.audio import RATE, read_audio
+from runtime.speech.audio import RATE, read_audio
 from tools.data import speech
 
 

@@ -62,7 +62,7 @@ def test_a_device_may_differ_from_the_cpu_at_ties_only(on_gpu: StepContext, monk
     generate = Session.generate
 
     def wrong(self: Session, prompt: list[int], **options: Any) -> GenerationResult:
-        cut = prompt[:-1] if self._model.options.device != "cpu" else prompt
+        cut = prompt[:-1] if self._state.options.device != "cpu" else prompt
         return generate(self, cut, **options)
 
     monkeypatch.setattr(Session, "generate", wrong)

@@ -27,8 +27,8 @@ from freeexport.evaluate.settings import Entry, Setting
 from freeexport.task_metrics import MetricError, metric_of
 from graphs.errors import GraphError, UnsupportedModelError
 from runtime.bundle.bundle import Bundle
+from runtime.engines.tensorrt.files import DIRECTORY
 from runtime.errors import CapacityError, EngineError, FreeExportError, OptionError
-from runtime.tensorrt.files import DIRECTORY
 from tools.gpu.operators import check_bundle, load_table
 from tools.paper import compare, compare_check, recipes
 from tools.paper.__main__ import main
@@ -293,7 +293,7 @@ def test_sessions_run_no_deep_pass_in_the_background(bundle: Bundles) -> None:
         records: Any = SimpleNamespace(last_state=lambda name, method: None)
         given: Any = SimpleNamespace(count=1, device="cpu")
         with open_paper_session(entry, given, records) as session:
-            assert session._model.options.overlap is False
+            assert session._state.options.overlap is False
 
 
 @pytest.mark.parametrize(

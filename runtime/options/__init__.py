@@ -1,0 +1,1 @@
+"""Options of a request and of a session, checked when they are given."""

@@ -1,0 +1,1 @@
+"""A request from call to finish: its options, slot, schedule and stream."""

@@ -1,0 +1,1 @@
+"""Audio, windows of speech, words and their times."""

@@ -1,0 +1,147 @@
+"""Products with weights of floats: their values, the same bits everywhere and in every call, and what is refused."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from kernel_cases import (
+    ACTIVATIONS,
+    INSTRUCTIONS,
+    float_case,
+    here,
+    multiply,
+    packed_rows,
+    random_case,
+    session,
+)
+from profiles import tries
+
+from graphs.quantization.panels import narrowest
+from runtime.engines.kernels import missing
+
+if problem := missing():
+    pytest.skip(problem, allow_module_level=True)
+
+FORMATS = ("bf16", "fp16", "fp32")
+shapes = st.tuples(
+    st.integers(0, 2**32), st.integers(1, 20), st.integers(1, 70), st.integers(1, 300), st.sampled_from(FORMATS),
+    st.booleans(),
+)  # fmt: skip
+
+
+def rows(rng, count, inputs):
+    return rng.standard_normal((count, inputs)).astype(np.float32)
+
+
+def everywhere(x, case, **fused):
+    """The product, which has the same bits on every instruction set that this processor has."""
+    y = multiply("scalar", x, case, **fused)
+    for name in filter(here, INSTRUCTIONS):
+        np.testing.assert_array_equal(multiply(name, x, case, **fused).view(np.int32), y.view(np.int32), name)
+    return y
+
+
+@given(shapes)
+@tries(40)
+def test_products_are_those_of_float64_and_the_same_everywhere(shape):
+    seed, count, outputs, inputs, format_, bias = shape
+    rng = np.random.default_rng(seed)
+    case, x = float_case(rng, outputs, inputs, format_, bias), rows(rng, count, inputs)
+    y = everywhere(x, case)
+    expected = x @ case.values.T + (0 if case.bias is None else case.bias)
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=2e-5)
+    for row in {0, count // 2, count - 1}:
+        np.testing.assert_array_equal(multiply("scalar", x[row : row + 1], case)[0], y[row])
+
+
+@given(shapes, st.sampled_from(ACTIVATIONS), st.sampled_from([None, "gate", "beside"]), st.sampled_from(FORMATS))
+@tries(40)
+def test_norms_activations_and_second_weights_are_those_of_single_products(shape, activation, second, other):
+    seed, count, outputs, inputs, format_, bias = shape
+    rng = np.random.default_rng(seed)
+    case, up = (float_case(rng, outputs, inputs, each, bias) for each in (format_, other))
+    x, skip = rows(rng, count, inputs), rows(rng, count, inputs)
+    fused = {"skip": skip, "norm": rng.standard_normal(inputs).astype(np.float32)}
+    if second == "beside":
+        alone = [multiply("scalar", x, each, **fused) for each in (case, up)]
+        y = everywhere(x, case, up=up, beside=True, **fused)
+        np.testing.assert_array_equal(y, np.concatenate(alone, axis=1))
+        return
+    y = everywhere(x, case, activation=activation, up=up if second else None, **fused)
+    alone = multiply("scalar", x, case, activation=activation, **fused)
+    np.testing.assert_array_equal(y, alone * multiply("scalar", x, up, **fused) if second else alone)
+
+
+@pytest.mark.parametrize("second", [None, "gate", "beside"])
+@pytest.mark.parametrize("format_", FORMATS)
+def test_many_rows_have_the_bits_of_each_alone(format_, second):
+    rng = np.random.default_rng(0)
+    case, up = (float_case(rng, 75, 600, format_, bias=True) for _ in range(2))
+    x = rows(rng, 91, 600)
+    fused = {"up": up if second else None, "beside": second == "beside"}
+    y = everywhere(x, case, **fused)
+    for row in (0, 7, 23, 64, 88, 90):
+        np.testing.assert_array_equal(multiply("scalar", x[row : row + 1], case, **fused)[0], y[row])
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("format_", FORMATS)
+def test_a_session_multiplies_with_floats_also_where_a_prompt_is_read(format_, threads):
+    rng = np.random.default_rng(threads)
+    case = float_case(rng, 1000, 576, format_)
+    product = session(case, threads)
+    for count in (1, 7, 130):
+        x = rows(rng, count, 576)
+        expected = multiply("scalar", x, case)
+        np.testing.assert_array_equal(product.run(None, {"x": x})[0], expected)
+        for name in filter(here, ("scalar-bf16", *INSTRUCTIONS)):
+            np.testing.assert_array_equal(multiply(name, x, case, prompt=True), expected, name)
+
+
+@pytest.mark.parametrize("format_", FORMATS)
+def test_rows_of_a_table_are_its_values(format_):
+    case = float_case(np.random.default_rng(1), 50, 70, format_)
+    indices = np.array([[0, 49], [17, 0]])
+    (found,) = packed_rows(case).run(None, {"indices": indices})
+    np.testing.assert_array_equal(found, case.values[indices].astype(np.float32))
+
+
+def test_a_value_that_is_no_number_is_seen_in_its_row_alone():
+    rng = np.random.default_rng(2)
+    case, x = float_case(rng, 40, 96, "bf16"), rows(rng, 9, 96)
+    x[3, 5] = np.nan
+    y = multiply("scalar", x, case)
+    assert np.isnan(y[3]).all()
+    assert np.isfinite(np.delete(y, 3, 0)).all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"block_size": 64}, "block_size of 16 and 32 bits is not 32"),
+        ({"bits": 32}, "data have 9216 elements, N, K, bits and block_size want 18432"),
+        ({"scales": np.ones((3, 3, 16), np.float16)}, "scales go with weights of at most 8 bits"),
+        ({"zeros": np.ones((3, 3, 16), np.uint8)}, "16 and 32 bits go with no zero points, offsets or multiples"),
+        ({"activation_bits": 16}, "activation_bits 16 go with weights of at most 8 bits"),
+    ],
+)
+def test_graphs_with_other_tensors_are_refused(changes, message):
+    with pytest.raises(Exception, match=message):
+        session(float_case(np.random.default_rng(3), 48, 96, "bf16"), **changes)
+
+
+def test_floats_and_quantized_weights_are_not_in_one_product():
+    rng = np.random.default_rng(4)
+    case, up = float_case(rng, 48, 96, "bf16"), random_case(rng, 48, 96, 8)
+    given = {"up_data": up.packed.data, "up_scales": up.packed.scales, "up_bits": 8, "up_block_size": 32}
+    with pytest.raises(Exception, match="up has floats, or the other weight has, but not both"):
+        session(case, activation="silu", **given)
+
+
+@pytest.mark.parametrize(
+    ("values", "format_"),
+    [([1.0, -2.5, 2.0**127], "bf16"), ([1.0, 1 + 2**-10, 2**-24], "fp16"), ([1.0, 70000.0 + 2**-3], "fp32"),
+     ([1 + 2**-23], "fp32")],
+)  # fmt: skip
+def test_the_narrowest_format_has_all_values(values, format_):
+    assert narrowest(np.array([values], np.float32)) == format_
