@@ -49,7 +49,9 @@ class Requests:
         closed: True if further requests are refused.
     """
 
-    def __init__(self, state: SessionState, scheduler: Scheduler, transcriber: Transcriber | None) -> None:
+    def __init__(
+        self, state: SessionState, scheduler: Scheduler, transcriber: Transcriber | None
+    ) -> None:
         self.closed = False
         self._state = state
         self._scheduler = scheduler

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from runtime.engines.cuda.driver import Cuda, CudaStream
+
+class Stream(Protocol):
+    """The part of a CudaStream (driver.py) that arrays need."""
+
+    cuda: Any
+    handle: Any
+
+    def follow(self, other: Any) -> None:
+        """Let work enqueued from now on start after the work that is in `other` now."""
+
+    def copy(self, target: int, source: int, size: int) -> None:
+        """Enqueue a copy of `size` bytes between addresses."""
 
 
 class Memory:
@@ -16,16 +26,15 @@ class Memory:
     `stream` is where copies to it are enqueued.
     """
 
-    __slots__ = ("address", "cuda", "size", "stream")
+    __slots__ = ("address", "size", "stream")
 
-    def __init__(self, cuda: Cuda, address: int, size: int, stream: CudaStream) -> None:
-        self.cuda = cuda
+    def __init__(self, address: int, size: int, stream: Stream) -> None:
         self.address = address
         self.size = size
         self.stream = stream
 
     def __del__(self) -> None:
-        self.cuda.free(self.address)
+        self.stream.cuda.free(self.address)
 
 
 class DeviceArray:

@@ -165,7 +165,7 @@ class Cuda:
         address = int(self.call("cudaMalloc", size))
         with self._lock:
             self._memory.add(address)
-        return DeviceArray(Memory(self, address, size, stream), address, shape, dtype)
+        return DeviceArray(Memory(address, size, stream), address, shape, dtype)
 
     def zeros(self, shape: tuple[int, ...], dtype: Any, stream: CudaStream) -> DeviceArray:
         """Allocate an array that is zeroed in `stream`."""
