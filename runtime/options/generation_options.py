@@ -62,10 +62,10 @@ class GenerationOptions:
     threshold: Annotated[float | None, checks.Real(0, 1, "from 0 (exit always) to 1 (never)")] = (
         None
     )
-    """Confidence above which a token exits. At 1 nothing exits: "free" and "rollback" then decode
-    as "full", without the shallow head. Default: the bundle's threshold. In "lossless", it is the
-    minimum confidence of a draft of the exit. By default, drafts have no minimum there, nor in
-    "free", and their length follows from their expected benefit."""
+    """Confidence above which a token exits. At 1 nothing exits: "free" then decodes as "lossless",
+    and "rollback" as "full". Default: the bundle's threshold. In "lossless", it is the minimum
+    confidence of a draft of the exit. By default, drafts have no minimum there, nor in "free", and
+    their length follows from their expected benefit."""
 
     output_confidence: bool = False
     """Return the shallow confidence of every token, also in "full" and at threshold 1. Runs the

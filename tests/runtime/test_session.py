@@ -533,8 +533,9 @@ def test_where_nothing_can_exit_the_shallow_head_is_not_run(
 
     monkeypatch.setattr(Decoder, "_shallow_call", watched)
     session = open_session(name)
-    options: dict[str, Any] = {"max_new_tokens": 12, "ignore_eos": True, "rollback_threshold": 3.0}
-    full = session.generate(PROMPT, **options, mode="full")
+    drafts = "exit" if mode == "free" else None
+    options: dict[str, Any] = {"max_new_tokens": 12, "ignore_eos": True, "rollback_threshold": 3.0, "drafts": drafts}
+    full = session.generate(PROMPT, max_new_tokens=12, ignore_eos=True, mode="full")
     # By the threshold given, and by that of a bundle that was not calibrated.
     for never in ({"threshold": 1.0}, {}):
         result = session.generate(PROMPT, mode=mode, **options, **never)
@@ -543,9 +544,20 @@ def test_where_nothing_can_exit_the_shallow_head_is_not_run(
         assert result.stats.mode == full.stats.mode == "full"
     assert heads
     assert not any(heads)
-    drafts = "exit" if mode == "free" else None
-    assert session.generate(PROMPT, mode=mode, drafts=drafts, **options, threshold=0.9).stats.mode == mode
+    assert session.generate(PROMPT, mode=mode, **options, threshold=0.9).stats.mode == mode
     assert any(heads)
+
+
+@both
+def test_free_verifies_its_drafts_where_nothing_can_exit(name: str, open_session: Open) -> None:
+    session = open_session(name)
+    options: dict[str, Any] = {"max_new_tokens": 12, "ignore_eos": True}
+    full = session.generate(PROMPT, mode="full", **options)
+    for never in ({"threshold": 1.0}, {}):
+        result = session.generate(PROMPT, mode="free", predicted_output=list(full.token_ids), **options, **never)
+        assert result.token_ids == full.token_ids
+        assert result.stats.mode == "lossless"
+        assert result.stats.drafts
 
 
 @both
@@ -557,7 +569,7 @@ def test_confidences_can_be_had_where_nothing_can_exit(name: str, open_session: 
     assert full.confidence == pytest.approx(free.confidence, abs=1e-5)
     assert None not in full.confidence
     assert not any((*full.exited, *free.exited))
-    assert (full.stats.mode, free.stats.mode) == ("full", "free")
+    assert (full.stats.mode, free.stats.mode) == ("full", "full")
     with pytest.raises(OptionError, match="output_confidence is True with mode lossless"):
         session.generate(PROMPT, mode="lossless", **options)
 
