@@ -263,7 +263,8 @@ def test_the_default_mode_is_free_where_something_may_exit_else_lossless_from_te
         assert result.token_ids == opened.generate(PROMPT, **{**same, "mode": "full"}).token_ids
     described = opened.describe_mode(**given)
     assert described.mode == mode
-    assert "exit" not in described.drafts or options.get("drafts") == "exit"
+    if mode != "free":
+        assert "exit" not in described.drafts or options.get("drafts") == "exit"
     assert opened.default_mode.mode == ("free" if session else "lossless")
     assert str(opened.default_mode).startswith(f"mode {opened.default_mode.mode}")
 
@@ -284,9 +285,9 @@ def test_the_default_mode_says_what_the_calibration_expects(bundle: Bundles) -> 
     assert known.speedup == costs.speedup(0.6, opened.manifest.max_pending)
     assert str(elsewhere) == (
         "mode free, threshold 0.8: 1.30x expected speedup over mode full, 60% of tokens exit, "
-        "99.0% of exits agree with the full model"
+        "99.0% of exits agree with the full model, with verified drafts from the text and the exit"
     )
-    assert str(given) == "mode free, threshold 0.5: speedup unknown"
+    assert str(given) == "mode free, threshold 0.5: speedup unknown, with verified drafts from the text and the exit"
     assert str(fresh) == "mode lossless: the tokens of mode full, with drafts from the text"
 
 
