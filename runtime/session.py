@@ -402,7 +402,7 @@ class Session:
         those of `generate`.
 
         Args:
-            num_return_sequences: Number of continuations, at most MOST_SEQUENCES
+            num_return_sequences: Number of continuations, at most MAX_SEQUENCES
                 (runtime/requests/requests.py).
 
         Raises:

@@ -34,7 +34,7 @@ DraftSource = Callable[
 SMALLEST_DIVISOR = 1e-6
 LARGEST_PENALTY = 1e6
 FLOAT32_MAX = 3.4e38
-MOST_TOP_LOGPROBS = 20  # as in OpenAI's API
+MAX_TOP_LOGPROBS = 20  # as in OpenAI's API
 CONSTRAINTS = ("json_schema", "regex", "grammar", "choice")
 
 
@@ -212,11 +212,11 @@ class GenerationOptions:
     output_logprobs: bool = False
     """Return the log-probability of each token in nats, before any logits processing."""
 
-    top_logprobs: Annotated[int, checks.Whole(0, MOST_TOP_LOGPROBS)] = 0
+    top_logprobs: Annotated[int, checks.Whole(0, MAX_TOP_LOGPROBS)] = 0
     """Also return the k most likely tokens at each position with their log-probabilities, best
     first. Not supported with beams. An exit vocabulary with fewer tokens returns fewer."""
 
-    prompt_logprobs: Annotated[int | None, checks.Whole(0, MOST_TOP_LOGPROBS)] = None
+    prompt_logprobs: Annotated[int | None, checks.Whole(0, MAX_TOP_LOGPROBS)] = None
     """Also return the log-probability of each token of the prompt in the full model, and the k most
     likely tokens at each position. Reads the whole prompt, without the prefix cache. Decoder-only
     bundles. Default: none."""

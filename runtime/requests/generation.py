@@ -244,7 +244,7 @@ class Generation:
             if self.state.encoder is not None:
                 decoder.attend(self._encode(decoder))
         if not self._reads:
-            decoder.begin(self._exits or self._head)
+            decoder.start(self._exits or self._head)
         else:
             if self._first is None:
                 scored = self.options.prompt_logprobs is not None
@@ -295,8 +295,8 @@ class Generation:
         options = self.options
         # Drafts change which tokens of "free" are verified, so they must depend on the request
         # alone: not on measured times, nor on other requests.
-        alone = self.mode == "free"
-        if alone:
+        by_request = self.mode == "free"
+        if by_request:
             exit_rate = state.thresholds.exit_rate(self._threshold) or 0.5
             acceptance = Acceptance(exit_draft=1 / max(1 - exit_rate, 1 / self._max_pending))
             costs = CallCosts(state.manifest.costs or _costs_by_layers(state.manifest))
@@ -317,7 +317,7 @@ class Generation:
                     acceptance,
                     vocab_size,
                     text=[*filter(None, (predicted, read)), prompt],
-                    memory=None if alone else state.memory,
+                    memory=None if by_request else state.memory,
                     salt=options.cache_salt,
                     phrases=state.phrase_tables(bundled=options.drafts != "lookup"),
                 )
@@ -331,8 +331,8 @@ class Generation:
             acceptance,
             sources,
             exits=self._exits,
-            threshold=0.0 if alone else self._threshold,
-            learns=not alone,
+            threshold=0.0 if by_request else self._threshold,
+            learns=not by_request,
         )
 
     def _beam(self, decoder: Decoder, number: int) -> Loop:
@@ -436,16 +436,16 @@ def sampler_of(
     penalty = given(options.repetition_penalty, 1.0)
     processors = cast(tuple[LogitsProcessor], options.logits_processor)
     biases = options.sequence_bias
-    least = options.min_new_tokens
+    min_new_tokens = options.min_new_tokens
     frequency = float(options.frequency_penalty)
     presence = float(options.presence_penalty)
-    others = warping or biases or processors or least or grammar or frequency or presence
+    others = warping or biases or processors or min_new_tokens or grammar or frequency or presence
     if not others and penalty == 1.0:
         return None
     return Sampler(
         prompt_length,
         eos=eos,
-        min_new_tokens=least,
+        min_new_tokens=min_new_tokens,
         repetition_penalty=penalty,
         frequency_penalty=frequency,
         presence_penalty=presence,

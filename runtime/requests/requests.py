@@ -31,7 +31,7 @@ from runtime.text.prompt import Prompt
 Given = GenerationOptions | None
 
 # Maximum number of continuations of one prompt. They are decoded one after the other, in one slot.
-MOST_SEQUENCES = 1024
+MAX_SEQUENCES = 1024
 
 
 class Requests:
@@ -220,9 +220,9 @@ def check_count(count: int, options: GenerationOptions) -> None:
     """
     if not options.max_new_tokens:
         raise OptionError("max_new_tokens is 0 with num_return_sequences; raise it")
-    most = MOST_SEQUENCES if options.samples else options.num_beams
-    if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= most:
+    max_count = MAX_SEQUENCES if options.samples else options.num_beams
+    if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= max_count:
         raise OptionError(
-            f"num_return_sequences is {shown(count)}; choose 1 to {MOST_SEQUENCES} with "
+            f"num_return_sequences is {shown(count)}; choose 1 to {MAX_SEQUENCES} with "
             "do_sample=True or a temperature above 0, or up to num_beams"
         )

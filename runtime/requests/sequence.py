@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from runtime.decoding.calls import AT_ONCE, Waiting
+from runtime.decoding.calls import RUN_INLINE, Waiting
 from runtime.decoding.decoder import Decoder
 from runtime.decoding.loops import Loop
 from runtime.requests.generation import Generation
@@ -80,7 +80,7 @@ class Sequence:
             self.observer.tell("started", self.number)
         try:
             item = next(coroutine) if error is None else coroutine.throw(error)
-            while item is not AT_ONCE:
+            while item is not RUN_INLINE:
                 if not isinstance(item, Token):
                     self.waits = item
                     return True
@@ -92,7 +92,7 @@ class Sequence:
                 item = next(coroutine)
         except StopIteration:
             return False
-        self.waits = AT_ONCE
+        self.waits = RUN_INLINE
         return True
 
     def stop(self) -> None:

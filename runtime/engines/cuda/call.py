@@ -16,7 +16,7 @@ from runtime.engines.cuda.driver import CudaStream
 
 # Alignment of addresses, in bytes, which TensorRT requires.
 ALIGNMENT = 256
-LEAST_STAGING = 1 << 14
+MIN_STAGING = 1 << 14
 
 
 class Staging:
@@ -84,7 +84,7 @@ class DeviceEngine:
         """
         fitting = [staging for staging in self.stagings if staging.size >= size]
         if not fitting:
-            return Staging(self.stream, max(LEAST_STAGING, 1 << (size - 1).bit_length()))
+            return Staging(self.stream, max(MIN_STAGING, 1 << (size - 1).bit_length()))
         chosen = min(fitting, key=lambda staging: staging.size)
         self.stagings.remove(chosen)
         return chosen
