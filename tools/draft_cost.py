@@ -25,11 +25,11 @@ import click
 import numpy as np
 
 from freeexport.system.load import load_note, other_load
-from runtime import Session, kernels
+from runtime import Session
 from runtime.bundle.bundle import Bundle
 from runtime.decoding.calls import finish
 from runtime.decoding.decoder import Decoder
-from runtime.engines import runner
+from runtime.engines import kernels, runner
 from tools.data.splits import run_tool
 from tools.timings import save_timings
 
@@ -57,7 +57,7 @@ class DraftTimer:
         self._chain = chain
         decoder.reset()
         decoder.want_logits(False)
-        decoder.alone = True
+        decoder.only_sequence = True
         prompt = np.arange(CONTEXT, dtype=np.int64) % vocab_size
         self._token = decoder.prefill(prompt, head=False, exits=True).token
 

@@ -304,14 +304,14 @@ class Scheduler:
         """
         changed = False
         while True:
-            begun = list[Sequence]()
+            started = list[Sequence]()
             gone = list[Sequence]()
             left = deque[Sequence]()
             with self._lock:
                 for each in self._waiting:
                     if self._free and not (each.abandoned or self._closing):
                         each.enter(self._free.pop(0))
-                        begun.append(each)
+                        started.append(each)
                     elif (
                         each.abandoned
                         or self._closing
@@ -321,8 +321,8 @@ class Scheduler:
                     else:
                         left.append(each)
                 self._waiting = left
-                self._rows += begun
-            made = [each.follow() for each in (*begun, *gone) if each.follow is not None]
+                self._rows += started
+            made = [each.follow() for each in (*started, *gone) if each.follow is not None]
             following = [each for each in made if each is not None]
             with self._lock:
                 for sequence in following:
@@ -330,7 +330,7 @@ class Scheduler:
             for sequence in gone:
                 sequence.response.finish()
                 sequence.end()
-            changed = changed or bool(begun or gone)
+            changed = changed or bool(started or gone)
             if not following:
                 return changed
 
@@ -382,7 +382,7 @@ class Scheduler:
             # Move it to the end of the line.
             self._rows.remove(sequence)
             self._rows.append(sequence)
-            if sequence.begun and sequence.response.interruption():
+            if sequence.started and sequence.response.interruption():
                 self._end(sequence)
             else:
                 sequence.decoder.others = len(self._rows) > 1

@@ -135,8 +135,8 @@ class EarlyExits:
 
     def begin(self, prompt: Any) -> None:
         """Run the encoder over a prompt, token ids [n]."""
-        ids = torch.tensor(np.asarray(prompt, np.int64)[None], device=self._state.device)
-        encoder = self._state.get_encoder()
+        ids = torch.tensor(np.asarray(prompt, np.int64)[None], device=self._model.device)
+        encoder = self._model.get_encoder()
         self._encoded = encoder(input_ids=ids, attention_mask=torch.ones_like(ids))[0]  # [1, n, d]
         # Keys and values by layer, [1, heads, n, head_dim].
         self._own: dict[int, KeyValue] = {}
@@ -147,7 +147,7 @@ class EarlyExits:
     def step(self, token: int, setting: Setting) -> tuple[int, int]:
         """Read a token. Returns the next one, and the number of layers that predicted it."""
         layers = len(self._blocks)
-        x = self._state.get_input_embeddings()(torch.tensor([[token]], device=self._state.device))
+        x = self._model.get_input_embeddings()(torch.tensor([[token]], device=self._model.device))
         bar = 1.0 if setting.threshold is None else setting.threshold
         if setting.method in ("eager-static", "eager-free"):
             x = self._through(0, self._exit_layer, x)
@@ -212,7 +212,7 @@ class EarlyExits:
 
     def _bias(self, bias: RelativeBias, queries: int, keys: int) -> torch.Tensor:
         """Return the position bias and causal mask [heads, k, n] of the newest k positions."""
-        table = self._state.get_parameter(bias.table)  # [buckets, heads]
+        table = self._model.get_parameter(bias.table)  # [buckets, heads]
         distance = np.arange(keys) - np.arange(keys - queries, keys)[:, None]
         found = table[torch.from_numpy(buckets(distance, bias)).to(table.device)].permute(2, 0, 1)
         later = torch.from_numpy(distance > 0).to(table.device)

@@ -23,7 +23,8 @@ def load_ours(path: str, threads: int, options: dict[str, Any]) -> Loaded:
     output.
     """
     # Only what an application imports: the time of imports is in the first token of a process.
-    from runtime import Session, kernels
+    from runtime import Session
+    from runtime.engines import kernels
     from runtime.requests.stream import Stream
 
     if options.get("calls"):

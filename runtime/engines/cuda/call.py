@@ -138,7 +138,9 @@ class DeviceCall:
             self._check(name, array, is_input=False)
             self._replace(self._outputs, name, array)
         arrays = [*self._inputs.values(), *self._outputs.values()]
-        streams = {array.memory.stream for array in arrays if isinstance(array, DeviceArray)}
+        streams: set[Any] = {
+            array.memory.stream for array in arrays if isinstance(array, DeviceArray)
+        }
         self.others = tuple(streams - {self._engine.stream})
 
     def _replace(self, bound: dict[str, Any], name: str, array: Any) -> None:
