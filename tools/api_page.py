@@ -16,8 +16,8 @@ HEAD = """# API
 
 Generated from the docstrings in `runtime/` by `python -m tools.pages`; do not edit.
 
-The public names of `runtime`, which `freeexport` re-exports. They do not need torch. `options` and `**keywords` of a
-session or a request are explained in [options](options.md).
+The public names of `runtime`, which `freeexport` re-exports. They do not need torch.
+[Options](options.md) explains `options` and `**keywords` of sessions and requests.
 """
 RESULTS: tuple[type[Any], ...] = (
     runtime.GenerationResult,
@@ -48,7 +48,7 @@ _HEADING = re.compile(r"(Args|Attributes|Raises|Returns|Yields):")
 
 
 def api() -> str:
-    """Return the page: a section per class, and a table of the errors."""
+    """Return the page: a section per class, and a list of the errors."""
     described = [
         *_class(runtime.Session),
         *(part for kind in RESULTS for part in _record(kind)),
