@@ -62,8 +62,8 @@ def test_api_page_has_every_field_of_a_result() -> None:
         section = page.partition(f"## `{kind.__name__}`\n")[2].partition("\n## ")[0]
         names = kind._fields if issubclass(kind, tuple) else [field.name for field in fields(kind)]
         for name in names:
-            text = section.partition(f"| `{name}` | `")[2].partition("\n")[0]
-            assert len(text.split("` | ")[1]) > 8, f"{kind.__name__}.{name} has no text"
+            text = section.partition(f"- `{name}` (`")[2].partition("\n- ")[0]
+            assert len(text.split("`): ")[1]) > 8, f"{kind.__name__}.{name} has no text"
 
 
 def test_api_page_has_every_public_name_but_options() -> None:
