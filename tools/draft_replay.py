@@ -51,7 +51,7 @@ class Trace(NamedTuple):
 class ReplayedDecoder:
     """Answers calls from a trace, and adds their `costs` by tools.draft_cost to `now`, in ms."""
 
-    alone = True
+    only_sequence = True
     overlaps = False
     stacked = 0
     batch_size = 1
