@@ -18,7 +18,7 @@ import numpy as np
 import onnxruntime as real
 from fake_bf16 import Graph
 from fake_cuda import Access, FakeCuda, Misuse
-from runtime.cuda.attention import attention_model
+from runtime.engines.cuda.attention import attention_model
 
 CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 BFLOAT16 = 16  # TensorProto.BFLOAT16, which numpy has no type for
