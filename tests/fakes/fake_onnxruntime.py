@@ -18,6 +18,7 @@ import numpy as np
 import onnxruntime as real
 from fake_bf16 import Graph
 from fake_cuda import Access, FakeCuda, Misuse
+
 from runtime.engines.cuda.attention import attention_model
 
 CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"

@@ -29,10 +29,10 @@ from freeexport.evaluate.settings import METHODS
 from freeexport.system.environment import commit_of
 from freeexport.task_metrics import metric_of
 from runtime import Session
-from runtime.engines import kernels
 from runtime.bundle.bundle import Bundle, sha256_of
 from runtime.bundle.manifest import MANIFEST
 from runtime.decoding import drafts
+from runtime.engines import kernels
 
 CASE = BY_NAME["t5-relu-tied"]
 Run = Callable[..., Result]

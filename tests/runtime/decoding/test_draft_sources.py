@@ -15,7 +15,7 @@ from recording_engine import DEEP_TOKEN, LENGTH, alone, decoded, prompt_of
 from test_decode import decoder_of, drafted, full
 
 from runtime.decoding.acceptance import Acceptance
-from runtime.decoding.draft_sources import MIN_REACH, MAX_CHECKED, MAX_INDEXED, Own, Predicted, Proposal, TextSource
+from runtime.decoding.draft_sources import MAX_CHECKED, MAX_INDEXED, MIN_REACH, Own, Predicted, Proposal, TextSource
 from runtime.decoding.loops import Policy
 from runtime.decoding.phrases import PhraseTable
 from runtime.decoding.text_index import ORDERS, TextMemory
