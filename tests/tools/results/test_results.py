@@ -238,21 +238,27 @@ def test_tables_show_precisions_quality_processor_and_what_is_slower() -> None:
     rows = [line for line in table.splitlines() if line.startswith("|")]
     assert len(rows) == 4
     assert {line.count("|") for line in rows} == {5}
-    assert "int8 **2.15x ±0.05** (2.15x), 99 tokens/s" in rows[2]
-    assert "int4 **1.60x ±0.05**" in rows[2]
-    assert "`free` 99.6±0.5 % of chrf" in rows[2]
-    assert "P (avx2 kernels), 2 threads, 150 test lines per row." in table
-    assert "Slower than `full`: free on ordinary-chat-int4 (0.97x), lossless on ordinary" in table
+    assert "| int8 **2.15x** (2.15x)<br>int4 **1.60x** (1.60x) |" in rows[2]
+    assert "int8 99.6±0.5 % of chrf" in rows[2]
+    assert "P (avx2 kernels), 2 threads, 150 test lines per row. Half a 95 % interval is at most ±0.05." in table
+    assert "In all modes but `free`, every token equals that of `full`." in table
+    assert "Slower than `full`: `free` on ordinary-chat-int4 (0.97x), `free`, as published on ordinary" in table
     old = line("older-int8", "full", 1.0, commit=None, added_in="cd34" * 10)
     use = {"date": "2025-01-02", "result": "r", "test_lines": "s", "n": 9, "commit": "ab", "shipped": {}}
-    index = pages.index([*lines, old, {"page": "docs/speech.md", **line("speech", "", 1.0)}], [use])
-    assert index.count("| free 0.95, calibrated, int8 |") == 1
-    assert "free 0.9," not in index
+    index = pages.index([*lines, old, {"page": "docs/speech.md", **line("speech", "", 1.0)}], [use, use])
+    assert "| records-int8 | 99 | 2.15x ±0.05 | 2.15x ±0.05 | 2.15x ±0.05 | 2.15x ±0.05 | 99.6±0.5 % of chrf |" in index
     # The whole commit, and that files had changes.
-    assert f"2025-01-02, {'ab12' * 10}-dirty |" in index
-    assert f"not recorded, added in {'cd34' * 10} |" in index
-    assert "| [speech](../speech.md) | `c` | s, n = 150 |" in index
-    assert "| 2025-01-02 | ab | s | 9 | r | nothing |" in index
+    assert f"| 2025-01-02 | {'ab12' * 10}-dirty |" in index
+    assert f"| 2025-01-02 | {'cd34' * 10} |" in index
+    assert "[speech](../speech.md)" in index
+    assert "| s | 2 | 2025-01-02 | nothing |" in index
+
+
+def test_tables_name_results_whose_tokens_differ_from_those_of_full() -> None:
+    lines = [line("records-int8", method, 1.5, same=same) for method, same in (("full", 1.0), ("lossless", 0.985))]
+    assert "Tokens of `full` in fewer than all lines: records-int8, `lossless` (98.5% of lines)." in pages.figures(
+        lines, ["records-int8"]
+    )
 
 
 def test_every_published_result_on_test_lines_is_a_recorded_use() -> None:
