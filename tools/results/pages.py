@@ -113,11 +113,16 @@ def _shown(lines: Iterable[Line], name: str) -> list[Line]:
     return [line for line in some if line["method"] not in FREE or "calibrated" in line["setting"]]
 
 
-def _equality(lines: Iterable[Line]) -> str:
+def _equality(lines: Sequence[Line]) -> str:
     """Return a sentence about the tokens of modes that promise those of `full`."""
+    others = (
+        "In all modes but `free`, every"
+        if any(line["method"] in FREE for line in lines)
+        else "Every"
+    )
     differing = [line for line in lines if line["method"] not in FREE and line["same"] < 1]
     if not differing:
-        return "In all modes but `free`, every token equals that of `full`."
+        return f"{others} token equals that of `full`."
     listed = ", ".join(
         f"{line['result']}, {NAMES[line['method']]} ({line['same']:.1%} of lines)"
         for line in differing
