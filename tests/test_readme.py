@@ -29,7 +29,7 @@ DOCS = ROOT / "docs"
 # Tutorials whose commands run here. That of the paper takes hours; tests/tools/paper/test_compare.py runs its command.
 TUTORIALS = sorted(page for page in DOCS.glob("tutorial-*.md") if page.stem != "tutorial-paper")
 # Pages whose links and names of files must exist. CHANGELOG.md also names what was removed.
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted(DOCS.glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted(DOCS.rglob("*.md"))]
 RUN = "<!-- run -->"
 # A server, and requests to it.
 SERVE = "<!-- serve -->"
