@@ -33,7 +33,7 @@ from tools.data.splits import SHARES, DataError, normalised, split_of
 # beginning of LONG words.
 SHARED_BY = 5
 LONG_SHARED_BY = 200
-# Fewest and most words of a compared beginning.
+# Minimum and maximum number of words of a compared beginning.
 SHORT = 6
 LONG = 16
 _AFFIXES = re.compile(
