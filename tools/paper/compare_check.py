@@ -121,10 +121,10 @@ def checked_options(options: CompareOptions) -> Resolved:
             notes.append(f"left out for {description.family}: {', '.join(left)}, which need a T5")
     if device.index is not None:
         notes.append(f"the comparison has not yet been run on a GPU: check its figures on {device}")
-    least = options.calm_min_layer
-    if "calm" in rows and 2 * least > layers:
+    first = options.calm_min_layer
+    if "calm" in rows and 2 * first > layers:
         notes.append(
-            f"CALM may exit only after layer {least} of {layers}, so it exits late or never; the "
+            f"CALM may exit only after layer {first} of {layers}, so it exits late or never; the "
             "authors' 4 is for 24 layers, --calm-min-layer chooses another"
         )
     if parameters < TINY and any(row in rows for row in ("eager", *OF_T5)):

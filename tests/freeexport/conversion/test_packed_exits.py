@@ -313,7 +313,7 @@ def test_the_tool_adds_phrases_and_keeps_the_exit(
     plain = bundle(checkpoint(LLAMA), tmp_path / "plain")
     for most, count in (("1000", None), ("3", 3)):
         done = CliRunner().invoke(
-            exit_phrases.main, [str(path), str(outputs), "--bundle", str(plain.path), "--most", most]
+            exit_phrases.main, [str(path), str(outputs), "--bundle", str(plain.path), "--max-phrases", most]
         )
         assert done.exit_code == 0, done.output
         after = read_packed(path)
