@@ -59,7 +59,7 @@ class TrainedModule(Protocol):
 
     @property
     def head(self) -> LogitsHead:
-        """LogitsHead of both exits."""
+        """The head of both exits."""
 
     @property
     def exit_layer(self) -> int:

@@ -1,4 +1,4 @@
-"""What was asked: a prompt as tokens, its options, and what follows from them."""
+"""A request as data: its prompt as tokens, its options, and the sampler that follows from them."""
 
 from __future__ import annotations
 
@@ -118,17 +118,22 @@ def check_count(count: int, options: GenerationOptions) -> None:
 
 
 def sampler_of(
-    options: GenerationOptions,
-    prompt_length: int,
-    eos: frozenset[int],
-    seed: tuple[int, int],
-    grammar: Constraint | None = None,
+    request: Request, prompt_length: int, eos: frozenset[int], seed: tuple[int, int]
 ) -> Sampler | None:
-    """Return the sampler for these options. None for arg max, which the engines compute."""
+    """Return the sampler of a request. None for arg max, which the engines compute.
+
+    Args:
+        request: The request.
+        prompt_length: Number of tokens before the first one that is sampled.
+        eos: Tokens that end the output.
+        seed: Seed of the request, and number of its continuation.
+    """
 
     def given(value: float | None, default: float) -> float:
         return default if value is None else float(value)
 
+    options = request.options
+    grammar = request.grammar
     warping = None
     if options.samples:
         warping = Warping(

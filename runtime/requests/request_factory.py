@@ -1,4 +1,4 @@
-"""From the arguments of a call to sequences in the scheduler."""
+"""Makes sequences of the arguments of a call."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class RequestFactory:
         keywords: GenerationKeywords,
         count: int | None = None,
     ) -> Sequence:
-        """Return the request for a prompt, or for a sound of one window, with `count` outputs."""
+        """Return the sequence for a prompt, or for a sound of one window, with `count` outputs."""
         cancel = keywords.get("cancel")
         options = self.options(given, keywords)
         if count is not None:
@@ -92,7 +92,7 @@ class RequestFactory:
         keywords: GenerationKeywords,
         ended: Callable[[None], None],
     ) -> Iterator[PromptList]:
-        """Context manager: yields submitted requests, which are abandoned if the body raises."""
+        """Context manager: yields submitted sequences, which are abandoned if the body raises."""
         cancel = keywords.get("cancel")
         options = self.options(given, keywords)
         self.check_open()

@@ -150,10 +150,7 @@ class Sequence:
         return fixed
 
     def _sampler(self, number: int) -> Sampler | None:
-        seed = self._seed, number
-        return sampler_of(
-            self.options, self._sampled_from, self._eos, seed=seed, grammar=self.request.grammar
-        )
+        return sampler_of(self.request, self._sampled_from, self._eos, (self._seed, number))
 
     def _detokenizer(self) -> Detokenizer:
         return Detokenizer(self.state.tokenizer, tuple(self.options.stop))

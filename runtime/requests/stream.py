@@ -284,7 +284,7 @@ class PromptList:
     the queue nor keeps other callers out.
 
     Args:
-        make: Creates the request for a prompt.
+        make: Creates the sequence for a prompt.
         prompts: The prompts.
         until: Deadline of all requests, on the monotonic clock.
         ended: Called once all requests have ended.

@@ -32,10 +32,10 @@ from runtime.decoding.overlapping import OverlappingDecoder
 from runtime.decoding.response import Response
 from runtime.engines.kv_cache import CrossCache, KVCache
 from runtime.engines.runner import Runner
+from runtime.requests import sequence as requests
 from runtime.requests.batching import LEARNED, BatchedCall, BatchPolicy, grouped, rules_of
 from runtime.requests.metrics import Observer
 from runtime.requests.scheduler import Scheduler
-from runtime.requests.sequence import Sequence as Request
 from runtime.result import Token
 
 WIDTH, VOCABULARY, ROWS, MAX_PENDING = 2, 90, 96, 8
@@ -158,7 +158,7 @@ class Machine:
             assert not runner.cache.lengths.any()
 
 
-class Job(Request):
+class Job(requests.Sequence):
     """A request that decodes as an Ask says; `came` are the tokens that were delivered."""
 
     def __init__(self, ask: Ask) -> None:
