@@ -18,8 +18,8 @@ from freeexport.calibrate.beside import TracedAnswer, check_sample, read_beside
 from freeexport.checkpoints.checkpoint import Checkpoint
 from freeexport.checkpoints.special_tokens import forced, known_ends, speech_of
 from freeexport.checkpoints.tokenizer_files import languages_of, write_tokenizer
+from freeexport.conversion.convert_options import NO_PHRASES, ConvertOptions, engine_options
 from freeexport.conversion.model_card import CARD, model_card
-from freeexport.conversion.options import NO_PHRASES, ConvertOptions, engine_options
 from freeexport.conversion.phrases import counted_phrases, ready_made_phrases
 from freeexport.conversion.recalibrate import check_fits, with_calibration
 from freeexport.costs.exit_gain import exit_gain

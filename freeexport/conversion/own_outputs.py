@@ -16,7 +16,7 @@ from freeexport.checkpoints.checkpoint import Checkpoint
 from freeexport.checkpoints.examples import Recording
 from freeexport.checkpoints.transformers_model import greedy_ids, reference_model
 from freeexport.conversion.convert import convert
-from freeexport.conversion.options import ConvertOptions
+from freeexport.conversion.convert_options import ConvertOptions
 from graphs.families import describe
 from runtime.bundle.bundle import Bundle
 from runtime.errors import BundleError

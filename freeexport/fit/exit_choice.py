@@ -61,23 +61,22 @@ class PlannedExit:
     begun: bool = False
 
     @property
-    def steps(self) -> tuple[Tune, ...]:
+    def trainings(self) -> tuple[str, ...]:
         """Return the trainings that produce the exit, in order.
 
-        Own layers that read the feature do not change the model, so the model is trained first,
-        unless the exit exists already. An exit without own parameters is trained with the model.
+        "joint" trains all weights, with the exit or before it. "exit" trains the exit alone. Own
+        layers that read the feature do not change the model, so the model is trained first, unless
+        the exit exists already. An exit without own parameters is trained with the model.
         """
         if not self.begun:
-            return ("full", "exit")
+            return ("joint", "exit")
         if self.input != "state":
             return ("exit",)
-        return ("full", "exit") if self.own else ("full",)
+        return ("joint", "exit") if self.own else ("joint",)
 
-    def training(self, tune: Tune) -> dict[str, Any]:
-        """Return options of `train` for one of these trainings.
-
-        "full" trains all weights, with the exit or before it. "exit" trains the exit alone.
-        """
+    def training(self, name: str) -> dict[str, Any]:
+        """Return options of `train` for one of the trainings."""
+        tune: Tune = "exit" if name == "exit" else "full"
         if self.input != "state" and tune == "full":
             return {"tune": tune, "exit_layer": max(1, self.layer), "loss": "deep-ce"}
         given: dict[str, Any] = {

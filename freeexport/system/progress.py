@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import threading
 import time
@@ -12,9 +11,6 @@ from typing import Any, Protocol
 
 # Seconds between plain lines. The first appears after the same time, so short work prints nothing.
 EVERY = 30.0
-# Environment variable set for a process whose parent shows the progress. The process then shows
-# none.
-BY_PARENT = "FREEEXPORT_PROGRESS_BY_PARENT"
 
 
 class Advance(Protocol):
@@ -24,25 +20,17 @@ class Advance(Protocol):
 
 
 @contextmanager
-def progress(
-    description: str,
-    total: float | None = None,
-    done: float = 0,
-    left: Callable[[], float | None] | None = None,
-) -> Iterator[Advance]:
+def progress(description: str, total: float | None = None, done: float = 0) -> Iterator[Advance]:
     """Show the progress of a block, and yield the function that advances it.
 
     Args:
         total: Number of units, or None if unknown.
         done: Units that are already done.
-        left: Estimates the remaining seconds, or None if unknown. Default: from the speed so far.
     """
     began = time.monotonic()
     start = done
 
     def seconds_left() -> float | None:
-        if left is not None:
-            return left()
         if not total or done <= start:
             return None
         return max(0.0, total - done) * (time.monotonic() - began) / (done - start)
@@ -54,9 +42,6 @@ def progress(
             bar.update(task, completed=done)
 
     bar: Any = None
-    if os.environ.get(BY_PARENT):
-        yield advance
-        return
 
     def write_lines() -> None:
         while not over.wait(EVERY):

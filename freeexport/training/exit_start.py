@@ -18,8 +18,8 @@ from freeexport.checkpoints.tokenizer_files import load_tokenizer
 from freeexport.training.batches import Collator
 from freeexport.training.exit_modules import ExitLayers, JoinedInputs, KnownTokens
 from freeexport.training.layer_modules import norm_module
-from freeexport.training.options import TrainingOptions
 from freeexport.training.shallow_deep import EXIT, IGNORED, ShallowDeep, SharedHead
+from freeexport.training.training_options import TrainingOptions
 from graphs.description import Description
 from graphs.exit_head import VOCABULARY
 from runtime.bundle.manifest import ExitVocabulary

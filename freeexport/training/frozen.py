@@ -28,7 +28,6 @@ from freeexport.training.exit_modules import (
     joined_feature,
 )
 from freeexport.training.layer_modules import Encoded, capped
-from freeexport.training.options import TrainingOptions
 from freeexport.training.shallow_deep import (
     ENCODER,
     IGNORED,
@@ -39,6 +38,7 @@ from freeexport.training.shallow_deep import (
     measures,
     products,
 )
+from freeexport.training.training_options import TrainingOptions
 from graphs.exit_head import fused_layers
 from runtime.bundle.manifest import FEATURE_STATES
 

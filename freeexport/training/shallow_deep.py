@@ -13,7 +13,7 @@ from torch import nn
 from freeexport.training import losses
 from freeexport.training.exit_modules import MEASURED, Exit, ExitLayers, KnownTokens, joined_feature
 from freeexport.training.layer_modules import Encoded, capped
-from freeexport.training.options import BuiltInLoss, LayerLoss
+from freeexport.training.training_options import BuiltInLoss, LayerLoss
 from graphs.description import Description
 from graphs.exit_head import fused_layers
 from graphs.layers import head_bias

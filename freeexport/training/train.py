@@ -18,7 +18,6 @@ from freeexport.checkpoints.exit_file import EXIT_FILE, ExitFile, write_exit_fil
 from freeexport.system.load import wait_quietly
 from freeexport.system.machine import BFLOAT16, keep_freed_memory, multiplies_bfloat16
 from freeexport.system.output import naming, output_directory
-from freeexport.training.options import LAST, MEASURED, TrainingOptions
 from freeexport.training.run_directory import (
     ELAPSED,
     METRICS,
@@ -27,6 +26,7 @@ from freeexport.training.run_directory import (
     open_run,
     run_directory,
 )
+from freeexport.training.training_options import LAST, MEASURED, TrainingOptions
 from runtime.errors import OptionError
 from runtime.machine.machine import usable_cores
 

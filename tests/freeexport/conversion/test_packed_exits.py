@@ -30,11 +30,11 @@ from freeexport.checkpoints.exit_file import EXIT_WEIGHTS, ExitFile, write_exit_
 from freeexport.checkpoints.packed_exit import MOST_BYTES, add_phrases, pack, read_packed
 from freeexport.checkpoints.ready_made import apply_exit, find_exit, fitting_exits, misfit, ready_made
 from freeexport.conversion.convert import convert
-from freeexport.conversion.options import ConvertOptions
+from freeexport.conversion.convert_options import ConvertOptions
 from freeexport.costs import exit_gain
 from freeexport.system.output import OutputError
-from freeexport.training.options import TrainingOptions
 from freeexport.training.train import train
+from freeexport.training.training_options import TrainingOptions
 from freeexport.training.tuning import link_or_copy
 from freeexport.verification.exit_agreement import open_with_exit
 from graphs.exit_head import OTHER, OTHER_BIAS, VOCABULARY

@@ -20,7 +20,7 @@ from command_line import error, invoke
 
 from freeexport.checkpoints.checkpoint import open_checkpoint
 from freeexport.conversion import rounding_data
-from freeexport.conversion.options import ConvertOptions, engine_options
+from freeexport.conversion.convert_options import ConvertOptions, engine_options
 from freeexport.conversion.rounding_data import RoundedWeights, round_for_text
 from freeexport.verification.divergence import predictions_on, quality_of
 from graphs.engine_options import EngineOptions

@@ -25,10 +25,10 @@ from freeexport.checkpoints.packed_sounds import LONGEST_SOUND, fields_of_sounds
 from freeexport.checkpoints.ready_made import apply_exit
 from freeexport.checkpoints.weight_files import CheckpointError
 from freeexport.conversion.convert import convert
-from freeexport.conversion.options import ConvertOptions
+from freeexport.conversion.convert_options import ConvertOptions
 from freeexport.costs import exit_gain
-from freeexport.training.options import TrainingOptions
 from freeexport.training.train import train
+from freeexport.training.training_options import TrainingOptions
 from freeexport.verification.exit_agreement import agreement_of, open_with_exit
 from runtime import Session
 from runtime.speech.audio import RATE, read_audio
