@@ -27,8 +27,7 @@ from freeexport.calibrate.traces import Replay, Traces, replay
 from freeexport.checkpoints.examples import read_examples
 from freeexport.costs import timing
 from freeexport.costs.bytes import known_costs
-from freeexport.costs.measured import SECONDS, measured_costs
-from freeexport.costs.replay import ReplaySession
+from freeexport.costs.measured import SECONDS, ReplaySession, measured_costs
 from freeexport.costs.verdict import ExitFacts, Verdict, basis_of, verdict, why_never
 from freeexport.system.load import load_note, other_load
 from freeexport.system.progress import duration

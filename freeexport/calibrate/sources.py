@@ -14,7 +14,7 @@ import numpy as np
 
 from freeexport.calibrate.traces import TraceCache, Traces, trace_of
 from freeexport.checkpoints.examples import DataError
-from freeexport.costs.replay import ReplaySession
+from freeexport.costs.measured import ReplaySession
 from freeexport.system.jsonl import Request
 from freeexport.system.progress import progress
 from freeexport.task_metrics import Reference

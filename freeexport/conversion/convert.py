@@ -22,8 +22,8 @@ from freeexport.conversion.convert_options import NO_PHRASES, ConvertOptions, en
 from freeexport.conversion.model_card import CARD, model_card
 from freeexport.conversion.phrases import counted_phrases, ready_made_phrases
 from freeexport.conversion.recalibrate import check_fits, with_calibration
-from freeexport.costs.exit_gain import exit_gain
 from freeexport.costs.measured import measured_in_child
+from freeexport.costs.timing import exit_gain
 from freeexport.system.output import OutputError, check_output, output_directory
 from freeexport.system.progress import progress
 from freeexport.verification.exit_agreement import open_with_exit

@@ -20,17 +20,25 @@ class Advance(Protocol):
 
 
 @contextmanager
-def progress(description: str, total: float | None = None, done: float = 0) -> Iterator[Advance]:
+def progress(
+    description: str,
+    total: float | None = None,
+    done: float = 0,
+    left: Callable[[], float | None] | None = None,
+) -> Iterator[Advance]:
     """Show the progress of a block, and yield the function that advances it.
 
     Args:
         total: Number of units, or None if unknown.
         done: Units that are already done.
+        left: Estimates the remaining seconds, or None if unknown. Default: from the speed so far.
     """
     began = time.monotonic()
     start = done
 
     def seconds_left() -> float | None:
+        if left is not None:
+            return left()
         if not total or done <= start:
             return None
         return max(0.0, total - done) * (time.monotonic() - began) / (done - start)

@@ -39,7 +39,7 @@ from freeexport.checkpoints.examples import DataError, encode, read_examples, te
 from freeexport.conversion.convert import convert
 from freeexport.conversion.convert_options import ConvertOptions
 from freeexport.conversion.own_outputs import own_outputs
-from freeexport.costs.replay import ReplaySession
+from freeexport.costs.measured import ReplaySession
 from freeexport.fit import fit_plan, recipe
 from freeexport.fit.fit_options import FitOptions
 from freeexport.fit.recipe import fit, planned

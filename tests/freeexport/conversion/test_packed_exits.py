@@ -31,7 +31,7 @@ from freeexport.checkpoints.packed_exit import MOST_BYTES, add_phrases, pack, re
 from freeexport.checkpoints.ready_made import apply_exit, find_exit, fitting_exits, misfit, ready_made
 from freeexport.conversion.convert import convert
 from freeexport.conversion.convert_options import ConvertOptions
-from freeexport.costs import exit_gain
+from freeexport.costs import timing
 from freeexport.system.output import OutputError
 from freeexport.training.train import train
 from freeexport.training.training_options import TrainingOptions
@@ -457,8 +457,8 @@ def test_lossless_leaves_out_an_exit_that_was_measured_not_to_pay(
     out = tmp_path / "out"
     here = Costs(1e-3, 5e-4, {1: 1e-2}, host=host(1))
     monkeypatch.setattr("freeexport.conversion.convert.measured_in_child", lambda directory: here)
-    monkeypatch.setattr(exit_gain, "ROUNDS", 1)
-    monkeypatch.setattr(exit_gain, "TOLERATED", 1e9)
+    monkeypatch.setattr(timing, "GAIN_ROUNDS", 1)
+    monkeypatch.setattr(timing, "TOLERATED", 1e9)
     options = ConvertOptions(exit=str(sampled), precision="int8", capacity=64, verify="none")
     made = convert(str(checkpoint(LLAMA)), out, options)
     record = made.ready_made_exit
@@ -468,9 +468,9 @@ def test_lossless_leaves_out_an_exit_that_was_measured_not_to_pay(
     assert found.prompts == 8
     assert 0 < found.low <= found.value <= found.high
     prompts = [np.array(sample.prompt) for sample in read_packed(sampled).about.samples]
-    assert exit_gain.exit_gain(out, prompts[:1]) is None
-    monkeypatch.setattr(exit_gain, "TOLERATED", -1.0)
-    assert exit_gain.exit_gain(out, prompts) is None
+    assert timing.exit_gain(out, prompts[:1]) is None
+    monkeypatch.setattr(timing, "TOLERATED", -1.0)
+    assert timing.exit_gain(out, prompts) is None
 
     may_exit = list[bool]()
 

@@ -26,7 +26,7 @@ from freeexport.checkpoints.ready_made import apply_exit
 from freeexport.checkpoints.weight_files import CheckpointError
 from freeexport.conversion.convert import convert
 from freeexport.conversion.convert_options import ConvertOptions
-from freeexport.costs import exit_gain
+from freeexport.costs import timing
 from freeexport.training.train import train
 from freeexport.training.training_options import TrainingOptions
 from freeexport.verification.exit_agreement import agreement_of, open_with_exit
@@ -102,12 +102,12 @@ def test_other_weights_take_an_exit_that_agrees_with_them(
 def test_convert_measures_the_gain_on_recordings(
     whisper: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(exit_gain, "ROUNDS", 1)
-    monkeypatch.setattr(exit_gain, "TOLERATED", 1e9)
+    monkeypatch.setattr(timing, "GAIN_ROUNDS", 1)
+    monkeypatch.setattr(timing, "TOLERATED", 1e9)
     out = tmp_path / "bundle"
     options = ConvertOptions(precision="int8", exit=str(whisper / "exit.safetensors"), verify="none", measure=False)
     convert(str(whisper / "model"), out, options)
-    gain = exit_gain.exit_gain(out, read_packed(whisper / "exit.safetensors").prompts)
+    gain = timing.exit_gain(out, read_packed(whisper / "exit.safetensors").prompts)
     assert gain is not None
     assert gain.prompts == len(SECONDS)
     with Session(out, threads=1) as session:
