@@ -97,7 +97,7 @@ def convert(model: str, out: Path, options: ConvertOptions) -> Manifest:
             err=True,
         )
     engines = engine_options(description, options, checkpoint.exit_layer(layers, exit_layer))
-    longest_prompt = options.longest_prompt(description)
+    max_prompt_tokens = options.max_prompt_tokens(description)
     if engines.keeps_file_bits() and (others := checkpoint.rounded_kinds()):
         instead = "stored as floats" if engines.in_floats else "quantized again"
         click.echo(
@@ -155,7 +155,7 @@ def convert(model: str, out: Path, options: ConvertOptions) -> Manifest:
             checkpoint,
             description,
             engines,
-            longest_prompt=longest_prompt,
+            max_prompt_tokens=max_prompt_tokens,
             written=written,
             directory=directory,
         )
@@ -329,7 +329,7 @@ def _new_manifest(
     checkpoint: Checkpoint,
     description: Description,
     engines: EngineOptions,
-    longest_prompt: int,
+    max_prompt_tokens: int,
     written: Written,
     directory: Path,
 ) -> Manifest:
@@ -365,7 +365,7 @@ def _new_manifest(
         head_dim=attention.head_dim,
         capacity=engines.capacity,
         max_pending=engines.max_pending,
-        encoder_capacity=longest_prompt,
+        encoder_capacity=max_prompt_tokens,
         confidence=engines.confidence,
         threshold=1.0,
         # Ids without a row in the model are never generated, so they end nothing.

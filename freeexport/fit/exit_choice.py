@@ -47,7 +47,7 @@ class PlannedExit:
         speeds: Speed of a token relative to the full model, by the same names.
         input: Input of its own layers. Unless it is "state", the model is trained first, without
             the exit.
-        begun: The checkpoint already has this exit. Training continues with it.
+        exists: The checkpoint already has this exit. Training continues with it.
     """
 
     layer: int
@@ -58,7 +58,7 @@ class PlannedExit:
     rates: dict[str, float]
     speeds: dict[str, float]
     input: ExitInput = "state"
-    begun: bool = False
+    exists: bool = False
 
     @property
     def trainings(self) -> tuple[str, ...]:
@@ -68,7 +68,7 @@ class PlannedExit:
         layers that read the feature do not change the model, so the model is trained first, unless
         the exit exists already. An exit without own parameters is trained with the model.
         """
-        if not self.begun:
+        if not self.exists:
             return ("joint", "exit")
         if self.input != "state":
             return ("exit",)
@@ -108,8 +108,8 @@ def best_exit(
     ]
     # Places that were measured: on T5, and on SmolLM2 and Qwen2.5.
     places.append(("feature", 1 if description.encoder is None else 0, 1))
-    begun = given is not None and given.trained
-    if given is not None and begun:  # training continues with it
+    exists = given is not None and given.trained
+    if given is not None and exists:  # training continues with it
         places = [(given.exit_input, given.exit_layer, given.exit_layers)]
         known = given.vocabulary
         vocabularies = [(None, 1.0) if known is None else (known.size, known.covered)]
@@ -134,7 +134,7 @@ def best_exit(
                 rates=rates,
                 speeds=speeds,
                 input=reads,
-                begun=begun,
+                exists=exists,
             )
         )
     return max(found, key=lambda one: one.speeds["usual"] * one.speeds["easy"])

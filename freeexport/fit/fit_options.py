@@ -79,10 +79,10 @@ class FitOptions:
     def recorded(self) -> dict[str, Any]:
         """Return what a resumed run must share with the original, as JSON values."""
         model = str(Path(self.model).absolute()) if Path(self.model).exists() else self.model
+        data = None if self.data is None else [str(self.data.absolute()), sha256_of(self.data)]
         return {
             "model": model,
-            "data": None if self.data is None else str(self.data.absolute()),
-            "sha256": None if self.data is None else sha256_of(self.data),
+            "data": data,
             "budget": self.budget,
             "threads": self.threads or usable_cores(),
             "device": self.device,

@@ -62,7 +62,7 @@ def describe_plan(options: FitOptions, plan: Plan) -> list[tuple[str, str]]:
         even = break_even_text(found.break_even, "bytes")
         reads = "" if found.input == "state" else ", which read the deep decoder's feature"
         place = f"after layer {found.layer}" if found.layer else "before layer 1"
-        place = f"the existing one, trained further: {place}" if found.begun else place
+        place = f"the existing one, trained further: {place}" if found.exists else place
         own = f", with {found.own} layer(s) of its own" if found.own else ""
         rows["exit"] = f"{place} of {plan.layers}{own}{reads}{known}: {even}"
         rates = ", ".join(f"{rate:.0%} on {name} tasks" for name, rate in found.rates.items())

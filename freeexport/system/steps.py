@@ -92,7 +92,7 @@ def check_run(file: Path, run: Mapping[str, Any], remedy: str, overwrite: bool =
     if not file.is_file():
         raise OptionError(
             f"{output} exists and is no output of this command (no {file.name}); choose another "
-            "--output"
+            "directory"
         )
     try:
         before = json.loads(file.read_text(encoding="utf-8"))

@@ -41,7 +41,7 @@ IGNORED = -100  # label of a position that predicts nothing
 
 
 @contextmanager
-def products(bf16: bool) -> Iterator[None]:
+def matmul_precision(bf16: bool) -> Iterator[None]:
     """Context manager: with `bf16`, float32 products use bfloat16 factors and float32 results.
 
     This applies to the heads. With results in bfloat16, the two best logits are often equal.

@@ -194,9 +194,9 @@ def output_metric(
         outputs = list[str]()
         for start in range(0, len(examples), _SELECT_BATCH):
             batch = examples[start : start + _SELECT_BATCH]
-            most = _LONGER * max(len(example.target) for example in batch)
+            max_new_tokens = _LONGER * max(len(example.target) for example in batch)
             outputs += texts(
-                greedy_ids(model, checkpoint, [example.prompt for example in batch], most)
+                greedy_ids(model, checkpoint, [example.prompt for example in batch], max_new_tokens)
             )
         return measure.of(measure.table(outputs, references))
 

@@ -27,7 +27,7 @@ from freeexport.checkpoints import packed_exit
 from freeexport.checkpoints import ready_made as ready_made_exits
 from freeexport.checkpoints.checkpoint import Checkpoint, CheckpointError, open_checkpoint, smollm2
 from freeexport.checkpoints.exit_file import EXIT_WEIGHTS, ExitFile, write_exit_file
-from freeexport.checkpoints.packed_exit import MOST_BYTES, add_phrases, pack, read_packed
+from freeexport.checkpoints.packed_exit import MAX_BYTES, add_phrases, pack, read_packed
 from freeexport.checkpoints.ready_made import apply_exit, find_exit, fitting_exits, misfit, ready_made
 from freeexport.conversion.convert import convert
 from freeexport.conversion.convert_options import ConvertOptions
@@ -371,7 +371,7 @@ def test_what_cannot_be_packed_is_refused(
     with pytest.raises(CheckpointError, match="has no exit with parameters of its own"):
         pack(str(checkpoint(LLAMA)), out, "x", **FACTS)
     pack(str(trained("layers")), tmp_path / "other.safetensors", "x", **FACTS)
-    monkeypatch.setattr(packed_exit, "MOST_BYTES", 10_000)
+    monkeypatch.setattr(packed_exit, "MAX_BYTES", 10_000)
     with pytest.raises(OutputError, match=r"has 0\.1 MB in 8 bits, at most 0 are packed; train one with fewer"):
         pack(str(trained("layers")), out, "x", **FACTS)
     with pytest.raises(CheckpointError, match="is a LoRA adapter; merge it"):
@@ -418,7 +418,7 @@ def test_the_exits_that_come_along_are_whole_and_fit_their_model() -> None:
     ]
     assert {packed.weights_sha256 for packed in found} == {model.weights_sha256}
     assert all(packed.samples and packed.agreement for packed in found)
-    assert all(path.stat().st_size < MOST_BYTES for path in ready_made())
+    assert all(path.stat().st_size < MAX_BYTES for path in ready_made())
 
 
 def test_convert_names_the_exits_that_fit(

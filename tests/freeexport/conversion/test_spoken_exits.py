@@ -21,7 +21,7 @@ from whisper_case import START, write_whisper
 
 from freeexport.checkpoints import packed_exit
 from freeexport.checkpoints.packed_exit import read_packed
-from freeexport.checkpoints.packed_sounds import LONGEST_SOUND, fields_of_sounds
+from freeexport.checkpoints.packed_sounds import MAX_SECONDS, fields_of_sounds
 from freeexport.checkpoints.ready_made import apply_exit
 from freeexport.checkpoints.weight_files import CheckpointError
 from freeexport.conversion.convert import convert
@@ -136,7 +136,7 @@ def rewritten(path: Path, out: Path, tensors: dict[str, np.ndarray]) -> Path:
         ({"sound.1": np.ones(9, np.float32)}, r"sound.1 is float32 \[9\], not int8"),
         ({"sound.1": np.ones((3, 3), np.int8)}, r"sound.1 is int8 \[3, 3\], not int8 of one dimension"),
         ({"sound.1": np.ones(0, np.int8)}, r"sound.1 is int8 \[0\]"),
-        ({"sound.2": np.ones(LONGEST_SOUND * RATE + 1, np.int8)}, r"a recording of 30\.0 s, at most 30"),
+        ({"sound.2": np.ones(MAX_SECONDS * RATE + 1, np.int8)}, r"a recording of 30\.0 s, at most 30"),
     ],
 )
 def test_damaged_recordings_are_refused(

@@ -156,7 +156,7 @@ def test_an_exit_that_is_there_is_evaluated_and_training_goes_on_with_it(with_ex
     given = with_exit(budget=200.0)
     found = planned(given)
     assert found.exit is not None
-    assert (found.exit.layer, found.exit.own, found.exit.begun) == (2, 0, True)
+    assert (found.exit.layer, found.exit.own, found.exit.exists) == (2, 0, True)
     assert sum(found.seconds.values()) == pytest.approx(given.budget)
     shown = dict(describe_plan(given, found))
     assert shown["exit"].startswith("the existing one, trained further: after layer 2")
