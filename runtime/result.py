@@ -80,8 +80,8 @@ class Stats:
     """Counts and times of one request. Times are in seconds.
 
     Attributes:
-        mode: The mode used: the requested one, or "full" if the threshold never lets a token exit.
-            None before the request started.
+        mode: The mode used: the requested one, except where the threshold never lets a token exit
+            (see the option `threshold`). None before the request started.
         predicted: Number of tokens predicted by reading the prompt: 1, or 0 for encoder-decoders.
         reads_exit: The shallow calls ran the exit's own layers, if it has any. In "lossless",
             requests that draft from text alone skip them.

@@ -28,7 +28,7 @@ from runtime.options.option_keywords import GenerationKeywords, SessionKeywords
 from runtime.options.session_options import SessionOptions
 from runtime.requests.load_engines import capacity_of, load_engines, open_backend
 from runtime.requests.metrics import Metrics, Observer, RequestEvent
-from runtime.requests.requests import Given, Requests
+from runtime.requests.request_factory import Given, RequestFactory
 from runtime.requests.scheduler import Scheduler
 from runtime.requests.session_state import SessionState, open_corpus, read_phrases
 from runtime.requests.stream import (
@@ -149,7 +149,7 @@ class Session:
         if manifest.speech is not None:
             align = Aligner(manifest, engines.shallow.engine, engines.deep.engine).weights
             transcriber = Transcriber(manifest, self._tokenizer, self.capacity, align)
-        self._requests = Requests(self._state, scheduler, transcriber)
+        self._requests = RequestFactory(self._state, scheduler, transcriber)
 
     @classmethod
     def from_pretrained(
@@ -402,15 +402,15 @@ class Session:
         those of `generate`.
 
         Args:
-            num_return_sequences: Number of continuations, at most MOST_SEQUENCES
-                (runtime/requests/requests.py).
+            num_return_sequences: Number of continuations, at most MAX_SEQUENCES
+                (runtime/requests/request.py).
 
         Raises:
             CapacityError: If the caches of beams do not fit into memory.
         """
         sequence = self._requests.one(prompt, options, keywords, num_return_sequences)
         Stream(self._scheduler, sequence, whole=True).drain()
-        return sequence.generation.best()
+        return sequence.best()
 
     @contextmanager
     def decoder(self, prompt: np.ndarray | SpeechPrompt | None = None) -> Iterator[Decoder]:

@@ -126,7 +126,7 @@ def decoded(
     """
     response = Response(prompt, limit)
     if prompt.tolist() == START:
-        decoder.begin(exits=True)
+        decoder.start(exits=True)
     else:
         first = yield from decoder.prefilling(prompt, head=drafts is not None)
         yield response.add(response.choose(first), False, first.confidence, first)

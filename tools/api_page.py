@@ -17,7 +17,7 @@ HEAD = """# API
 Generated from the docstrings in `runtime/` by `python -m tools.pages`; do not edit.
 
 The public names of `runtime`, which `freeexport` re-exports. They do not need torch.
-[Options](options.md) have a page of their own.
+[Options](options.md) explains `options` and `**keywords` of sessions and requests.
 """
 RESULTS: tuple[type[Any], ...] = (
     runtime.GenerationResult,
@@ -36,21 +36,26 @@ OTHER_RECORDS: tuple[type[Any], ...] = (
     runtime.RequestEvent,
 )
 WITH_METHODS: tuple[type[Any], ...] = (
-    runtime.Stream,
-    runtime.AsyncStream,
     runtime.SegmentStream,
     runtime.Bundle,
     runtime.FreeModelForCausalLM,
 )
+# Arguments that the page of options explains, and methods for measurements.
+OPTIONS = ("options", "**keywords")
+INTERNAL = ("listen", "decoder")
 WIDTH = 120  # characters of a line, except in tables
 _HEADING = re.compile(r"(Args|Attributes|Raises|Returns|Yields):")
 
 
 def api() -> str:
-    """Return the page: a section per class, and a table of the errors."""
+    """Return the page: a section per class, and a list of the errors."""
     described = [
         *_class(runtime.Session),
         *(part for kind in RESULTS for part in _record(kind)),
+        *_class(runtime.Stream),
+        f"## `{runtime.AsyncStream.__name__}`",
+        f"{_text(runtime.AsyncStream.__doc__ or '')} `result` and `drain` are those of `Stream`.",
+        *_method(runtime.AsyncStream, "aclose"),
         *(part for kind in WITH_METHODS for part in _class(kind)),
         f"## `{runtime.FreeModelForSeq2SeqLM.__name__}`",
         f"{_text(runtime.FreeModelForSeq2SeqLM.__doc__ or '')} Its methods are the same.",
@@ -99,21 +104,21 @@ def _wrapped(text: str, indent: str = "") -> str:
 
 
 def _record(kind: type[Any]) -> Iterator[str]:
-    """Describe a class by a table of its fields and properties."""
+    """Describe a class by a list of its fields and properties."""
     docstring = inspect.getdoc(kind) or ""
     yield f"## `{kind.__name__}`"
     yield _text(docstring)
     hints = _hints(kind)
-    rows = [
-        (f"`{name}`", f"`{hints[name]}`" if name in hints else "", text)
+    listed = [
+        (f"`{name}` (`{hints[name]}`)" if name in hints else f"`{name}`", text)
         for name, text in entries(sections(docstring).get("Attributes", "")).items()
     ]
     for name, member in _members(kind).items():
         if isinstance(member, property):
             hint = inspect.signature(member.fget).return_annotation  # type: ignore[arg-type]
-            rows.append((f"`{name}`", f"`{hint}`", _text(member.__doc__ or "")))
-    if rows:
-        yield _table(("field", "type", ""), rows)
+            listed.append((f"`{name}` (`{hint}`)", _text(member.__doc__ or "")))
+    if listed:
+        yield _list(listed)
     if kind is runtime.GenerationResult:
         yield from _method(kind, "to_dict")
 
@@ -126,14 +131,15 @@ def _class(kind: type[Any]) -> Iterator[str]:
         yield _signature(kind.__name__, kind)
         yield from _lists(docstring)
     for name, member in _members(kind).items():
-        if isinstance(member, classmethod) or inspect.isfunction(member):
+        if name not in INTERNAL and (isinstance(member, classmethod) or inspect.isfunction(member)):
             yield from _method(kind, name)
 
 
 def _method(kind: type[Any], name: str) -> Iterator[str]:
     method = getattr(kind, name)
     yield f"### `{kind.__name__}.{name}`"
-    yield _signature(name, method)
+    if len(inspect.signature(method).parameters) > 1 or inspect.ismethod(method):
+        yield _signature(name, method)
     yield _text(method.__doc__ or "")
     yield from _lists(method.__doc__ or "")
 
@@ -141,11 +147,19 @@ def _method(kind: type[Any], name: str) -> Iterator[str]:
 def _lists(docstring: str) -> Iterator[str]:
     """List the arguments and errors of a docstring."""
     for title in ("Args", "Raises"):
-        listed = entries(sections(docstring).get(title, ""))
+        verb = "Raises " if title == "Raises" else ""
+        listed = [
+            (f"{verb}`{name}`", text)
+            for name, text in entries(sections(docstring).get(title, "")).items()
+            if name not in OPTIONS
+        ]
         if listed:
-            verb = "Raises " if title == "Raises" else ""
-            items = (f"- {verb}`{name}`: {text}" for name, text in listed.items())
-            yield "\n".join(_wrapped(item, "  ") for item in items)
+            yield _list(listed)
+
+
+def _list(listed: Sequence[tuple[str, str]]) -> str:
+    """Return a list of names and their texts."""
+    return "\n".join(_wrapped(f"- {name}: {text}", "  ") for name, text in listed)
 
 
 def _signature(name: str, function: Any) -> str:
@@ -179,7 +193,7 @@ def _hints(kind: type[Any]) -> dict[str, str]:
 
 
 def _errors() -> Iterator[str]:
-    """Describe the errors by a table."""
+    """Describe the errors by a list."""
     yield "## Errors"
     yield _text(errors.__doc__ or "")
     classes = [
@@ -187,13 +201,9 @@ def _errors() -> Iterator[str]:
         for one in vars(errors).values()
         if inspect.isclass(one) and issubclass(one, errors.FreeExportError)
     ]
-    rows = [
-        (f"`{one.__name__}`", f"`{one.__base__.__name__}`", _text(one.__doc__ or ""))  # type: ignore[union-attr]
-        for one in classes
-    ]
-    yield _table(("error", "base", ""), rows)
-
-
-def _table(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
-    cells = [[" ".join(cell.replace("|", "\\|").split()) for cell in row] for row in rows]
-    return "\n".join(f"| {' | '.join(row)} |" for row in (columns, ["---"] * len(columns), *cells))
+    yield _list(
+        [
+            (f"`{one.__name__}` (`{one.__base__.__name__}`)", _text(one.__doc__ or ""))  # type: ignore[union-attr]
+            for one in classes
+        ]
+    )

@@ -15,6 +15,7 @@ the root of the repository.
 from __future__ import annotations
 
 import ctypes
+import json
 import mmap
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -27,11 +28,12 @@ from typing import Any, NamedTuple
 import click
 import numpy as np
 
+from freeexport.system.environment import environment
 from freeexport.system.load import load_note, other_load
+from freeexport.system.output import write_whole
 from runtime.engines.kernels import LIBRARY, instructions
 from runtime.errors import EngineError
 from tools.data.splits import run_tool
-from tools.timings import save_timings
 
 QUANTILE = 0.1
 MEMORY = 1 << 30
@@ -206,12 +208,12 @@ def multiply(
 def measure(
     libraries: dict[str, Path],
     rounds: int,
-    most: int,
+    max_rows: int,
     threads: int = 1,
     activations: Sequence[str] = (),
     floats: bool = False,
 ) -> list[dict[str, Any]]:
-    """Return a row for each part and library, with milliseconds by number of rows up to `most`.
+    """Return a row for each part and library, with milliseconds by number of rows up to `max_rows`.
 
     Also for each part with `activations` in other types. With `floats`, for layers in bfloat16 and
     in fp32 instead.
@@ -232,10 +234,10 @@ def measure(
     calls = {name: load(path) for name, path in libraries.items()}
     shapes = (*LAYER, *HEAD)
     inputs = max(shape[1] for shape in shapes)
-    x = np.random.default_rng(0).standard_normal((most, inputs), np.float32)
-    ys = np.zeros((threads, most, max(shape[0] for shape in shapes)), np.float32)
+    x = np.random.default_rng(0).standard_normal((max_rows, inputs), np.float32)
+    ys = np.zeros((threads, max_rows, max(shape[0] for shape in shapes)), np.float32)
     y = ys[0]
-    counts = [rows for rows in COUNTS if rows <= most]
+    counts = [rows for rows in COUNTS if rows <= max_rows]
     for item in parts:
         for rows in counts:
             for product in item.products[: len(LAYER)]:
@@ -329,7 +331,14 @@ def main(
         command += f" --rounds {rounds} --rows {rows} --threads {threads}"
         command += "".join(f" --activations {type_}" for type_ in activations)
         command += " --floats" if floats else ""
-        save_timings(save, command, other.cores, found)
+        content = {
+            "command": command,
+            "environment": environment(),
+            "busy_cores": round(other.cores, 2),
+            "unit": "milliseconds of processor time",
+            "rows": found,
+        }
+        write_whole(save, json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":

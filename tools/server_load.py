@@ -1,16 +1,13 @@
-"""Measures `freeexport serve` under load on loopback: client latency and server overhead.
+"""Measures `freeexport serve` under load on loopback: throughput, and latency of clients.
 
     python -m tools.server_load BUNDLE --threads 2 --seconds 20
     python -m tools.server_load BUNDLE \\
         --against "llama-server -m FILE -t 2 -np 16 -c 16384 --port 8091"
 
-Prints the tokens/s of one client and, in turn, of Session.stream in this process. For each number
-of clients it prints p50, p95 and p99 of the time to the first token and between tokens. It also
-prints the time between tokens of eight streams while a long prompt arrives.
-
-With --against, another server answers the same requests in turn with ours. Only one server runs at
-a time. Clients share the cores with the server, and their use of cores is printed. Run on an idle
-machine: the load average is printed. Every answer has --max-new-tokens tokens.
+For each number of clients it prints p50, p95 and p99 of the time to the first token and between
+tokens. With --against, another server answers the same requests in turn with ours. Only one server
+runs at a time. Clients share the cores with the server, and their use of cores is printed. Run on
+an idle machine: the load average is printed. Every answer has --max-new-tokens tokens.
 """
 
 from __future__ import annotations
@@ -26,8 +23,8 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import click
@@ -36,7 +33,8 @@ import numpy as np
 
 from freeexport.system.machine import detect_machine
 from freeexport.system.output import write_whole
-from runtime import Bundle, EngineError, Session
+from runtime.errors import EngineError
+from tools.data.splits import run_tool
 
 PROMPTS = (
     "Once upon a time",
@@ -45,8 +43,6 @@ PROMPTS = (
     "Rain fell on the",
 )
 CLIENTS = (1, 4, 16, 64)
-STREAMS = 8
-LONG_PROMPT = 1500
 START_SECONDS = 60  # time limit for the start of another server
 
 
@@ -120,52 +116,12 @@ async def load(url: str, clients: int, seconds: float, tokens: int) -> list[list
     return done
 
 
-async def beside_long_prompt(url: str, tokens: int, arrives: bool) -> list[float]:
-    """Return the times between tokens of STREAMS streams, optionally beside a long prompt."""
-    async with httpx.AsyncClient(base_url=url, timeout=600) as client:
-        streams = [
-            asyncio.ensure_future(stream(client, PROMPTS[n % len(PROMPTS)], tokens))
-            for n in range(STREAMS)
-        ]
-        await asyncio.sleep(1)
-        if arrives:
-            await stream(client, [20 + number % 200 for number in range(LONG_PROMPT)], 1)
-        return gaps(await asyncio.gather(*streams))
-
-
 def gaps(done: Sequence[Sequence[float]]) -> list[float]:
     return [later - earlier for times in done for earlier, later in itertools.pairwise(times[1:])]
 
 
 def format_percentiles(seconds: Sequence[float]) -> str:
     return " ".join(f"{1e3 * value:8.1f}" for value in np.percentile(seconds, (50, 95, 99)))
-
-
-def print_cost(url: str, bundle: Path, threads: int, rounds: int, tokens: int) -> None:
-    """Print the tokens/s of one request, in turn from the server and from a session here."""
-    speeds: list[tuple[float, float]] = []
-
-    async def ask() -> int:
-        async with httpx.AsyncClient(base_url=url, timeout=600) as client:
-            return len(await stream(client, PROMPTS[0], tokens)) - 1
-
-    with Session(bundle, threads=threads, slots=1, prefix_cache_mb=0) as session:
-        for turn in range(rounds + 1):
-            began = time.perf_counter()
-            ours = session.stream(PROMPTS[0], mode="full", max_new_tokens=tokens, ignore_eos=True)
-            chunks = sum(bool(token.text) for token in ours)
-            between = time.perf_counter()
-            assert asyncio.run(ask()) == chunks
-            if turn:  # the first warms up
-                speeds.append(
-                    (chunks / (between - began), chunks / (time.perf_counter() - between))
-                )
-    ratios = [there / here for here, there in speeds]
-    here, there = map(median, zip(*speeds, strict=True))
-    click.echo(
-        f"one client: session {here:.1f} tokens/s, server {there:.1f}, ratio {median(ratios):.3f}"
-    )
-    click.echo(f"  ratios of {rounds} rounds: {min(ratios):.3f} to {max(ratios):.3f}")
 
 
 @contextmanager
@@ -217,26 +173,13 @@ def latency(url: str, clients: int, seconds: float, tokens: int, name: str) -> d
     }
 
 
-def _save(
-    save: Path | None, threads: int, tokens: int, rows: list[dict[str, Any]], against: str | None
-) -> None:
-    if save is not None:
-        facts = {
-            "processor": detect_machine().cpu,
-            "threads": threads,
-            "tokens": tokens,
-            "against": against,
-        }
-        write_whole(save, json.dumps({**facts, "rows": rows}, indent=2) + "\n")
-
-
 @click.command(context_settings={"show_default": True})
 @click.argument("bundle", type=click.Path(path_type=Path, exists=True))
 @click.option("--threads", type=int, default=2)
 @click.option("--slots", type=int, default=16)
 @click.option("--seconds", type=float, default=20, help="For each number of clients.")
 @click.option("--max-new-tokens", "tokens", type=int, default=64)
-@click.option("--rounds", type=int, default=9)
+@click.option("--rounds", type=int, default=1)
 @click.option(
     "--clients", type=int, multiple=True, help="Numbers of clients.  [default: 1, 4, 16, 64]"
 )
@@ -257,39 +200,27 @@ def main(
     click.echo(
         f"{detect_machine().cpu}, {threads} threads; load average before: {os.getloadavg()[0]:.1f}"
     )
-    heading = (
+    click.echo(
         "clients  requests  tokens/s  first token ms: p50, p95, p99    between tokens ms"
         "    client cores"
     )
-    report = list[dict[str, Any]]()
+    servers = {"ours": partial(served, bundle, threads, slots)}
     if against is not None:
-        click.echo(heading)
-        for number, turn in itertools.product(clients or CLIENTS, range(rounds)):
-            for name in ("ours", "theirs") if turn % 2 == 0 else ("theirs", "ours"):
-                with (
-                    served(bundle, threads, slots)
-                    if name == "ours"
-                    else other_server(against) as url
-                ):
-                    report.append(latency(url, number, seconds, tokens, name))
-        _save(save, threads, tokens, report, against)
-        return
-    with served(bundle, threads, slots) as url:
-        print_cost(url, bundle, threads, rounds, tokens)
-        click.echo(heading)
-        report += [latency(url, number, seconds, tokens, "ours") for number in clients or CLIENTS]
-        _save(save, threads, tokens, report, None)
-        if Bundle.open(bundle).manifest.capacity <= LONG_PROMPT:
-            click.echo(f"no prompt of {LONG_PROMPT} tokens: they do not fit this bundle")
-            return
-        for arrives in (False, True):
-            between = asyncio.run(beside_long_prompt(url, 4 * tokens, arrives))
-            what = f"beside a prompt of {LONG_PROMPT} tokens" if arrives else "alone"
-            click.echo(
-                f"{STREAMS} streams {what}, between tokens ms: {format_percentiles(between)}, "
-                f"at most {max(between):.3f} s"
-            )
+        servers["theirs"] = partial(other_server, against)
+    rows = []
+    for number, turn in itertools.product(clients or CLIENTS, range(rounds)):
+        for name in list(servers)[:: 1 if turn % 2 == 0 else -1]:
+            with servers[name]() as url:
+                rows.append(latency(url, number, seconds, tokens, name))
+    if save is not None:
+        facts = {
+            "processor": detect_machine().cpu,
+            "threads": threads,
+            "tokens": tokens,
+            "against": against,
+        }
+        write_whole(save, json.dumps({**facts, "rows": rows}, indent=2) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

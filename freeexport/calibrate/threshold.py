@@ -19,8 +19,8 @@ from freeexport.system.progress import progress
 from freeexport.task_metrics import Metric, Reference, check_name, draws, metric_of, scores
 from runtime import Session
 from runtime.bundle.beta import (
-    LEAST_SHAPE,
-    MOST_CONCENTRATION,
+    MAX_CONCENTRATION,
+    MIN_SHAPE,
     NEVER_EXIT,
     Beta,
     BetaMixture,
@@ -268,7 +268,7 @@ def fit_mixture(confidence: np.ndarray, agrees: np.ndarray, target: float) -> Ch
 def fit_beta(confidence: np.ndarray) -> Beta:
     """Fit a Beta distribution by maximum likelihood to confidences [n] in [0, 1].
 
-    Its shapes are from LEAST_SHAPE to MOST_CONCENTRATION, because the likelihood of equal
+    Its shapes are from MIN_SHAPE to MAX_CONCENTRATION, because the likelihood of equal
     confidences grows without bound.
     """
     inside = clipped(confidence)
@@ -277,7 +277,7 @@ def fit_beta(confidence: np.ndarray) -> Beta:
     mean = float(inside.mean())
     # The shapes that have the mean and the variance of the data.
     total = mean * (1 - mean) / max(float(inside.var()), 1e-9) - 1
-    limits = (LEAST_SHAPE, MOST_CONCENTRATION)
+    limits = (MIN_SHAPE, MAX_CONCENTRATION)
     start = np.clip([mean * total, (1 - mean) * total], *limits)
 
     def loss(logs: np.ndarray) -> tuple[float, np.ndarray]:

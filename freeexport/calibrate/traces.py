@@ -235,7 +235,7 @@ def _drafted_trace(
         if manifest.encoder_decoder and not spoken:
             *before, token = manifest.output_begins
             ids = (token, *ids[len(before) :])
-            decoder.begin(True)
+            decoder.start(True)
             for given in before:  # forced tokens are not predicted
                 decoder.step(given, head=True)
                 decoder.sync(0)

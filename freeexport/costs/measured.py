@@ -81,7 +81,7 @@ class ReplayDecoder(Decoder):
         self._script = script
         self._decided = 0
 
-    def begun(self) -> None:
+    def on_prefill_done(self) -> None:
         self._decided = 0
 
     def prediction(self) -> Prediction:

@@ -28,7 +28,7 @@ from freeexport.fit.exit_choice import PlannedExit, best_exit
 from freeexport.fit.fit_options import FitOptions
 from freeexport.fit.splits import TRAIN
 from freeexport.fit.training_speed import training_speed
-from freeexport.system.jsonl import Request
+from freeexport.system.jsonl import InputLine
 from freeexport.system.load import other_load
 from freeexport.system.machine import multiplies_bfloat16
 from freeexport.system.progress import duration
@@ -176,7 +176,7 @@ class Plan:
     unwritable: str = ""
 
 
-def make_plan(options: FitOptions, lines: Sequence[Request]) -> Plan:
+def make_plan(options: FitOptions, lines: Sequence[InputLine]) -> Plan:
     """Plan a run over `lines` of data.
 
     Reads no weights before the timed steps, unless a ready-made exit may fit them. If the budget is
@@ -292,7 +292,7 @@ def _check_for_gpu(
     engine_options(checkpoint.described(), ConvertOptions(target=options.target), layer)
 
 
-def _check_metric(name: str, lines: Sequence[Request]) -> None:
+def _check_metric(name: str, lines: Sequence[InputLine]) -> None:
     metric = metric_of(name)
     references = [reference_of(line) for line in lines[:SAMPLE]]
     known = [one for one in references if one is not None]

@@ -11,7 +11,7 @@ from freeexport.serving.errors import invalid, unsupported
 from runtime import GenerationOptions
 from runtime.errors import shown
 from runtime.options.checks import LONGEST_SALT
-from runtime.options.generation_options import MOST_TOP_LOGPROBS, Mode
+from runtime.options.generation_options import MAX_TOP_LOGPROBS, Mode
 
 Count = Annotated[int, msgspec.Meta(ge=1)]
 Stop = Annotated[str, msgspec.Meta(max_length=1024)]
@@ -334,7 +334,7 @@ class ChatRequest(GenerationRequest, kw_only=True):
     prediction: PredictedContent | None = None
     max_completion_tokens: Count | None = None
     logprobs: bool = False
-    top_logprobs: Annotated[int, msgspec.Meta(ge=0, le=MOST_TOP_LOGPROBS)] = 0
+    top_logprobs: Annotated[int, msgspec.Meta(ge=0, le=MAX_TOP_LOGPROBS)] = 0
     tools: Annotated[list[Tool], msgspec.Meta(max_length=128)] | None = None
     tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
     parallel_tool_calls: bool = True

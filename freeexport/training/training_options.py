@@ -41,7 +41,7 @@ MEASURED = ("loss", "agreement", "oracle-exits", LAST)
 _FREE_ON_RESUME = ("time_limit", "patience", "resume", "overwrite", "threads")
 
 
-class Head(Protocol):
+class LogitsHead(Protocol):
     """The head that a model's exits share."""
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -58,8 +58,8 @@ class TrainedModule(Protocol):
     """The trained model with two exits, as a LayerLoss sees it."""
 
     @property
-    def head(self) -> Head:
-        """Head of both exits."""
+    def head(self) -> LogitsHead:
+        """LogitsHead of both exits."""
 
     @property
     def exit_layer(self) -> int:

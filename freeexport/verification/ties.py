@@ -18,7 +18,7 @@ import numpy as np
 from freeexport.verification.equality import all_settings
 from runtime import GenerationResult, Session
 from runtime.bundle.manifest import FloatType
-from runtime.options.generation_options import MOST_TOP_LOGPROBS
+from runtime.options.generation_options import MAX_TOP_LOGPROBS
 from runtime.result import TopLogprobs
 
 # Largest plausible noise, as a root mean square in nats. Rounding stays below a tenth of it, and
@@ -199,7 +199,7 @@ def compare_up_to_ties(session: Session, prompts: Sequence[Any], count: int) -> 
     longest = max(map(len, prompts))
     room = session.capacity - (1 if session.manifest.encoder_decoder else longest)
     plain: dict[str, Any] = {"max_new_tokens": max(1, min(count, room)), "ignore_eos": True}
-    scored = plain | {"output_logprobs": True, "top_logprobs": MOST_TOP_LOGPROBS}
+    scored = plain | {"output_logprobs": True, "top_logprobs": MAX_TOP_LOGPROBS}
     expected = [
         ScoredTokens.of(session.generate(prompt, mode="full", **scored)) for prompt in prompts
     ]

@@ -219,7 +219,7 @@ def at_least(exact: np.ndarray, type_: np.dtype) -> np.ndarray:
 # Largest distance of a value from its step, in steps. Rounding to bfloat16 can move it this far. 32
 # values are not this close by chance.
 TOLERANCE = 1 / 16
-MOST_STEPS = 15
+MAX_STEPS = 15
 # Outputs that are checked first, because most weights are not on a grid.
 FIRST = 4
 
@@ -247,7 +247,7 @@ def on_grid(weight: np.ndarray, block: int, type_: np.dtype, offsets: bool) -> R
     zeros = np.rint(-starts / scales)
     meets_zero = np.abs(starts + zeros * scales) <= TOLERANCE * scales
     rounded_scales = scales.astype(type_)
-    if meets_zero.all() and zeros.min() >= 0 and zeros.max() <= MOST_STEPS:
+    if meets_zero.all() and zeros.min() >= 0 and zeros.max() <= MAX_STEPS:
         error = _error(weight, values, rounded_scales, -zeros * rounded_scales.astype(np.float32))
         return join_rounded(values, rounded_scales, zeros, error)
     if not offsets:
@@ -271,7 +271,7 @@ def _steps(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray] | No
     values = np.repeat((low > 0).astype(np.uint8)[:, None], blocks.shape[1], axis=1)
     spacing = np.where(low == 0, 1, np.abs(low)).astype(np.float32)
     low = np.where(high > low, low, np.minimum(low, 0))
-    for count in range(MOST_STEPS, 0, -1):
+    for count in range(MAX_STEPS, 0, -1):
         between = (high[left] - low[left]) / count
         steps = (blocks[left] - low[left, None]) / between[:, None]
         nearest = np.rint(steps)

@@ -45,12 +45,12 @@ LABEL_SHARE = 0.01
 TYPICAL_ROWS = 4
 # Exits are disabled if their predicted speedup over mode full is lower. Predictions were up to 17 %
 # too low.
-LEAST_SPEEDUP = 0.95
+MIN_SPEEDUP = 0.95
 # If nothing exits and costs are unknown, every n-th request is a probe.
 PROBE_EVERY = 20
 # Bounds of the target implied by a calibrated threshold: P(agree | c) at the threshold.
-LEAST_TARGET = 0.5
-MOST_TARGET = 0.9999
+MIN_TARGET = 0.5
+MAX_TARGET = 0.9999
 # Without calibration: the target of `freeexport calibrate`, and a typical mixture of shallow
 # decoders, whose first threshold is 0.94. Its weight is only that of every prior (PRIOR_TOKENS).
 UNCALIBRATED_TARGET = 0.95
@@ -121,7 +121,7 @@ class AdaptiveThreshold(Learner):
         if state is not None:
             found = self._read(state, AdaptiveState)
             # Logarithms of numbers in (0, 1) are negative.
-            check_sums([found.agree, found.disagree, *found.unlabelled], most=0)
+            check_sums([found.agree, found.disagree, *found.unlabelled], max_sum=0)
             agree = LogSums(*found.agree)
             disagree = LogSums(*found.disagree)
             self._evidence = LabelStatistics(agree, disagree, found.unlabelled)
@@ -156,7 +156,7 @@ class AdaptiveThreshold(Learner):
         threshold = threshold_at(self.mixture, self.target)
         if threshold < NEVER_EXIT and self._costs is not None:
             exits = self.mixture.above(threshold)
-            if self._costs.speedup(exits, self._max_pending) < LEAST_SPEEDUP:
+            if self._costs.speedup(exits, self._max_pending) < MIN_SPEEDUP:
                 return NEVER_EXIT
         return threshold
 
@@ -206,4 +206,4 @@ def _target(calibration: Calibration | None) -> float:
         return UNCALIBRATED_TARGET
     else:
         target = float(calibration.mixture.posterior(calibration.threshold))
-    return min(max(target, LEAST_TARGET), MOST_TARGET)
+    return min(max(target, MIN_TARGET), MAX_TARGET)

@@ -118,9 +118,9 @@ class Learner:
         return state
 
 
-def check_sums(sums: Iterable[Sequence[float]], most: float = math.inf) -> None:
+def check_sums(sums: Iterable[Sequence[float]], max_sum: float = math.inf) -> None:
     """Check that each row is a weight of at least 0 and two sums of at most `most`."""
-    if not all(len(row) == 3 and row[0] >= 0 and max(row[1:]) <= most for row in sums):
+    if not all(len(row) == 3 and row[0] >= 0 and max(row[1:]) <= max_sum for row in sums):
         raise OptionError("adaptive_state holds sums that no tokens have; start without a state")
 
 

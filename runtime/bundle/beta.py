@@ -19,10 +19,10 @@ NEVER_EXIT = 1.0
 # Confidences are clipped to [EPSILON, 1 - EPSILON], because 0 and 1 have no finite logarithms.
 EPSILON = 1e-6
 # Limits of fitted shapes. The likelihood of equal confidences grows without bound.
-LEAST_SHAPE = 1e-2
-MOST_CONCENTRATION = 1e4
+MIN_SHAPE = 1e-2
+MAX_CONCENTRATION = 1e4
 # Above this, logarithms of Gamma functions overflow.
-MOST_SHAPE = 1e9
+MAX_SHAPE = 1e9
 
 
 class LogSums(NamedTuple):
@@ -60,7 +60,7 @@ class Beta:
     """Beta distribution Beta(a, b) on [0, 1].
 
     Raises:
-        CalibrationError: If a shape is not in (0, MOST_SHAPE].
+        CalibrationError: If a shape is not in (0, MAX_SHAPE].
     """
 
     a: float
@@ -68,10 +68,10 @@ class Beta:
 
     def __post_init__(self) -> None:
         for name, shape in (("a", self.a), ("b", self.b)):
-            if not 0 < shape <= MOST_SHAPE:
+            if not 0 < shape <= MAX_SHAPE:
                 raise CalibrationError(
                     f"{name} = {shown(shape)} is not a valid shape of a Beta distribution; "
-                    f"give a number above 0, at most {MOST_SHAPE:g}"
+                    f"give a number above 0, at most {MAX_SHAPE:g}"
                 )
 
     @property
@@ -136,8 +136,8 @@ def most_likely(sums: LogSums, start: Beta, steps: int = 30) -> Beta:
             b = best.b + step_b
             if min(a, b) > 0:
                 # Stay within bounds, with the same mean if possible.
-                scale = min(1.0, MOST_CONCENTRATION / (a + b))
-                tried = Beta(max(a * scale, LEAST_SHAPE), max(b * scale, LEAST_SHAPE))
+                scale = min(1.0, MAX_CONCENTRATION / (a + b))
+                tried = Beta(max(a * scale, MIN_SHAPE), max(b * scale, MIN_SHAPE))
                 if (gained := tried.log_likelihood(sums)) > likelihood:
                     best = tried
                     likelihood = gained

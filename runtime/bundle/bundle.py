@@ -28,7 +28,7 @@ VERIFICATION = "verification.json"
 LARGEST_REPORT = 64 << 20
 LARGEST_GRAPH = 256 << 20
 # Limits on the fields of a graph and on nesting. Protocol Buffers have the same limit on nesting.
-MOST_FIELDS = 1_000_000
+MAX_FIELDS = 1_000_000
 DEEPEST = 100
 
 
@@ -243,7 +243,7 @@ def external_data(graph: Path) -> set[str]:
 
 def _locations(content: bytes) -> Iterator[str]:
     stack: list[tuple[str, Span, int]] = [("model", (0, len(content)), 0)]
-    left = MOST_FIELDS
+    left = MAX_FIELDS
     while stack:
         kind, span, depth = stack.pop()
         fields = list(islice(_fields(content, span), left))

@@ -18,7 +18,7 @@ from runtime.errors import BundleError, FreeExportError
 LARGEST_FILE = 256 << 20
 # Maximum nesting depth, and maximum number of digits of an integer, which no float overflows.
 DEEPEST = 100
-MOST_DIGITS = 100
+MAX_DIGITS = 100
 
 _KINDS = {
     stat.S_IFDIR: "a directory",
@@ -80,7 +80,7 @@ def parse_json(text: str | bytes, *, nan: bool = False) -> Any:
 
     Raises:
         UnreadableError: If it is not JSON, is nested deeper than DEEPEST, or has a duplicate key,
-            an integer of more than MOST_DIGITS digits, a number beyond float64 or a lone surrogate.
+            an integer of more than MAX_DIGITS digits, a number beyond float64 or a lone surrogate.
     """
     hooks: dict[str, Any] = {
         "parse_int": _integer,
@@ -162,9 +162,9 @@ def opened(path: Path, limit: int) -> Iterator[BinaryIO]:
 
 
 def _integer(digits: str) -> int:
-    if len(digits) > MOST_DIGITS:
+    if len(digits) > MAX_DIGITS:
         raise UnreadableError(
-            f"it holds an integer of {len(digits)} digits, at most {MOST_DIGITS} are read"
+            f"it holds an integer of {len(digits)} digits, at most {MAX_DIGITS} are read"
         )
     return int(digits)
 

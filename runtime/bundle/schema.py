@@ -14,14 +14,14 @@ from runtime.bundle.json_file import UnreadableError, parse_json
 from runtime.errors import BundleError, FreeExportError
 
 # Most entries of an array or object.
-MOST_ENTRIES = 10_000
+MAX_ENTRIES = 10_000
 
 
 class Range(NamedTuple):
     """Range of numbers for a field, both ends included: `Annotated[int, Range(1, 10)]`."""
 
-    least: float
-    most: float
+    minimum: float
+    maximum: float
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,9 @@ class Reader:
         Raises:
             BundleError: Names the place that does not match.
         """
-        if isinstance(value, (list, dict)) and len(value) > MOST_ENTRIES:
+        if isinstance(value, (list, dict)) and len(value) > MAX_ENTRIES:
             raise BundleError(
-                f"{where} has {len(value)} entries, at most {MOST_ENTRIES} are read; {self.remedy}"
+                f"{where} has {len(value)} entries, at most {MAX_ENTRIES} are read; {self.remedy}"
             )
         origin = typing.get_origin(annotation)
         arguments = typing.get_args(annotation)
@@ -75,8 +75,8 @@ class Reader:
             return None if value is None else self.read(arguments[0], value, where)
         if origin is Annotated:
             number = self.read(arguments[0], value, where)
-            least, most = arguments[1]
-            if not least <= number <= most:
+            minimum, maximum = arguments[1]
+            if not minimum <= number <= maximum:
                 raise BundleError(f"{where} = {repr(number)[:80]} is out of range; {self.remedy}")
             return number
         if annotation is float and type(value) in (int, float):

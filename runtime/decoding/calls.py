@@ -153,7 +153,7 @@ class SlotCall:
 
 
 # Yielded before engine calls that a sequence runs itself because it is alone. Nothing to wait for.
-AT_ONCE = Event(0.0)
+RUN_INLINE = Event(0.0)
 
 # A call to run, an event to wait for, or None to let others have a turn.
 Waiting = SlotCall | Event | None

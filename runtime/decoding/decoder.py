@@ -10,7 +10,7 @@ import numpy as np
 
 from runtime.decoding.calls import NOTHING, Prediction, SlotCall, Waits, finish
 from runtime.engines.kernels import reading_prompt
-from runtime.engines.kv_cache import MOST_DOUBLED, CrossCache
+from runtime.engines.kv_cache import MAX_DOUBLED, CrossCache
 from runtime.engines.onnx import Call
 from runtime.engines.prefix_store import BLOCK, Prefix
 from runtime.engines.runner import Runner
@@ -22,7 +22,7 @@ PREFILL_ROWS = 512
 # token. Its number of rows is chosen to take this many seconds, within limits. Small pieces reread
 # all weights for few tokens.
 SHARED_PREFILL_SECONDS = 0.05
-FEWEST_SHARED_ROWS = BLOCK
+MIN_SHARED_ROWS = BLOCK
 SHARED_PREFILL_ROWS = 128
 
 
@@ -32,9 +32,9 @@ class Decoder:
     Invariant, until `drop_stack`: shallow length = deep length + stacked.
 
     `prefilling`, `stepping` and `syncing` are coroutines that yield the engine calls they need, so
-    that calls of several sequences can run as one. A sequence that is `alone` runs them itself.
-    `prefill`, `step` and `sync` do the same for callers that are no coroutine. Calls are bound on
-    first use and kept, with the arrays they read and write. The arrays of a step are also kept as
+    that calls of several sequences can run as one. An `only_sequence` runs them itself. `prefill`,
+    `step` and `sync` do the same for callers that are no coroutine. Calls are bound on first use
+    and kept, with the arrays they read and write. The arrays of a step are also kept as
     memoryviews, because numpy scalar access is slow.
 
     Attributes:
@@ -46,7 +46,7 @@ class Decoder:
         stacked: Number of rows on the stack.
         batch_size: Number of sequences in the last shallow call.
         others: Other sequences wait while a piece of a prompt is read.
-        alone: No other sequence could share a deep pass, so it runs at once.
+        only_sequence: No other sequence could share a deep pass, so it runs at once.
         cross: Arrays that cross-attention reads.
     """
 
@@ -73,8 +73,8 @@ class Decoder:
         self.stacked = 0
         self.batch_size = 1
         self.others = False
-        self.alone = False
-        self._shared_rows = 2 * FEWEST_SHARED_ROWS  # rows of the next piece while others decode
+        self.only_sequence = False
+        self._shared_rows = 2 * MIN_SHARED_ROWS  # rows of the next piece while others decode
         self._exits = False
         # `_stack` and `_later` float32 [max_pending, d] are read by deep passes, `_later` by passes
         # that skip the first rows. `_together` is written by several steps at once, `_hidden` [1,
@@ -89,11 +89,11 @@ class Decoder:
         self._token = _memory(self._tokens[0, :1])
         self._best = np.zeros(1, np.int64)
         self._confidence = np.zeros(1, np.float32)
-        self._answers = np.zeros(max_pending, np.int64)
+        self._deep_tokens = np.zeros(max_pending, np.int64)
         self._nll = np.zeros(max_pending, np.float32)
         self._best_memory = _memory(self._best)
         self._confidence_memory = _memory(self._confidence)
-        self._answer_memory = _memory(self._answers)
+        self._deep_token_memory = _memory(self._deep_tokens)
         self._drafted = np.zeros(max_pending, np.int64)
         self._logits: dict[Runner, np.ndarray] = {}
         # float32 [V] of the last step, if logits are wanted.
@@ -147,7 +147,7 @@ class Decoder:
         copy takes.
         """
         on_host = all(isinstance(array, np.ndarray) for array in cross.values())
-        if cross and on_host and cross["cross_lengths"][0] <= MOST_DOUBLED:
+        if cross and on_host and cross["cross_lengths"][0] <= MAX_DOUBLED:
             self._short.place(0, cross)
             self._short.forget(0)  # its values are never moved
             cross = self._short.arrays
@@ -189,7 +189,7 @@ class Decoder:
     def prefill(self, tokens: np.ndarray, head: bool, exits: bool = False) -> Prediction:
         """Run both engines over the prompt, int64 [n], and return the deep prediction.
 
-        With `head` it carries the shallow confidence. `exits` is that of `begin`, and implied by
+        With `head` it carries the shallow confidence. `exits` is that of `start`, and implied by
         `head`.
         """
         return finish(self.prefilling(tokens, head, exits))
@@ -210,16 +210,16 @@ class Decoder:
 
     # As coroutines
 
-    def begin(self, exits: bool) -> None:
-        """Begin with the first token of an encoder-decoder, without a prompt to read.
+    def start(self, exits: bool) -> None:
+        """Start with the first token of an encoder-decoder, without a prompt to read.
 
         With `exits`, the exit's own layers run for all rows from here on, so that later steps may
         use the head.
         """
         self._exits = exits
-        self.begun()
+        self.on_prefill_done()
 
-    def begun(self) -> None:
+    def on_prefill_done(self) -> None:
         """Called after a prompt was read. Subclasses may override it."""
 
     def prefilling(
@@ -262,7 +262,7 @@ class Decoder:
             if prefix is not None:
                 prefix.keep(self.runners, self.slot)
             self.stats.prefill_seconds += perf_counter() - began
-        self.begun()
+        self.on_prefill_done()
         return self._predictions(heads, 0)[-1]._replace(
             confidence=self._confidence_memory[0] if head else None
         )
@@ -278,7 +278,7 @@ class Decoder:
         else:
             self._tokens[0, :rows] = tokens
         call = self._step_call(rows, head)
-        if self.alone:
+        if self.only_sequence:
             call.run()
         else:
             yield call
@@ -298,7 +298,7 @@ class Decoder:
         Predictions of the tokens `drafts`, drafted after the first of these rows, carry `nll`.
         """
         call = self._pass_call(0, self.stacked, heads, drafts)
-        if self.alone:
+        if self.only_sequence:
             call.run()
         else:
             yield call
@@ -307,10 +307,10 @@ class Decoder:
         self.stacked = 0
         return self._predictions(heads, len(drafts))
 
-    def start_sync(self, least: int) -> None:
+    def start_sync(self, min_rows: int) -> None:
         """Start a background pass over the stacked rows that no pass has read.
 
-        Does nothing unless there are at least `least` such rows, deep passes overlap, and none is
+        Does nothing unless there are `min_rows` such rows, deep passes overlap, and none is
         running. The pass returns no predictions, and its rows stay on the stack until `sync`.
         """
 
@@ -328,7 +328,7 @@ class Decoder:
         for row in range(heads):
             nll = self._nll.item(row) if row < drafts else None
             of_row = None if logits is None else logits[row]
-            fields = (self._answer_memory[row], None, nll, of_row)
+            fields = (self._deep_token_memory[row], None, nll, of_row)
             found.append(tuple.__new__(Prediction, fields))
         return found
 
@@ -404,7 +404,7 @@ class Decoder:
     def _deep_call(self, hidden: np.ndarray, heads: int) -> SlotCall:
         """Create the deep call on float32 [1, k, d]. The head runs on the last `heads` rows."""
         inputs = {"hidden": hidden, "emitted": self._drafted[:heads]}
-        outputs = {"token": self._answers[:heads], "nll": self._nll[:heads]}
+        outputs = {"token": self._deep_tokens[:heads], "nll": self._nll[:heads]}
         if self._logits:
             outputs["logits"] = self._logits[self._deep][:heads]
         return SlotCall(self, self._deep, inputs, outputs=outputs, heads=heads)
@@ -415,11 +415,11 @@ class Decoder:
         # The first tokens of an encoder-decoder are few, like the rows of its steps.
         with reading_prompt(not self.cross):
             self._read_piece(piece, shallow_head, deep_heads)
-        if rows >= FEWEST_SHARED_ROWS:
+        if rows >= MIN_SHARED_ROWS:
             fit = rows * SHARED_PREFILL_SECONDS / max(perf_counter() - began, 1e-9)
             # Round to the nearest block, not down: more rows take less time each, so rounding down
             # could keep the same size forever.
-            self._shared_rows = max(round(fit / BLOCK) * BLOCK, FEWEST_SHARED_ROWS)
+            self._shared_rows = max(round(fit / BLOCK) * BLOCK, MIN_SHARED_ROWS)
 
     def _read_piece(
         self, piece: np.ndarray, shallow_head: bool, deep_heads: int

@@ -34,7 +34,7 @@ MAX_CHECKED = 256
 AGREED = LEVELS * len(ORDERS)
 # Probability that all tokens so far are accepted, below which a proposal ends. A row of a deep
 # pass costs more on every machine measured.
-HOPELESS = 0.1
+MIN_REACH = 0.1
 
 
 class Proposal(NamedTuple):
@@ -131,7 +131,7 @@ class TextSource:
         probabilities: list[float] = []
         evidence: list[Evidence] = []
         reached = 1.0
-        while len(tokens) < max_tokens and reached > HOPELESS:
+        while len(tokens) < max_tokens and reached > MIN_REACH:
             likely = 0.0
             token = -1
             kind: Evidence = "", 0

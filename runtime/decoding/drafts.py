@@ -182,8 +182,8 @@ class Drafts(Plain):
         self._began = self.clock()
         return best
 
-    def _search(self, response: Response, room: int, least: float) -> tuple[DraftPlan, float]:
-        """Return the best draft from text and its value, or NO_DRAFT and `least`."""
+    def _search(self, response: Response, room: int, min_value: float) -> tuple[DraftPlan, float]:
+        """Return the best draft from text and its value, or NO_DRAFT and `min_value`."""
         best = NO_DRAFT
         self._follow(response)
         for source in self._sources:
@@ -193,12 +193,12 @@ class Drafts(Plain):
             self._open.append(proposal)
             count = len(response.within(proposal.tokens))
             length, value = self._length(proposal.probabilities[:count])
-            if value > least:
-                least = value
+            if value > min_value:
+                min_value = value
                 best = DraftPlan(_first(proposal, length))
         if best is NO_DRAFT:
             self._count_search(0.0)
-        return best, least
+        return best, min_value
 
     def _count_search(self, gain: float) -> None:
         """Record the tokens that a search gained, and rest if searches do not pay."""
@@ -208,12 +208,12 @@ class Drafts(Plain):
         if average.value <= share:
             self._to_search = min(MAX_SEARCH_PAUSE, int(share / EXPLORED))
 
-    def _tries_exit(self, least: float) -> bool:
-        """Return True if a draft of the exit is worth more than `least`, or due for a trial."""
+    def _tries_exit(self, min_value: float) -> bool:
+        """Return True if a draft of the exit is worth more than `min_value`, or due for a trial."""
         outcomes = self._acceptance.exit_outcomes(self._sequences)
         time = self._exit_seconds(outcomes.rows.value, outcomes.heads.value) / self._token
         made = 1 + (outcomes.made.value - 1) * self._trust_exit_drafts.value
-        if made - self._pace * time > least:
+        if made - self._pace * time > min_value:
             return True
         return self._acceptance.exit_is_due(self._exit_pause)
 

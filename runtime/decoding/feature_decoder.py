@@ -91,7 +91,7 @@ class FeatureDecoder(Decoder):
         if not head:
             return NOTHING
         call = self._ask()
-        if self.alone:
+        if self.only_sequence:
             call.run()
         else:
             yield call
@@ -103,7 +103,7 @@ class FeatureDecoder(Decoder):
         rows = self.stacked
         if self._embeds:
             call = self._embedding(rows)
-            if self.alone:
+            if self.only_sequence:
                 call.run()
             else:
                 yield call
@@ -154,16 +154,16 @@ class FeatureDecoder(Decoder):
         """Store the features of positions from `place` on."""
         self._exit_cache.features[self.slot, place + 1 : place + 1 + len(features)] = features
 
-    def _catch_up(self, most: int, head: bool = False) -> None:
-        """Run the exit until at most `most` unread rows are left.
+    def _catch_up(self, max_unread: int, head: bool = False) -> None:
+        """Run the exit until at most `max_unread` unread rows are left.
 
         With `head`, compute the prediction at the last row.
         """
         cache = self._exit_cache
         slot = self.slot
         end = self.lengths()[0]
-        while (missing := end - (first := cache.length(slot))) > most:
-            rows = min(PREFILL_ROWS, missing - most)
+        while (missing := end - (first := cache.length(slot))) > max_unread:
+            rows = min(PREFILL_ROWS, missing - max_unread)
             states: Any = np.zeros(rows, np.int64)
             if not self._embeds:
                 states = self._exit.scratch("states", (rows, self.hidden_size), np.float32)

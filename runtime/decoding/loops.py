@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from runtime.adaptation.learner import RequestLabels
 from runtime.bundle.beta import NEVER_EXIT
-from runtime.decoding.calls import AT_ONCE, NOTHING, Prediction, Waiting, Waits
+from runtime.decoding.calls import NOTHING, RUN_INLINE, Prediction, Waiting, Waits
 from runtime.decoding.decoder import Decoder
 from runtime.decoding.drafts import NO_DRAFT, PLAIN_OUTCOME, DraftPlan, Outcome, Plain
 from runtime.decoding.response import Response
@@ -98,8 +98,8 @@ def decode(
     at_rest = True
     try:
         while not response.finished:
-            if decoder.alone:
-                yield AT_ONCE
+            if decoder.only_sequence:
+                yield RUN_INLINE
             if sync_every:
                 decoder.start_sync(sync_every)
             at_rest = False
@@ -130,7 +130,7 @@ def decode(
                 yield response.add(draft.following, True, prediction.confidence, prediction)
                 continue
             shallow_seconds = stats.shallow_seconds - shallow_seconds
-            if plan.exits and decoder.alone:
+            if plan.exits and decoder.only_sequence:
                 # Python between the calls of the exit is a part of what its drafts cost.
                 shallow_seconds = drafts.clock() - began
             rows = len(draft.predictions)

@@ -49,9 +49,9 @@ class OverlappingDecoder(Decoder):
         self.stacked = 0
         return self._predictions(heads, len(drafts))
 
-    def start_sync(self, least: int) -> None:
+    def start_sync(self, min_rows: int) -> None:
         under_way = self._background is not None and not self._background[0].done()
-        if not under_way and self.stacked - self._started >= least:
+        if not under_way and self.stacked - self._started >= min_rows:
             if self._background is not None:
                 finish(self._finish_background())
             self._background = self._begin(heads=0, drafts=())

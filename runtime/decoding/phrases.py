@@ -17,7 +17,7 @@ from runtime.decoding.text_index import LEVELS, ORDERS, Expectation
 PHRASES = "phrases.npy"
 # An n-gram by its hash, the token that followed it most often, and the level of an Expectation.
 ENTRY = np.dtype([("ngram", "<u8"), ("token", "<u4"), ("level", "u1")])
-MOST_ENTRIES = 4_000_000  # of a file, which is untrusted
+MAX_ENTRIES = 4_000_000  # of a file, which is untrusted
 # Multiplier of the hash. Two n-grams with one hash only cause a wrong draft.
 _FACTOR = 0x9E3779B97F4A7C15
 _MASK = (1 << 64) - 1
@@ -44,12 +44,12 @@ class PhraseTable:
         self._levels = entries["level"].copy().data
 
     @classmethod
-    def build(cls, texts: Iterable[Sequence[int]], most: int | None = None) -> PhraseTable:
+    def build(cls, texts: Iterable[Sequence[int]], max_entries: int | None = None) -> PhraseTable:
         """Count what followed each n-gram in texts of token ids.
 
         Args:
-            most: Number of entries that are kept, those that are right most often where the n-gram
-                of the next smaller size is wrong. Default: all.
+            max_entries: Number of entries that are kept, those that are right most often where the
+                n-gram of the next smaller size is wrong. Default: all.
         """
         parts = [np.asarray(text, np.uint64) for text in texts]
         tokens = np.concatenate(parts) if parts else np.empty(0, np.uint64)
@@ -60,9 +60,9 @@ class PhraseTable:
             shorter = (ORDERS[number - 1], counted[-1][0]) if counted else None
             counted.append(_count(tokens, places, order, number * LEVELS, shorter))
         entries = np.concatenate([found for found, _ in counted])
-        if most is not None and len(entries) > most:
+        if max_entries is not None and len(entries) > max_entries:
             gains = np.concatenate([gained for _, gained in counted])
-            entries = entries[np.argsort(-gains, kind="stable")[:most]]
+            entries = entries[np.argsort(-gains, kind="stable")[:max_entries]]
         return cls(np.sort(entries, order="ngram"))
 
     @property
@@ -100,8 +100,8 @@ def misfit(entries: np.ndarray, vocab_size: int) -> str | None:
     """Return why an array is not the entries of a table, or None."""
     if not isinstance(entries, np.ndarray) or entries.dtype != ENTRY or entries.ndim != 1:
         return "it is no table of phrases"
-    if len(entries) > MOST_ENTRIES:
-        return f"it has {len(entries):,} phrases, at most {MOST_ENTRIES:,} are read"
+    if len(entries) > MAX_ENTRIES:
+        return f"it has {len(entries):,} phrases, at most {MAX_ENTRIES:,} are read"
     if len(entries) and int(entries["token"].max()) >= vocab_size:
         return f"it has token {entries['token'].max()}, outside of 0 to {vocab_size - 1}"
     if len(entries) and int(entries["level"].max()) >= LEVELS * len(ORDERS):

@@ -272,7 +272,7 @@ class Response:
         self.tokens.append(final)
         return final
 
-    def begin(self, stats: Stats) -> None:
+    def start(self, stats: Stats) -> None:
         """Called when the request gets a slot. `stats` collects its statistics from now on."""
         self._began = monotonic()
         stats.queue_seconds = self._began - self.arrival

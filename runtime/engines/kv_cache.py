@@ -22,11 +22,11 @@ from runtime.machine.machine import available_memory, lazy_zeros
 logger = logging.getLogger(__name__)
 
 PARTS = ("key", "value")
-# Cross-attention arrays have a power of two positions up to MOST_DOUBLED, then multiples of
+# Cross-attention arrays have a power of two positions up to MAX_DOUBLED, then multiples of
 # CROSS_STEP. Longer prompts then seldom need another array, for which a call must be bound again
 # (0.2 ms).
-LEAST_DOUBLED = 64
-MOST_DOUBLED = 512
+MIN_DOUBLED = 64
+MAX_DOUBLED = 512
 CROSS_STEP = 32
 
 
@@ -298,7 +298,7 @@ class CrossCache:
             return
         self._placed[slot] = cross
         needed = cross_width(max(int(rows["cross_lengths"][0]) for rows in self._placed.values()))
-        if needed > self._width or (self._width > MOST_DOUBLED and 2 * needed <= self._width):
+        if needed > self._width or (self._width > MAX_DOUBLED and 2 * needed <= self._width):
             self._resize(needed, cross)
         else:
             self._write(slot, cross)
@@ -334,8 +334,8 @@ class CrossCache:
 
 def cross_width(count: int) -> int:
     """Return the width of cross-attention arrays for prompts of `count` tokens."""
-    doubled = max(LEAST_DOUBLED, 1 << (count - 1).bit_length())
-    return doubled if doubled <= MOST_DOUBLED else -(-count // CROSS_STEP) * CROSS_STEP
+    doubled = max(MIN_DOUBLED, 1 << (count - 1).bit_length())
+    return doubled if doubled <= MAX_DOUBLED else -(-count // CROSS_STEP) * CROSS_STEP
 
 
 def check_memory(manifest: Manifest, capacity: int, slots: int, prefixes: int = 0) -> None:

@@ -26,8 +26,6 @@ class OnnxEngine:
         threads: CPU threads per call.
         device: Device to run on.
         provider_options: Options of ONNX Runtime's CUDA provider.
-        profile: Prefix of the file that `session.end_profiling()` writes kernel times to. Default:
-            no profile.
         kernels: Version of this project's operators that the graph needs. Default: none.
 
     Raises:
@@ -40,7 +38,6 @@ class OnnxEngine:
         threads: int,
         device: Device = CPU,
         provider_options: Mapping[str, str] | None = None,
-        profile: Path | None = None,
         kernels: int | None = None,
     ) -> None:
         ort = import_onnxruntime()
@@ -53,9 +50,6 @@ class OnnxEngine:
         options.add_session_config_entry("session.force_spinning_stop", "1")
         # New threads spin as well, and would slow down the rest of opening.
         options.add_session_config_entry("session.intra_op.spin_duration_us", SPIN)
-        if profile is not None:
-            options.enable_profiling = True
-            options.profile_file_prefix = str(profile)
         self._spread = None
         if kernels is not None:
             own_kernels.register(options, kernels)

@@ -57,7 +57,7 @@ class Runner:
         self.heads = heads
         self.beside = False
 
-    def padded(self, slot: int, rows: int, heads: int, most: int) -> tuple[int, int]:
+    def padded(self, slot: int, rows: int, heads: int, max_rows: int) -> tuple[int, int]:
         """Return the rows and predictions, with padding, of a call that is kept and used again.
 
         A runner may pad calls of a slot to few different sizes, of at most `most` rows. On a CPU,

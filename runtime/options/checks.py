@@ -27,12 +27,12 @@ from runtime.text.sampler import LogitsProcessor
 # Maximum of counts: the largest int64, which numpy can hold and every message can print.
 MOST = 2**63 - 1
 ABOVE_ZERO = math.ulp(0.0)
-MOST_BIAS = 1e20  # nats, as logits are float32
+MAX_BIAS = 1e20  # nats, as logits are float32
 LONGEST_SALT = 256  # maximum number of characters of a cache salt
-MOST_GRAMMAR = 256 << 10  # maximum number of characters in a constraint
+MAX_GRAMMAR = 256 << 10  # maximum number of characters in a constraint
 # Maximum number of keys per object of a schema. Compile time grows with their square.
-MOST_PROPERTIES = 1000
-MOST_DEPTH = 100  # maximum nesting depth of a schema
+MAX_PROPERTIES = 1000
+MAX_DEPTH = 100  # maximum nesting depth of a schema
 
 # Checks an option, given its name and value, and returns the value to store. Raises OptionError.
 Check = Callable[[str, Any], Any]
@@ -234,9 +234,9 @@ def json_schema(name: str, value: Any) -> _Checked:
         raise OptionError(f"{problem}; give a JSON schema as a mapping, or its text")
     try:
         source = value if isinstance(value, str) else json.dumps(value)
-        if len(source) > MOST_GRAMMAR:
+        if len(source) > MAX_GRAMMAR:
             raise OptionError(
-                f"{name} has {len(source)} characters, at most {MOST_GRAMMAR} are read; shorten it"
+                f"{name} has {len(source)} characters, at most {MAX_GRAMMAR} are read; shorten it"
             )
         schema = json.loads(source)
     except (ValueError, TypeError, RecursionError) as error:
@@ -258,12 +258,12 @@ def check_schema(name: str, schema: Any) -> None:
     inner: list[tuple[Any, int]] = [(schema, 0)]
     while inner:
         value, depth = inner.pop()
-        if isinstance(value, dict) and len(value) > MOST_PROPERTIES:
-            most = f"at most {MOST_PROPERTIES} are read"
+        if isinstance(value, dict) and len(value) > MAX_PROPERTIES:
+            most = f"at most {MAX_PROPERTIES} are read"
             raise OptionError(f"{name} has an object of {len(value)} keys, {most}; split it")
-        if depth > MOST_DEPTH:
+        if depth > MAX_DEPTH:
             raise OptionError(
-                f"{name} is nested deeper than {MOST_DEPTH} levels; name parts of it in $defs"
+                f"{name} is nested deeper than {MAX_DEPTH} levels; name parts of it in $defs"
             )
         below = (
             value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
@@ -274,9 +274,9 @@ def check_schema(name: str, schema: Any) -> None:
 def grammar(name: str, value: Any) -> str:
     """Check for a regular expression or a grammar, including its embedded JSON schemas."""
     source = text(name, value)
-    if len(source) > MOST_GRAMMAR:
+    if len(source) > MAX_GRAMMAR:
         raise OptionError(
-            f"{name} has {len(source)} characters, at most {MOST_GRAMMAR} are read; shorten it"
+            f"{name} has {len(source)} characters, at most {MAX_GRAMMAR} are read; shorten it"
         )
     for match in re.finditer(r"%json\s*", source if name == "grammar" else ""):
         with suppress(ValueError, RecursionError):  # llguidance reports the error
@@ -289,8 +289,8 @@ def choices(name: str, value: Any) -> tuple[str, ...]:
     given = None if isinstance(value, str) else listed(value)
     if not given or not all(isinstance(each, str) and each for each in given):
         raise OptionError(f"{name} is {shown(value)}; give a list of strings that are not empty")
-    if sum(map(len, given)) > MOST_GRAMMAR:
-        raise OptionError(f"{name} has more than {MOST_GRAMMAR} characters; give fewer")
+    if sum(map(len, given)) > MAX_GRAMMAR:
+        raise OptionError(f"{name} has more than {MAX_GRAMMAR} characters; give fewer")
     return given
 
 
@@ -305,12 +305,12 @@ def token_biases(name: str, value: Any) -> _Biases:
     items = listed(value.items()) if isinstance(value, Mapping) else None
     biases = _Biases({key if isinstance(key, tuple) else (key,): bias for key, bias in items or ()})
     fit = all(map(_is_sequence, biases)) and all(
-        abs(number(bias)) <= MOST_BIAS for bias in biases.values()
+        abs(number(bias)) <= MAX_BIAS for bias in biases.values()
     )
     if items is None or not fit:
         raise OptionError(
             f"{name} is {shown(value)}; "
-            f"give {{token: bias}} or {{(token, token): bias}}, biases of at most {MOST_BIAS:.0e} "
+            f"give {{token: bias}} or {{(token, token): bias}}, biases of at most {MAX_BIAS:.0e} "
             "nats"
         )
     return biases

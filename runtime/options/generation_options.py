@@ -34,7 +34,7 @@ DraftSource = Callable[
 SMALLEST_DIVISOR = 1e-6
 LARGEST_PENALTY = 1e6
 FLOAT32_MAX = 3.4e38
-MOST_TOP_LOGPROBS = 20  # as in OpenAI's API
+MAX_TOP_LOGPROBS = 20  # as in OpenAI's API
 CONSTRAINTS = ("json_schema", "regex", "grammar", "choice")
 
 
@@ -62,10 +62,10 @@ class GenerationOptions:
     threshold: Annotated[float | None, checks.Real(0, 1, "from 0 (exit always) to 1 (never)")] = (
         None
     )
-    """Confidence above which a token exits. At 1 nothing exits: "free" and "rollback" then decode
-    as "full", without the shallow head. Default: the bundle's threshold. In "lossless", it is the
-    minimum confidence of a draft of the exit. By default, drafts have no minimum there, nor in
-    "free", and their length follows from their expected benefit."""
+    """Confidence above which a token exits. At 1 nothing exits: "free" then decodes as "lossless",
+    and "rollback" as "full". Default: the bundle's threshold. In "lossless", it is the minimum
+    confidence of a draft of the exit. By default, drafts have no minimum there, nor in "free", and
+    their length follows from their expected benefit."""
 
     output_confidence: bool = False
     """Return the shallow confidence of every token, also in "full" and at threshold 1. Runs the
@@ -212,11 +212,11 @@ class GenerationOptions:
     output_logprobs: bool = False
     """Return the log-probability of each token in nats, before any logits processing."""
 
-    top_logprobs: Annotated[int, checks.Whole(0, MOST_TOP_LOGPROBS)] = 0
+    top_logprobs: Annotated[int, checks.Whole(0, MAX_TOP_LOGPROBS)] = 0
     """Also return the k most likely tokens at each position with their log-probabilities, best
     first. Not supported with beams. An exit vocabulary with fewer tokens returns fewer."""
 
-    prompt_logprobs: Annotated[int | None, checks.Whole(0, MOST_TOP_LOGPROBS)] = None
+    prompt_logprobs: Annotated[int | None, checks.Whole(0, MAX_TOP_LOGPROBS)] = None
     """Also return the log-probability of each token of the prompt in the full model, and the k most
     likely tokens at each position. Reads the whole prompt, without the prefix cache. Decoder-only
     bundles. Default: none."""

@@ -17,7 +17,7 @@ from runtime.engines.onnx import Call
 from runtime.engines.runner import Runner
 
 # Maximum number of bound calls that are kept.
-MOST_CALLS = 256
+MAX_CALLS = 256
 # Inputs and outputs with one state per row.
 _STATES = ("hidden", "features")
 # Number of deep passes after which the rules are updated from measured costs.
@@ -117,7 +117,7 @@ class BatchedCall:
     def _bound(self, calls: Sequence[SlotCall], first: int, count: int, with_logits: bool) -> Call:
         for call in calls:
             self._cross.place(call.owner.slot, call.owner.cross)
-        if self._version != self._cross.version or len(self._calls) >= MOST_CALLS:
+        if self._version != self._cross.version or len(self._calls) >= MAX_CALLS:
             self._calls.clear()
             self._version = self._cross.version
         key = first, count, with_logits

@@ -62,10 +62,10 @@ def with_languages(
     target = target_token(manifest, tgt_lang, "prompt")
     if target is not None:
         ids = np.concatenate([[target], ids])
-        most = manifest.encoder_capacity
-        if len(ids) > most:
+        max_ids = manifest.encoder_capacity
+        if len(ids) > max_ids:
             raise PromptLengthError(
-                f"the prompt and its language have {len(ids)} tokens, at most {most} fit; "
+                f"the prompt and its language have {len(ids)} tokens, at most {max_ids} fit; "
                 "shorten it, or convert with a larger capacity"
             )
     return ids

@@ -20,7 +20,7 @@ from typing import Any
 from weakref import WeakSet
 
 from runtime.adaptation.call_costs import CallCosts
-from runtime.decoding.calls import AT_ONCE, SlotCall
+from runtime.decoding.calls import RUN_INLINE, SlotCall
 from runtime.decoding.decoder import Decoder
 from runtime.engines.kv_cache import CrossCache
 from runtime.engines.runner import Event, Runner
@@ -277,13 +277,13 @@ class Scheduler:
             self._end(sequence)
         moved = (bool(self._waiting) and self._admit()) or bool(gone)
         waits = self._rows[0].waits if len(self._rows) == 1 else None
-        if waits is AT_ONCE or isinstance(waits, SlotCall):
+        if waits is RUN_INLINE or isinstance(waits, SlotCall):
             decoder = self._rows[0].decoder
-            decoder.alone = True
+            decoder.only_sequence = True
             try:
-                self._run_alone(self._rows[0])
+                self._run_only(self._rows[0])
             finally:
-                decoder.alone = False
+                decoder.only_sequence = False
             return
         self._turns += 1
         moved = self._resume() or moved
@@ -304,14 +304,14 @@ class Scheduler:
         """
         changed = False
         while True:
-            begun = list[Sequence]()
+            started = list[Sequence]()
             gone = list[Sequence]()
             left = deque[Sequence]()
             with self._lock:
                 for each in self._waiting:
                     if self._free and not (each.abandoned or self._closing):
                         each.enter(self._free.pop(0))
-                        begun.append(each)
+                        started.append(each)
                     elif (
                         each.abandoned
                         or self._closing
@@ -321,8 +321,8 @@ class Scheduler:
                     else:
                         left.append(each)
                 self._waiting = left
-                self._rows += begun
-            made = [each.follow() for each in (*begun, *gone) if each.follow is not None]
+                self._rows += started
+            made = [each.follow() for each in (*started, *gone) if each.follow is not None]
             following = [each for each in made if each is not None]
             with self._lock:
                 for sequence in following:
@@ -330,11 +330,11 @@ class Scheduler:
             for sequence in gone:
                 sequence.response.finish()
                 sequence.end()
-            changed = changed or bool(begun or gone)
+            changed = changed or bool(started or gone)
             if not following:
                 return changed
 
-    def _run_alone(self, sequence: Sequence) -> None:
+    def _run_only(self, sequence: Sequence) -> None:
         """Advance the only sequence until something else needs attention.
 
         Most turns run here. Their code and data have left the processor's cache during the engine
@@ -347,7 +347,7 @@ class Scheduler:
         while True:
             self._turns += 1
             error: Exception | None = None
-            if call is not AT_ONCE:
+            if call is not RUN_INLINE:
                 if not isinstance(call, SlotCall):
                     return
                 try:
@@ -382,7 +382,7 @@ class Scheduler:
             # Move it to the end of the line.
             self._rows.remove(sequence)
             self._rows.append(sequence)
-            if sequence.begun and sequence.response.interruption():
+            if sequence.started and sequence.response.interruption():
                 self._end(sequence)
             else:
                 sequence.decoder.others = len(self._rows) > 1

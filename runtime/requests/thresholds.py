@@ -26,9 +26,9 @@ class DefaultMode:
     Attributes:
         mode: The mode.
         threshold: Threshold of mode "free" or "rollback", for an adaptive one its current value.
-        drafts: Sources of drafts in mode "lossless": "text", "phrases" (the bundle's table) and
-            "exit".
-        speedup: Expected speedup over mode "full".
+        drafts: Sources of drafts that are verified, in "lossless" and "free": "text", "phrases"
+            (the bundle's table) and "exit".
+        speedup: Expected speedup over mode "full", in "free" without verified drafts.
         exit_rate: Expected share of tokens that exit.
         agreement: Expected share of exits that agree with the full model.
     """
@@ -41,8 +41,8 @@ class DefaultMode:
     agreement: float | None = None
 
     def __str__(self) -> str:
+        listed = " and ".join(", ".join(f"the {one}" for one in self.drafts).rsplit(", ", 1))
         if self.mode == "lossless":
-            listed = " and ".join(", ".join(f"the {one}" for one in self.drafts).rsplit(", ", 1))
             return f"mode lossless: the tokens of mode full, with drafts from {listed}"
         if self.threshold is None:
             every = "every" if self.mode == "shallow" else "no"
@@ -56,6 +56,8 @@ class DefaultMode:
             parts.append(f"{self.exit_rate:.0%} of tokens exit")
         if self.agreement is not None:
             parts.append(f"{self.agreement:.1%} of exits agree with the full model")
+        if self.drafts:
+            parts.append(f"with verified drafts from {listed}")
         return f"mode {self.mode}, threshold {self.threshold:.3g}: {', '.join(parts)}"
 
 
@@ -152,9 +154,12 @@ class Thresholds:
             if self.adaptive is None or options.threshold is not None:
                 return DefaultMode("full")
             return DefaultMode(mode, threshold, speedup=1.0, exit_rate=0.0)
+        drafts: tuple[str, ...] = ()
+        if mode == "free" and options.drafts not in ("exit", "none"):
+            drafts = self._draft_sources(options.drafts)
         row = self._row(threshold)
         if mode != "free" or row is None:
-            return DefaultMode(mode, threshold)
+            return DefaultMode(mode, threshold, drafts)
         speedup = row.predicted_speedup if row.measured_speedup is None else row.measured_speedup
         if self.costs is not None:
             speedup = self.costs.speedup(
@@ -163,6 +168,7 @@ class Thresholds:
         return DefaultMode(
             mode,
             threshold,
+            drafts,
             speedup=speedup,
             exit_rate=row.exit_rate,
             agreement=row.agreement,
@@ -194,22 +200,20 @@ class Thresholds:
     def with_mode(self, options: GenerationOptions) -> GenerationOptions:
         """Return options with a mode.
 
-        Default: "free" if tokens may exit, else "lossless", else "full".
+        Default: "free" if tokens may exit, else "lossless", else "full". "free" where nothing can
+        exit is "lossless", unless its drafts are those of the exit alone.
         """
-        if options.mode is not None:
+        mode = options.mode
+        if mode is None and options.num_beams > 1:
+            return replace(options, mode="full")
+        if mode not in (None, "free"):
             return options
-        if options.num_beams > 1:
-            return replace(options, mode="full")
-        never = (
-            options.threshold is None
-            and self.adaptive is None
-            and self.decide(None, "free")[0] >= NEVER_EXIT
-        )
-        if not never:
+        adapts = self.adaptive is not None and options.threshold is None
+        if adapts or self.decide(options.threshold, "free")[0] < NEVER_EXIT:
             return replace(options, mode="free")
-        if options.output_confidence:
-            return replace(options, mode="full")
+        if options.output_confidence or (mode == "free" and options.drafts == "exit"):
+            return replace(options, mode=mode or "full")
         # An exit that was not trained is not tried: its predictions are wrong.
         trained = self._bundle.manifest.exit_trained
         source: Drafts | None = None if trained else "phrases"
-        return replace(options, mode="lossless", drafts=options.drafts or source)
+        return replace(options, mode="lossless", threshold=0.0, drafts=options.drafts or source)

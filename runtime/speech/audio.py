@@ -40,11 +40,11 @@ COMPRESSED = (
 M4A = b"ftyp"  # bytes 4 to 8 of an MP4 file, which is read with PyAV
 # WAV files of floats, and of compressed samples.
 OTHER_WAV = ("a WAV file without PCM samples", ("WAV", "WAVEX"))
-MOST_CHANNELS = 8  # of a compressed file, whose size does not limit its samples
+MAX_CHANNELS = 8  # of a compressed file, whose size does not limit its samples
 LOWEST_RATE, HIGHEST_RATE = 4_000, 192_000
 # Samples up to this value are accepted as meant for -1 to 1. Those of 16 bits are far larger.
 LOUDEST = 100.0
-LEAST_POWER = 1e-10
+MIN_POWER = 1e-10
 RANGE = 8.0  # dynamic range, in powers of ten below the maximum
 # Frames that are transformed together.
 _BLOCK = 3000
@@ -267,9 +267,9 @@ def _wav_header(file: BinaryIO) -> tuple[int, int, int, int, int]:
 
 
 def _check_channels(channels: int, name: str) -> None:
-    if not 1 <= channels <= MOST_CHANNELS:
+    if not 1 <= channels <= MAX_CHANNELS:
         raise PromptError(
-            f"{name} has {channels} channels, at most {MOST_CHANNELS} are read; convert it to one"
+            f"{name} has {channels} channels, at most {MAX_CHANNELS} are read; convert it to one"
         )
 
 
@@ -355,7 +355,7 @@ def log_mel(samples: np.ndarray, bins: int, until: float = math.inf) -> np.ndarr
         spectrum = np.fft.rfft(windows[start : start + _BLOCK] * hann, axis=1)
         power = spectrum.real.astype(np.float32) ** 2 + spectrum.imag.astype(np.float32) ** 2
         mels[:, start : start + _BLOCK] = product(power, filters.T).T
-    np.log10(np.maximum(mels, np.float32(LEAST_POWER), out=mels), out=mels)
+    np.log10(np.maximum(mels, np.float32(MIN_POWER), out=mels), out=mels)
     np.maximum(mels, np.max(mels) - np.float32(RANGE), out=mels)
     mels += 4
     mels /= 4

@@ -449,10 +449,10 @@ class Transcriber:
 def _silent(options: SpeechOptions, quiet: float | None, nats: float | None) -> bool:
     """Return True if no speech is likely and the text found in the window is unlikely."""
     limit = options.no_speech_threshold
-    least = options.logprob_threshold
+    minimum = options.logprob_threshold
     if limit is None or quiet is None or quiet <= limit:
         return False
-    return least is None or nats is None or nats < least
+    return minimum is None or nats is None or nats < minimum
 
 
 def _mean(result: GenerationResult) -> float | None:

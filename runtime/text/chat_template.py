@@ -23,13 +23,13 @@ from runtime.errors import BundleError, PromptError, one_line
 
 FILE = "chat_template.jinja"
 # Maximum number of characters of a template. The longest published ones have about 30,000.
-MOST_SOURCE = 128 * 1024
+MAX_SOURCE = 128 * 1024
 # Maximum number of loop iterations and calls. Published templates need a few per message.
-MOST_TURNS = 200_000
-# Maximum number of characters in the output: MOST_OUTPUT, plus MOST_GROWTH per character of the
+MAX_TURNS = 200_000
+# Maximum number of characters in the output: MAX_OUTPUT, plus MAX_GROWTH per character of the
 # messages.
-MOST_OUTPUT = 1 << 20
-MOST_GROWTH = 8
+MAX_OUTPUT = 1 << 20
+MAX_GROWTH = 8
 # Name of the variable that counts iterations, and of the filter. No template can spell it.
 _TURNS = "\0turns"
 
@@ -46,9 +46,9 @@ class ChatTemplate:
     """
 
     def __init__(self, source: str) -> None:
-        if len(source) > MOST_SOURCE:
+        if len(source) > MAX_SOURCE:
             raise BundleError(
-                f"{FILE} has {len(source)} characters, at most {MOST_SOURCE} are read; shorten it"
+                f"{FILE} has {len(source)} characters, at most {MAX_SOURCE} are read; shorten it"
             )
         try:
             self._template = _Environment().from_string(source)
@@ -91,15 +91,15 @@ class ChatTemplate:
             for value in message.values()
             if isinstance(value, str)
         )
-        most = MOST_OUTPUT + MOST_GROWTH * given
+        room = MAX_OUTPUT + MAX_GROWTH * given
         text = list[str]()
         try:
             for piece in self._template.generate(variables):
                 text.append(piece)
-                most -= len(piece)
-                if most < 0:
+                room -= len(piece)
+                if room < 0:
                     raise TemplateLimitError(
-                        f"writes more than {MOST_OUTPUT + MOST_GROWTH * given} characters"
+                        f"writes more than {MAX_OUTPUT + MAX_GROWTH * given} characters"
                     )
             return "".join(text)
         except TemplateLimitError as error:
@@ -118,8 +118,8 @@ class ChatTemplate:
 def _count(context: Context) -> None:
     """Count an iteration or a call."""
     context[_TURNS][0] += 1
-    if context[_TURNS][0] > MOST_TURNS:
-        raise TemplateLimitError(f"takes more than {MOST_TURNS} turns of loops")
+    if context[_TURNS][0] > MAX_TURNS:
+        raise TemplateLimitError(f"takes more than {MAX_TURNS} turns of loops")
 
 
 @jinja2.pass_context

@@ -26,20 +26,20 @@ UNKNOWN = np.finfo(np.float32).min
 NEVER = np.float32(-np.inf)  # score of a token that cannot be chosen
 INSTALL = "pip install 'freeexport[grammar]'"
 # Maximum number of compiled grammars in the cache.
-MOST_KEPT = 64
+MAX_KEPT = 64
 # JSON is on one line, as written by Python's json.dumps: a single form forces more tokens.
 # "x-guidance" in a schema overrides this.
 JSON_FORM = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 # Maximum number of symbols of a grammar, and of states of its lexer (1 to 2 kB each). They limit
 # its time and memory.
-MOST_SYMBOLS = 50_000
-MOST_STATES = 50_000
+MAX_SYMBOLS = 50_000
+MAX_STATES = 50_000
 # Maximum number of characters that may be forced at once, and of tokens at the start. Finding them
 # holds the GIL for about 2 us per character.
-MOST_LETTERS = 16_384
-MOST_FORCED = 10_000
+MAX_LETTERS = 16_384
+MAX_FORCED = 10_000
 # Maximum number of parts of a schema that are visited to find out if it requires itself.
-MOST_LOOKS = 10_000
+MAX_LOOKS = 10_000
 INFINITE = "no finite output satisfies it: it requires itself"
 
 
@@ -85,13 +85,13 @@ class Grammars:
         self._compiling = threading.Lock()
         self._tokens: Any = None
 
-    def open(self, kind: str, text: str, most: int) -> Grammar:
+    def open(self, kind: str, text: str, max_tokens: int) -> Grammar:
         """Return a grammar in its initial state.
 
         Args:
             kind: "json_schema", "regex", "grammar", or "choice" with a JSON list.
             text: The constraint.
-            most: Maximum number of tokens of the output.
+            max_tokens: Maximum number of tokens of the output.
 
         Raises:
             OptionError: If it cannot be compiled or allows no output.
@@ -104,10 +104,14 @@ class Grammars:
         with self._lock:
             self._kept[key] = matcher
             self._kept.move_to_end(key)
-            if len(self._kept) > MOST_KEPT:
+            if len(self._kept) > MAX_KEPT:
                 self._kept.popitem(last=False)
             return Grammar(
-                kind, matcher.deep_copy(), self._ends, vocab_size=self._vocab_size, most=most
+                kind,
+                matcher.deep_copy(),
+                self._ends,
+                vocab_size=self._vocab_size,
+                max_tokens=max_tokens,
             )
 
     def _compile(self, kind: str, text: str) -> Any:
@@ -119,7 +123,7 @@ class Grammars:
             missing = "tokenizer" if self._tokenizer is None else "end-of-sequence token"
             raise OptionError(f"{kind} is given, but the session has no {missing}; leave it out")
         limits = llguidance.LLParserLimits(
-            max_grammar_size=MOST_SYMBOLS, max_lexer_states=MOST_STATES, verbose_errors=False
+            max_grammar_size=MAX_SYMBOLS, max_lexer_states=MAX_STATES, verbose_errors=False
         )
         try:
             if self._tokens is None:
@@ -132,9 +136,9 @@ class Grammars:
             )
             forced = 0 if matcher.is_error() else len(matcher.compute_ff_tokens())
             problem = matcher.get_error()
-            if not problem and forced > MOST_FORCED:
+            if not problem and forced > MAX_FORCED:
                 problem = (
-                    f"it begins with {forced} tokens without a choice, at most {MOST_FORCED} may be"
+                    f"it begins with {forced} tokens without a choice, at most {MAX_FORCED} may be"
                 )
         except (KeyboardInterrupt, SystemExit, OptionError):
             raise
@@ -160,14 +164,14 @@ class Grammar:
     by_scores = False
 
     def __init__(
-        self, name: str, matcher: Any, ends: Sequence[int], vocab_size: int, most: int
+        self, name: str, matcher: Any, ends: Sequence[int], vocab_size: int, max_tokens: int
     ) -> None:
         self.seconds = 0.0
         self._name = name
         self._matcher = matcher
         self._end = ends[0]
         self._ends = frozenset(ends)
-        self._read = np.zeros(most, np.int64)
+        self._read = np.zeros(max_tokens, np.int64)
         self._length = 0
         self._vocab_size = vocab_size
         self._forced = [self._run()]
@@ -230,9 +234,9 @@ class Grammar:
 
     def _follow(self, output: np.ndarray) -> bool:
         """Move to the state after `output`. Returns False if the grammar does not allow it."""
-        most = min(self._length, len(output))
-        differ = np.flatnonzero(self._read[:most] != output[:most])
-        same = int(differ[0]) if len(differ) else most
+        shared = min(self._length, len(output))
+        differ = np.flatnonzero(self._read[:shared] != output[:shared])
+        same = int(differ[0]) if len(differ) else shared
         if same < self._length:
             self._matcher.rollback(self._length - same)
             self._length = same
@@ -354,7 +358,7 @@ def is_finite(root: dict[str, Any]) -> bool:
 
     Considers references and required parts only.
     """
-    left = MOST_LOOKS
+    left = MAX_LOOKS
     known = set[str]()
 
     def finite(schema: Any, within: frozenset[str]) -> bool:
@@ -455,9 +459,9 @@ def _described(llguidance: Any, kind: str, text: str) -> dict[str, Any]:
             text = any_to_lark(text)
         described = {"lark_grammar": text}
         size = grammar_size(text)
-    if size.most > MOST_LETTERS:
+    if size.most > MAX_LETTERS:
         raise ValueError(
-            f"it may force {size.most:,} characters at once, more than {MOST_LETTERS:,}; "
+            f"it may force {size.most:,} characters at once, more than {MAX_LETTERS:,}; "
             "shorten its strings or reduce its repetitions"
         )
     return described

@@ -26,8 +26,8 @@ FILES = (TOKENIZER, TOKENIZER_CONFIG, CHAT_TEMPLATE)
 LARGEST_CONFIG = 4 << 20  # bytes
 # Limits of a chain of replacements. Lengths multiply: eight that write a hundred characters for one
 # exhaust the memory.
-MOST_STEPS = 64
-MOST_GROWTH = 1000
+MAX_STEPS = 64
+MAX_GROWTH = 1000
 # Decoder steps that convert each token to text independently, except that the first may lose
 # leading spaces.
 TOKEN_BY_TOKEN = re.compile(
@@ -316,12 +316,12 @@ def _growth_problem(backend: tokenizers.Tokenizer) -> str | None:
     """Return how a tokenizer could make a text much longer, None if its steps cannot."""
     for kind, part in (("normalizers", backend.normalizer), ("decoders", backend.decoder)):
         steps = _steps(part)
-        if len(steps) > MOST_STEPS:
-            return f"it has {len(steps)} {kind}, at most {MOST_STEPS} are run"
+        if len(steps) > MAX_STEPS:
+            return f"it has {len(steps)} {kind}, at most {MAX_STEPS} are run"
         growth = math.prod(map(_growth, steps))
-        if growth > MOST_GROWTH:
+        if growth > MAX_GROWTH:
             return (
-                f"its {kind} can make a text {growth:.0f} times as long, at most {MOST_GROWTH} "
+                f"its {kind} can make a text {growth:.0f} times as long, at most {MAX_GROWTH} "
                 "times is allowed"
             )
     copies = math.prod(

@@ -243,8 +243,9 @@ def test_what_cross_attention_reads_counts_as_cache(
         ({}, {"temperature": 1.0, "seed": 1, "min_new_tokens": 3}, "lossless"),
         ({}, {"predicted_output": [3, 4, 5]}, "lossless"),
         ({}, {"threshold": 0.3}, "free"),
-        ({}, {"threshold": 1.0}, "full"),
-        ({}, {"mode": "free"}, "full"),
+        ({}, {"threshold": 1.0}, "lossless"),
+        ({}, {"mode": "free"}, "lossless"),
+        ({}, {"mode": "free", "drafts": "exit"}, "full"),
         ({"threshold": 0.3}, {}, "free"),
         ({"threshold": 0.3}, {"output_confidence": True}, "free"),
         ({"threshold": 0.3}, {"drafts": "exit"}, "free"),
@@ -263,7 +264,8 @@ def test_the_default_mode_is_free_where_something_may_exit_else_lossless_from_te
         assert result.token_ids == opened.generate(PROMPT, **{**same, "mode": "full"}).token_ids
     described = opened.describe_mode(**given)
     assert described.mode == mode
-    assert "exit" not in described.drafts or options.get("drafts") == "exit"
+    if mode != "free":
+        assert "exit" not in described.drafts or options.get("drafts") == "exit"
     assert opened.default_mode.mode == ("free" if session else "lossless")
     assert str(opened.default_mode).startswith(f"mode {opened.default_mode.mode}")
 
@@ -284,9 +286,9 @@ def test_the_default_mode_says_what_the_calibration_expects(bundle: Bundles) -> 
     assert known.speedup == costs.speedup(0.6, opened.manifest.max_pending)
     assert str(elsewhere) == (
         "mode free, threshold 0.8: 1.30x expected speedup over mode full, 60% of tokens exit, "
-        "99.0% of exits agree with the full model"
+        "99.0% of exits agree with the full model, with verified drafts from the text and the exit"
     )
-    assert str(given) == "mode free, threshold 0.5: speedup unknown"
+    assert str(given) == "mode free, threshold 0.5: speedup unknown, with verified drafts from the text and the exit"
     assert str(fresh) == "mode lossless: the tokens of mode full, with drafts from the text"
 
 
@@ -533,8 +535,9 @@ def test_where_nothing_can_exit_the_shallow_head_is_not_run(
 
     monkeypatch.setattr(Decoder, "_shallow_call", watched)
     session = open_session(name)
-    options: dict[str, Any] = {"max_new_tokens": 12, "ignore_eos": True, "rollback_threshold": 3.0}
-    full = session.generate(PROMPT, **options, mode="full")
+    drafts = "exit" if mode == "free" else None
+    options: dict[str, Any] = {"max_new_tokens": 12, "ignore_eos": True, "rollback_threshold": 3.0, "drafts": drafts}
+    full = session.generate(PROMPT, max_new_tokens=12, ignore_eos=True, mode="full")
     # By the threshold given, and by that of a bundle that was not calibrated.
     for never in ({"threshold": 1.0}, {}):
         result = session.generate(PROMPT, mode=mode, **options, **never)
@@ -543,9 +546,20 @@ def test_where_nothing_can_exit_the_shallow_head_is_not_run(
         assert result.stats.mode == full.stats.mode == "full"
     assert heads
     assert not any(heads)
-    drafts = "exit" if mode == "free" else None
-    assert session.generate(PROMPT, mode=mode, drafts=drafts, **options, threshold=0.9).stats.mode == mode
+    assert session.generate(PROMPT, mode=mode, **options, threshold=0.9).stats.mode == mode
     assert any(heads)
+
+
+@both
+def test_free_verifies_its_drafts_where_nothing_can_exit(name: str, open_session: Open) -> None:
+    session = open_session(name)
+    options: dict[str, Any] = {"max_new_tokens": 12, "ignore_eos": True}
+    full = session.generate(PROMPT, mode="full", **options)
+    for never in ({"threshold": 1.0}, {}):
+        result = session.generate(PROMPT, mode="free", predicted_output=list(full.token_ids), **options, **never)
+        assert result.token_ids == full.token_ids
+        assert result.stats.mode == "lossless"
+        assert result.stats.drafts
 
 
 @both
@@ -557,7 +571,7 @@ def test_confidences_can_be_had_where_nothing_can_exit(name: str, open_session: 
     assert full.confidence == pytest.approx(free.confidence, abs=1e-5)
     assert None not in full.confidence
     assert not any((*full.exited, *free.exited))
-    assert (full.stats.mode, free.stats.mode) == ("full", "free")
+    assert (full.stats.mode, free.stats.mode) == ("full", "full")
     with pytest.raises(OptionError, match="output_confidence is True with mode lossless"):
         session.generate(PROMPT, mode="lossless", **options)
 

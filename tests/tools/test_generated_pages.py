@@ -39,7 +39,7 @@ def test_documentation_names_every_option_of_the_command(name: str) -> None:
 
 def test_every_option_is_shown_and_a_change_by_hand_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "docs").mkdir()
-    (tmp_path / "runtime").mkdir()
+    (tmp_path / "runtime" / "options").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     assert CliRunner().invoke(pages.main, []).exit_code == 0
     page = tmp_path / "docs" / "options.md"
@@ -62,8 +62,8 @@ def test_api_page_has_every_field_of_a_result() -> None:
         section = page.partition(f"## `{kind.__name__}`\n")[2].partition("\n## ")[0]
         names = kind._fields if issubclass(kind, tuple) else [field.name for field in fields(kind)]
         for name in names:
-            text = section.partition(f"| `{name}` | `")[2].partition("\n")[0]
-            assert len(text.split("` | ")[1]) > 8, f"{kind.__name__}.{name} has no text"
+            text = section.partition(f"- `{name}` (`")[2].partition("\n- ")[0]
+            assert len(text.split("`): ")[1]) > 8, f"{kind.__name__}.{name} has no text"
 
 
 def test_api_page_has_every_public_name_but_options() -> None:

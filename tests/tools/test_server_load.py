@@ -25,9 +25,7 @@ def test_a_server_is_measured_and_ended(chat: Path, monkeypatch: pytest.MonkeyPa
     given = ["--threads", "1", "--seconds", "0.1", "--rounds", "1", "--max-new-tokens", "8"]
     result = CliRunner().invoke(server_load.main, [str(chat), *given], catch_exceptions=False)
     assert result.exit_code == 0
-    assert re.search(r"one client: session [\d.]+ tokens/s, server [\d.]+, ratio", result.output)
     assert re.findall(r"^ +(\d+) +\d+ +[\d.]+(?: +[\d.]+){7}  ours$", result.output, re.MULTILINE) == ["1", "8"]
-    assert len(re.findall(r"^8 streams .*ms: +\d", result.output, re.MULTILINE)) == 2
 
 
 def test_a_server_that_ends_without_a_message_is_an_error_of_one_line(

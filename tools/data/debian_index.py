@@ -33,7 +33,7 @@ from tools.data.splits import SHARES, DataError, normalised, split_of
 # beginning of LONG words.
 SHARED_BY = 5
 LONG_SHARED_BY = 200
-# Fewest and most words of a compared beginning.
+# Minimum and maximum number of words of a compared beginning.
 SHORT = 6
 LONG = 16
 _AFFIXES = re.compile(
@@ -41,7 +41,7 @@ _AFFIXES = re.compile(
     r"|(-(dev|dbg|dbgsym|doc|docs|data|common|bin|tools|utils|core|extra|examples|perl|java|dkms|l10n|i18n).*)$"
     r"|[-.]?\d[\d.~+a-z]*$"
 )
-LANGUAGES = ("en", "de")
+TEXTS = ("Packages", "Translation-en")
 RELEASES = "releases.json"
 _SYSTEM_PARTS = Path("/etc/apt/apt.conf.d")
 INDEX = click.option(
@@ -53,10 +53,10 @@ INDEX = click.option(
 
 
 def fetch_index(target: Path) -> None:
-    """Fetch `Packages`, `Translation-en` and `Translation-de` from the apt sources of this machine.
+    """Fetch `Packages` and `Translation-en` from the apt sources of this machine.
 
     Args:
-        target: Directory of the index, which is written atomically. German may be missing.
+        target: Directory of the index, which is written atomically.
     """
     target = target.absolute()  # apt resolves relative directories against its own
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -70,10 +70,10 @@ def fetch_index(target: Path) -> None:
         out.mkdir()
         releases = [_release(path) for path in sorted((work / "apt" / "lists").glob("*Release"))]
         (out / RELEASES).write_text(json.dumps(releases, indent=2) + "\n", encoding="utf-8")
-        for kind in ("Packages", *(f"Translation-{language}" for language in LANGUAGES)):
+        for kind in TEXTS:
             files = sorted((work / "apt" / "lists").iterdir())
             found = [path for path in files if re.search(rf"_(i18n_)?{kind}(\.\w+)?$", path.name)]
-            if not found and kind != "Translation-de":
+            if not found:
                 raise DataError(
                     f"the sources of apt have no {kind}; check that they name a Debian mirror"
                 )
@@ -81,8 +81,7 @@ def fetch_index(target: Path) -> None:
                 _apt(configuration, "/usr/lib/apt/apt-helper", "cat-file", str(path))
                 for path in found
             )
-            if found:
-                (out / kind).write_bytes(b"".join(text + b"\n" for text in texts))
+            (out / kind).write_bytes(b"".join(text + b"\n" for text in texts))
         out.rename(target)
 
 
@@ -94,9 +93,12 @@ def read_index(index: Path) -> tuple[dict[str, PackageDescription], list[dict[st
     if not index.is_dir():
         click.echo("fetching the package index", err=True)
         fetch_index(index)
-    english = read_descriptions(index, "en")
-    with (index / "Packages").open(encoding="utf-8", errors="replace") as file:
-        return english, list(stanzas(file))
+    texts = []
+    for name in TEXTS:
+        with (index / name).open(encoding="utf-8", errors="replace") as file:
+            texts.append(list(stanzas(file)))
+    packages, translations = texts
+    return descriptions(translations), packages
 
 
 def _release(path: Path) -> dict[str, str]:
@@ -110,27 +112,14 @@ def _release(path: Path) -> dict[str, str]:
 def snapshot(index: Path) -> dict[str, Any]:
     """Return the releases of an index and the sha256 of its files."""
     releases = index / RELEASES
-    texts = ("Packages", *(f"Translation-{language}" for language in LANGUAGES))
     return {
         "releases": json.loads(releases.read_text(encoding="utf-8")) if releases.is_file() else [],
-        "sha256": {name: sha256_of(index / name) for name in texts if (index / name).is_file()},
+        "sha256": {name: sha256_of(index / name) for name in TEXTS},
     }
 
 
-def read_descriptions(index: Path, language: str) -> dict[str, PackageDescription]:
-    """Return the descriptions in a language, by the md5 of the English text."""
-    path = index / f"Translation-{language}"
-    if not path.is_file():
-        raise DataError(
-            f"{index} has no {path.name}; remove that directory, and it is fetched again, "
-            "from a mirror that has one"
-        )
-    with path.open(encoding="utf-8", errors="replace") as file:
-        return descriptions(file, language)
-
-
 def private_configuration(directory: Path) -> Path:
-    """Write a configuration of apt with other languages and directories, and return its path.
+    """Write a configuration of apt for English and other directories, and return its path.
 
     Parts of the machine's configuration that set languages are left out, because Debian images
     often set none.
@@ -143,8 +132,7 @@ def private_configuration(directory: Path) -> Path:
             r"Acquire::Languages", part.read_text(errors="replace"), re.IGNORECASE
         ):
             shutil.copy(part, parts)
-    names = " ".join(f'"{language}";' for language in LANGUAGES)
-    (parts / "zz-languages").write_text(f"Acquire::Languages {{{names}}};\n")
+    (parts / "zz-languages").write_text('Acquire::Languages {"en";};\n')
     settings = {
         "Etc::parts": f"{parts}/",
         "State::lists": f"{lists}/",
@@ -209,11 +197,11 @@ def stanzas(lines: Iterable[str]) -> Iterator[dict[str, str]]:
         yield fields
 
 
-def descriptions(lines: Iterable[str], language: str = "en") -> dict[str, PackageDescription]:
-    """Return the descriptions of a Translation file, by the md5 of the English text."""
+def descriptions(translations: Iterable[Mapping[str, str]]) -> dict[str, PackageDescription]:
+    """Return the descriptions of a Translation file, by the md5 of the text."""
     found = {}
-    for fields in stanzas(lines):
-        text = fields.get(f"Description-{language}")
+    for fields in translations:
+        text = fields.get("Description-en")
         md5 = fields.get("Description-md5")
         if text and md5:
             synopsis, *rest = (line.strip() for line in text.split("\n"))

@@ -123,7 +123,7 @@ def build_splits(
         words: Words of all splits.
         singles: Number of single words by split. None for all.
         phrase_counts: Number of phrases by split.
-        lengths: Fewest and most words of a phrase.
+        lengths: Minimum and maximum number of words of a phrase.
         references: Add all pronunciations.
         spaced: Separate letters by spaces.
     """

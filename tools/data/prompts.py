@@ -47,9 +47,9 @@ from tools.data.splits import (
 )
 
 PACKAGES = ("dict-foldoc", "wordnet-base")
-# Fewest and most words of a text.
-SHORTEST_TEXT = 30
-LONGEST_TEXT = 120
+# Minimum and maximum number of words of a text.
+MIN_WORDS = 30
+MAX_WORDS = 120
 SELDOM = 2  # fewest occurrences of a noun
 _DIGITS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
 _SENTENCE = re.compile(r"[A-Z].{40,200}?[.!?](?= |$)")
@@ -273,10 +273,10 @@ def _source(
     origin: Origin, key: str, name: str, group: str, body: str, record: str = ""
 ) -> Subject:
     words = body.split()
-    text = body if SHORTEST_TEXT <= len(words) <= LONGEST_TEXT else ""
-    if len(words) > LONGEST_TEXT:
+    text = body if MIN_WORDS <= len(words) <= MAX_WORDS else ""
+    if len(words) > MAX_WORDS:
         # Keep the whole sentences that fit.
-        cut = " ".join(words[:LONGEST_TEXT])
+        cut = " ".join(words[:MAX_WORDS])
         text = cut[: cut.rfind(". ") + 1]
     sentence = _SENTENCE.search(body)
     return Subject(origin, key, name, group, text, sentence.group() if sentence else "", record)
@@ -301,7 +301,7 @@ def _definition(entry: str) -> str:
 def prompts(
     kind: str, sources: Sequence[Subject], count: int, seed: int, taken: set[str]
 ) -> list[Line]:
-    """Return at most `count` prompts of a kind, equally distributed over origins."""
+    """Return up to `count` prompts of a kind, equally distributed over origins."""
     order = shuffled(sources, seed, lambda source: f"{kind}/{source.key}/{source.name}")
     origins = [
         origin for origin in get_args(Origin) if origin != "package" or kind not in _OF_NAMES

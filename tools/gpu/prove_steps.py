@@ -42,7 +42,7 @@ from runtime.bundle.bundle import Bundle
 from runtime.bundle.manifest import FloatType
 from runtime.engines.onnx import import_onnxruntime
 from runtime.machine.device import CUDA_PROVIDER
-from runtime.options.generation_options import MOST_TOP_LOGPROBS
+from runtime.options.generation_options import MAX_TOP_LOGPROBS
 from tools.gpu.operators import check_bundle, load_table
 from tools.gpu.prove_commands import comparison, training
 from tools.gpu.prove_context import (
@@ -241,7 +241,7 @@ def against_cpu(context: StepContext) -> StepOutcome:
     """
     prompts = context.prompts()
     plain: dict[str, Any] = {"max_new_tokens": context.tokens, "ignore_eos": True}
-    scored = plain | {"output_logprobs": True, "top_logprobs": MOST_TOP_LOGPROBS}
+    scored = plain | {"output_logprobs": True, "top_logprobs": MAX_TOP_LOGPROBS}
     ways = {
         "full": {"mode": "full", **scored},
         "shallow": {"mode": "shallow", **scored},

@@ -27,7 +27,7 @@ from tools.data.splits import DataError, run_tool
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT / "freeexport" / "data" / "g2p"
 TEST_PHRASES = 100
-SHORTEST_SHOWN = 8
+MIN_SHOWN_WORDS = 8
 SHIPPED = (
     "config.json",
     "exit.json",
@@ -35,7 +35,7 @@ SHIPPED = (
     "model.safetensors",
     "tokenizer.json",
 )
-MOST_BYTES = 8_000_000
+MAX_BYTES = 8_000_000
 # Name, minutes on one thread, data set, and options of `freeexport train`. The model in this
 # package was trained with a constant and a cosine schedule, which hold and linear replace.
 STAGES = (
@@ -147,14 +147,14 @@ def ship(work: Path, checkpoint: Path) -> None:
         DataError: If the model is too large.
     """
     size = sum((checkpoint / name).stat().st_size for name in SHIPPED)
-    if size > MOST_BYTES:
-        raise DataError(f"the model has {size} bytes; the package limit is {MOST_BYTES}")
+    if size > MAX_BYTES:
+        raise DataError(f"the model has {size} bytes; the package limit is {MAX_BYTES}")
     DATA.mkdir(parents=True, exist_ok=True)
     for name in (*SHIPPED, "tokenizer_config.json"):
         shutil.copy(checkpoint / name, DATA / name)
     shutil.copy(calibrate(work, checkpoint), DATA / "calibration.json")
     lines = (work / "test" / "test.jsonl").read_text(encoding="utf-8").splitlines()
-    phrases = [line for line in lines if len(json.loads(line)["references"]) >= SHORTEST_SHOWN]
+    phrases = [line for line in lines if len(json.loads(line)["references"]) >= MIN_SHOWN_WORDS]
     phrases = phrases[:TEST_PHRASES]
     (DATA / "test.jsonl").write_text("\n".join(phrases) + "\n", encoding="utf-8")
     click.echo(f"{DATA}: {size / 1e6:.1f} MB of model, {len(phrases)} test phrases")

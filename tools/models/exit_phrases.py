@@ -47,18 +47,20 @@ def texts_of(outputs: Path, bundle: Path | None) -> list[list[int]]:
 @click.argument("exit_file", type=click.Path(path_type=Path, exists=True, dir_okay=False))
 @click.argument("outputs", type=click.Path(path_type=Path, exists=True, dir_okay=False))
 @click.option("--bundle", type=click.Path(path_type=Path, exists=True, file_okay=False))
-@click.option("--most", default=MAX_PHRASES, type=click.IntRange(1), help="Phrases, at most.")
+@click.option(
+    "--max-phrases", default=MAX_PHRASES, type=click.IntRange(1), help="Number of phrases."
+)
 @click.option("--data", help="Sentences on the training data, in place of those in the file.")
 @click.option("--results", help="Sentences on the results, in place of those in the file.")
 def main(
     exit_file: Path,
     outputs: Path,
     bundle: Path | None,
-    most: int,
+    max_phrases: int,
     data: str | None,
     results: str | None,
 ) -> None:
-    table = PhraseTable.build(texts_of(outputs, bundle), most)
+    table = PhraseTable.build(texts_of(outputs, bundle), max_phrases)
     add_phrases(exit_file, table.entries, data=data, results=results)
     size = exit_file.stat().st_size
     click.echo(

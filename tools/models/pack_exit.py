@@ -24,7 +24,7 @@ from graphs.families import describe
 from runtime.speech.audio import read_audio
 from tools.data.splits import run_tool
 
-MOST_SOUNDS = 6  # recordings of a speech model's samples
+MAX_SOUNDS = 6  # recordings of a speech model's samples
 SPOKEN = 200  # tokens of a transcript
 
 
@@ -41,7 +41,7 @@ def spoken_samples_of(
     start = checkpoint.generation_config.get("decoder_start_token_id") or 0
     sounds = [
         recording_of(request, speech, positions, data)
-        for request in read_examples(data, MOST_SOUNDS)
+        for request in read_examples(data, MAX_SOUNDS)
     ]
     longest = min(SPOKEN, checkpoint.config["max_target_positions"] // 2)
     with TemporaryDirectory() as directory:

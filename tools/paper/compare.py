@@ -147,9 +147,9 @@ def _cut_data(options: CompareOptions) -> dict[str, Any]:
         "test": (options.data / "test.jsonl", options.lines),
     }
     counts = {}
-    for name, (path, most) in files.items():
+    for name, (path, max_lines) in files.items():
         with path.open(encoding="utf-8") as file:
-            lines = [json.loads(line) for line in islice(filter(str.strip, file), most)]
+            lines = [json.loads(line) for line in islice(filter(str.strip, file), max_lines)]
         long = 0
         for line in lines if cuts else ():
             if isinstance(line.get("input"), str):
@@ -266,9 +266,8 @@ def _calibrate(
     `product` is the product's rule, `authors` that of the authors' code.
     """
     path = directories.bundle(one)
-    most = options.calibration_lines
     given = CalibrateOptions(
-        samples=most,
+        samples=options.calibration_lines,
         max_new_tokens=options.max_new_tokens,
         device=options.device,
         threads=options.count,
@@ -276,7 +275,8 @@ def _calibrate(
     result = calibrate(str(path), options.output / "calibration.jsonl", given)
     traces = result.traces
     chosen = {}
-    for count in sorted({most, *(count for count in options.samples if count < most)}):
+    every = options.calibration_lines
+    for count in sorted({every, *(count for count in options.samples if count < every)}):
         first = traces.part(np.arange(len(traces.length)) < count)
         chosen[str(len(first.length))] = {
             "product": choose(first, Rule()).threshold,

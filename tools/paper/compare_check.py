@@ -17,7 +17,7 @@ from freeexport.checkpoints.checkpoint import open_checkpoint
 from freeexport.checkpoints.examples import DataError, read_examples
 from freeexport.checkpoints.transformers_model import torch_device
 from freeexport.conversion.convert_options import engine_options
-from freeexport.system.jsonl import Request
+from freeexport.system.jsonl import InputLine
 from freeexport.system.page import human_bytes
 from freeexport.task_metrics import MetricError, metric_of
 from graphs.engine_options import TARGETS
@@ -121,10 +121,10 @@ def checked_options(options: CompareOptions) -> Resolved:
             notes.append(f"left out for {description.family}: {', '.join(left)}, which need a T5")
     if device.index is not None:
         notes.append(f"the comparison has not yet been run on a GPU: check its figures on {device}")
-    least = options.calm_min_layer
-    if "calm" in rows and 2 * least > layers:
+    first = options.calm_min_layer
+    if "calm" in rows and 2 * first > layers:
         notes.append(
-            f"CALM may exit only after layer {least} of {layers}, so it exits late or never; the "
+            f"CALM may exit only after layer {first} of {layers}, so it exits late or never; the "
             "authors' 4 is for 24 layers, --calm-min-layer chooses another"
         )
     if parameters < TINY and any(row in rows for row in ("eager", *OF_T5)):
@@ -172,7 +172,7 @@ def _check_numbers(options: CompareOptions) -> None:
         raise OptionError("--steps and --epochs contradict each other; choose one")
 
 
-def _check_data(options: CompareOptions) -> tuple[dict[str, Path], list[Request]]:
+def _check_data(options: CompareOptions) -> tuple[dict[str, Path], list[InputLine]]:
     """Return the files of the data set by split, and the test lines."""
     files = {name: options.data / f"{name}.jsonl" for name in SPLITS}
     files |= {"calibration": options.calibration, "validation": options.validation}
@@ -197,7 +197,7 @@ def _check_data(options: CompareOptions) -> tuple[dict[str, Path], list[Request]
     return files, test
 
 
-def _metrics(options: CompareOptions, test: Sequence[Request]) -> tuple[str, ...]:
+def _metrics(options: CompareOptions, test: Sequence[InputLine]) -> tuple[str, ...]:
     """Return the metrics: those given, or else those of the task."""
     texts = [str(request.input) for request in test]
     asks = all(text.startswith(QUESTION) for text in texts)

@@ -42,8 +42,13 @@ def evaluated(
         if "rollback" in one.methods and bundle.manifest.rollback_threshold is None:
             notes.append(f"rollback is left out on {one.name}: no token of its calibration exits")
         if methods := [method for method in one.methods if method in EAGER]:
-            least = options.calm_min_layer
-            eager = EagerDecoder(bundle, checkpoint, options.device, options.count, least)
+            eager = EagerDecoder(
+                bundle,
+                checkpoint,
+                options.device,
+                threads=options.count,
+                min_layer=options.calm_min_layer,
+            )
             others |= {(one.name, method): eager.decode for method in methods}
     found = evaluate(
         EvaluateOptions(

@@ -34,11 +34,11 @@ PaperRow = Literal[
 ROWS: tuple[PaperRow, ...] = get_args(PaperRow)
 # Graphs for a GPU.
 GpuTarget = Literal["cuda", "tensorrt"]
-# Most rows of a sync pass. It is as long as an output if that is shorter, so FREE's stack is not
-# limited, as in the authors' code.
-MOST_PENDING = 256
-# Fewest positions of a decoder's cache. The verification of a bundle needs some.
-LEAST_CAPACITY = 128
+# Maximum number of rows of a sync pass. It is as long as an output if that is shorter, so FREE's
+# stack is not limited, as in the authors' code.
+MAX_PENDING = 256
+# Minimum number of positions of a decoder's cache. The verification of a bundle needs some.
+MIN_CAPACITY = 128
 
 
 @dataclass(frozen=True)
@@ -86,9 +86,9 @@ class CompareOptions:
             exit_layer=depth,
             precision=self.precision,
             target=self.target,
-            capacity=None if decoder is None else max(LEAST_CAPACITY, decoder),
+            capacity=None if decoder is None else max(MIN_CAPACITY, decoder),
             encoder_capacity=None if decoder is None else self.max_tokens,
-            max_pending=min(MOST_PENDING, self.max_new_tokens),
+            max_pending=min(MAX_PENDING, self.max_new_tokens),
             overwrite=True,
         )
 

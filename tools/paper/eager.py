@@ -56,7 +56,7 @@ class EagerDecoder:
 
     Args:
         bundle: Bundle of the checkpoint, whose tokenizer, precision and exit layer are used.
-        least: First layer after which `calm` may exit.
+        min_layer: First layer after which `calm` may exit.
 
     Raises:
         CheckpointError: If the checkpoint cannot be read.
@@ -64,7 +64,7 @@ class EagerDecoder:
     """
 
     def __init__(
-        self, bundle: Bundle, checkpoint: str, device: str, threads: int, least: int = 1
+        self, bundle: Bundle, checkpoint: str, device: str, threads: int, min_layer: int = 1
     ) -> None:
         torch.set_num_threads(threads)
         self._checkpoint = open_checkpoint(checkpoint)
@@ -75,10 +75,12 @@ class EagerDecoder:
         description = describe(self._checkpoint.config, self._checkpoint)
         self._exits = None
         if description.family == "t5":
-            self._exits = EarlyExits(self._model, description, bundle.manifest.exit_layer, least)
+            self._exits = EarlyExits(
+                self._model, description, bundle.manifest.exit_layer, min_layer
+            )
 
     @torch.inference_mode()
-    def decode(self, setting: Setting, prompt: Any, most: int) -> dict[str, Any]:
+    def decode(self, setting: Setting, prompt: Any, max_tokens: int) -> dict[str, Any]:
         """Decode a prompt, and return the fields of its record."""
         manifest = self._manifest
         taken: list[int] = []
@@ -86,7 +88,7 @@ class EagerDecoder:
         if self._exits is None or setting.method == "eager":
             clock = TokenTimes()
             (made,) = greedy_ids(
-                self._model, self._checkpoint, [np.asarray(prompt)], most, streamer=clock
+                self._model, self._checkpoint, [np.asarray(prompt)], max_tokens, streamer=clock
             )
             ids = made.tolist()
             times = clock.times[1:]
@@ -94,7 +96,7 @@ class EagerDecoder:
             ids = []
             times = []
             self._exits.begin(prompt)
-            while len(ids) < most and (not ids or ids[-1] not in manifest.eos_token_ids):
+            while len(ids) < max_tokens and (not ids or ids[-1] not in manifest.eos_token_ids):
                 newest = ids[-1] if ids else manifest.decoder_start_token_id or 0
                 token, layers = self._exits.step(newest, setting)
                 ids.append(token)
@@ -122,21 +124,23 @@ class EarlyExits:
 
     Args:
         exit_layer: Exit layer of all methods but `calm`.
-        least: First layer after which `calm` may exit.
+        min_layer: First layer after which `calm` may exit.
     """
 
-    def __init__(self, model: Any, description: Description, exit_layer: int, least: int) -> None:
+    def __init__(
+        self, model: Any, description: Description, exit_layer: int, min_layer: int
+    ) -> None:
         self._model = model
         self._exit_layer = exit_layer
-        self._least = least
+        self._min_layer = min_layer
         self._layers = description.decoder.layers
         self._blocks = model.get_decoder().block
         self._head = shared_head(model, description)
 
     def begin(self, prompt: Any) -> None:
         """Run the encoder over a prompt, token ids [n]."""
-        ids = torch.tensor(np.asarray(prompt, np.int64)[None], device=self._state.device)
-        encoder = self._state.get_encoder()
+        ids = torch.tensor(np.asarray(prompt, np.int64)[None], device=self._model.device)
+        encoder = self._model.get_encoder()
         self._encoded = encoder(input_ids=ids, attention_mask=torch.ones_like(ids))[0]  # [1, n, d]
         # Keys and values by layer, [1, heads, n, head_dim].
         self._own: dict[int, KeyValue] = {}
@@ -147,7 +151,7 @@ class EarlyExits:
     def step(self, token: int, setting: Setting) -> tuple[int, int]:
         """Read a token. Returns the next one, and the number of layers that predicted it."""
         layers = len(self._blocks)
-        x = self._state.get_input_embeddings()(torch.tensor([[token]], device=self._state.device))
+        x = self._model.get_input_embeddings()(torch.tensor([[token]], device=self._model.device))
         bar = 1.0 if setting.threshold is None else setting.threshold
         if setting.method in ("eager-static", "eager-free"):
             x = self._through(0, self._exit_layer, x)
@@ -162,7 +166,9 @@ class EarlyExits:
             return self._predict(x)[0], layers
         exits: Sequence[int] = ()
         if setting.method != "eager-full":
-            exits = range(self._least, layers) if setting.method == "calm" else (self._exit_layer,)
+            exits = (
+                range(self._min_layer, layers) if setting.method == "calm" else (self._exit_layer,)
+            )
         done = 0
         for last in (*exits, layers):
             x = self._through(done, last, x)
@@ -212,7 +218,7 @@ class EarlyExits:
 
     def _bias(self, bias: RelativeBias, queries: int, keys: int) -> torch.Tensor:
         """Return the position bias and causal mask [heads, k, n] of the newest k positions."""
-        table = self._state.get_parameter(bias.table)  # [buckets, heads]
+        table = self._model.get_parameter(bias.table)  # [buckets, heads]
         distance = np.arange(keys) - np.arange(keys - queries, keys)[:, None]
         found = table[torch.from_numpy(buckets(distance, bias)).to(table.device)].permute(2, 0, 1)
         later = torch.from_numpy(distance > 0).to(table.device)

@@ -33,7 +33,8 @@ from runtime.machine.machine import usable_cores
 from tools.paper.losses import HiddenDistillation, WeightedCrossEntropy
 
 LEARNING_RATE = 1e-4
-# CALM exits after this layer or a later one (`least` of EagerDecoder). The loss trains all layers.
+# CALM exits after this layer or a later one (`min_layer` of EagerDecoder). The loss trains all
+# layers.
 EXIT_MIN_LAYER = 4
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
 

@@ -24,7 +24,7 @@ from runtime.errors import OptionError
 
 ZETA = 0.4
 FIRST_THRESHOLD = 0.9  # until there are labels
-MOST_REFITS = 300
+MAX_REFITS = 300
 GRID = np.linspace(0.3, 0.9, 10)
 # Confidences of exactly 0 and 1 have no density.
 EDGE = 1e-4
@@ -150,12 +150,12 @@ class PaperThreshold(Learner):
 
     def begin(self) -> RequestLabels:
         with self._lock:
-            return StackLabels(self.threshold, learns=self._refits < MOST_REFITS, audits=False)
+            return StackLabels(self.threshold, learns=self._refits < MAX_REFITS, audits=False)
 
     def complete(self, labels: RequestLabels) -> None:
         """Refit to all labels so far, including those of a request that has ended."""
         with self._lock:
-            if self._refits >= MOST_REFITS:
+            if self._refits >= MAX_REFITS:
                 return
             confidences = np.array([confidence for confidence, _ in labels.labelled])
             agrees = np.array([agrees for _, agrees in labels.labelled], np.bool_)

@@ -41,7 +41,7 @@ def chat_ids(bundle: Bundle, count: int) -> list[list[int]]:
         encode_prompt(
             messages if chats else messages[0]["content"], tokenizer, manifest.vocab_size, limit
         ).tolist()
-        for _, messages in chat_prompts(count)
+        for messages in chat_prompts(count)
     ]
 
 

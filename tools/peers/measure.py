@@ -61,9 +61,11 @@ class Cell:
             return [texts[:1], *[texts] * rounds]
         last = [] if end is None else [end]
         draw = np.random.default_rng(self.read)
-        most = vocabulary - min(200, vocabulary // 4)  # special tokens are first or last
+        end_of_words = vocabulary - min(200, vocabulary // 4)  # special tokens are first or last
         size = self.rows, self.read - len(last)
-        prompts = draw.integers(vocabulary - most, most, (rounds + 1, *size)).tolist()
+        prompts = draw.integers(
+            vocabulary - end_of_words, end_of_words, (rounds + 1, *size)
+        ).tolist()
         return [[[[*prompt, *last] for prompt in request]] for request in prompts]
 
 

@@ -113,10 +113,10 @@ def bundle_of(name: str, checkpoint: str, precision: str, output: Path) -> Bundl
     """
     out = output / "bundles" / "-".join([name, precision.replace(" --", "-").replace(" ", "-")])
     if not out.is_dir():
-        most = open_checkpoint(checkpoint).config.get("max_position_embeddings", POSITIONS)
+        positions = open_checkpoint(checkpoint).config.get("max_position_embeddings", POSITIONS)
         command = [sys.executable, "-m", "freeexport", "convert", checkpoint, str(out)]
         command += ["--precision", *precision.split(), "--verify", "none"]
-        run_command(*command, "--capacity", str(min(most, POSITIONS)))
+        run_command(*command, "--capacity", str(min(positions, POSITIONS)))
     return Bundle.open(out)
 
 

@@ -18,12 +18,13 @@ from tools.peers.decoders import Convert, Emit, Load, Loaded, library_facts, onl
 def load_ours(path: str, threads: int, options: dict[str, Any]) -> Loaded:
     """Load a bundle.
 
-    `options` may have `rows`, the most rows at once, `context`, the positions of a row, `calls` to
-    return the engine calls, `lookup` to draft from the text, and `schema`, a JSON schema of the
-    output.
+    `options` may have `rows`, the maximum number of rows at once, `context`, the positions of a
+    row, `calls` to return the engine calls, `lookup` to draft from the text, and `schema`, a JSON
+    schema of the output.
     """
     # Only what an application imports: the time of imports is in the first token of a process.
-    from runtime import Session, kernels
+    from runtime import Session
+    from runtime.engines import kernels
     from runtime.requests.stream import Stream
 
     if options.get("calls"):

@@ -16,7 +16,7 @@ from runtime.engines.cuda.driver import CudaStream
 
 # Alignment of addresses, in bytes, which TensorRT requires.
 ALIGNMENT = 256
-LEAST_STAGING = 1 << 14
+MIN_STAGING = 1 << 14
 
 
 class Staging:
@@ -84,7 +84,7 @@ class DeviceEngine:
         """
         fitting = [staging for staging in self.stagings if staging.size >= size]
         if not fitting:
-            return Staging(self.stream, max(LEAST_STAGING, 1 << (size - 1).bit_length()))
+            return Staging(self.stream, max(MIN_STAGING, 1 << (size - 1).bit_length()))
         chosen = min(fitting, key=lambda staging: staging.size)
         self.stagings.remove(chosen)
         return chosen
@@ -138,7 +138,9 @@ class DeviceCall:
             self._check(name, array, is_input=False)
             self._replace(self._outputs, name, array)
         arrays = [*self._inputs.values(), *self._outputs.values()]
-        streams = {array.memory.stream for array in arrays if isinstance(array, DeviceArray)}
+        streams: set[Any] = {
+            array.memory.stream for array in arrays if isinstance(array, DeviceArray)
+        }
         self.others = tuple(streams - {self._engine.stream})
 
     def _replace(self, bound: dict[str, Any], name: str, array: Any) -> None:

@@ -32,7 +32,7 @@ BFLOAT16 = 16  # TensorProto.DataType of ONNX
 # Runs of a call before it is captured as a CUDA graph. Capturing costs as much as several runs.
 RUNS_BEFORE_CAPTURE = 2
 # Most graphs per engine, because ONNX Runtime cannot release a graph.
-MOST_GRAPHS = 256
+MAX_GRAPHS = 256
 
 
 class CudaCall(DeviceCall):
@@ -124,7 +124,7 @@ class CudaEngine(DeviceEngine):
         self.session = engine.session
         self.output_shapes = engine.output_shapes
         self.graphs = itertools.count(1)
-        self.graphs_left = MOST_GRAPHS if captures else 0
+        self.graphs_left = MAX_GRAPHS if captures else 0
         self.types = {
             value.name: value.type
             for value in (*self.session.get_inputs(), *self.session.get_outputs())

@@ -20,7 +20,7 @@ from runtime.engines.runner import Encoder, Event, Runner
 SPARE_EVENTS = 4
 # Smallest width to which prompts are padded. Widths are powers of 2, so that bound calls and CUDA
 # graphs can be reused.
-LEAST_WIDTH = 32
+MIN_WIDTH = 32
 
 
 class CudaKVCache(KVCache):
@@ -67,13 +67,13 @@ class CudaRunner(Runner):
         self._origin: CudaEvent | None = None
         self._seen: list[tuple[float, float]] = []
 
-    def padded(self, slot: int, rows: int, heads: int, most: int) -> tuple[int, int]:
-        """Return powers of two, or at most `most`, so that few CUDA graphs serve all sizes.
+    def padded(self, slot: int, rows: int, heads: int, max_rows: int) -> tuple[int, int]:
+        """Return powers of two, or at most `max_rows`, so that few CUDA graphs serve all sizes.
 
         Without CUDA graphs, or room in the cache, sizes are not changed.
         """
         engine: Any = self.engine
-        width = min(_power(rows), most)
+        width = min(_power(rows), max_rows)
         fits = self.cache.length(slot) + width <= self.cache.rows
         if not engine.captures or not fits:
             return rows, heads
@@ -223,7 +223,7 @@ class CudaEncoder(Encoder):
         arrays.
         """
         count = len(tokens)
-        width = min(self._longest, max(LEAST_WIDTH, 1 << (count - 1).bit_length()))
+        width = min(self._longest, max(MIN_WIDTH, 1 << (count - 1).bit_length()))
         places = self._places.setdefault(reader, {}) if reader is not None else {}
         place = places.get(width) or self._place(width)
         places[width] = place

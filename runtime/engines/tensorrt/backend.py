@@ -56,11 +56,11 @@ class TensorRTBackend(CudaBackend):
         manifest = self.manifest
         records = [read_record(path) for path in self._files.values()]
         profiles = [record.plan.profiles[0] for record in records if record is not None]
-        most = min(profile.ranges["B"][2] for profile in profiles)
-        if slots > most:
+        max_slots = min(profile.ranges["B"][2] for profile in profiles)
+        if slots > max_slots:
             raise OptionError(
-                f"slots is {slots}, and the TensorRT engines of this bundle take {most} sequences "
-                f"per call; choose slots={most}, "
+                f"slots is {slots}, and the TensorRT engines of this bundle take {max_slots} "
+                f"sequences per call; choose slots={max_slots}, "
                 f"or run: freeexport convert {self.bundle.path} --build {slots}"
             )
         sizes = cache_sizes(manifest, manifest.deep_layers, slots, self.capacity)

@@ -25,7 +25,7 @@ from runtime.errors import BundleError, EngineError, first_line
 logger = logging.getLogger(__name__)
 
 # The first version whose ONNX parser maps TensorScatter to KV-cache updates.
-LEAST = (10, 15)
+MIN_VERSION = (10, 15)
 NO_GPU = "nogpu"
 INSTALL = "pip install 'freeexport[tensorrt]'"
 DIRECTORY = "tensorrt"
@@ -53,11 +53,11 @@ def import_tensorrt() -> Any:
             f"TensorRT cannot be imported ({first_line(error)}); run: {INSTALL}"
         ) from error
     version = str(tensorrt.__version__)
-    if tuple(map(int, re.findall(r"\d+", version)[:2])) < LEAST:
-        least = ".".join(map(str, LEAST))
+    if tuple(map(int, re.findall(r"\d+", version)[:2])) < MIN_VERSION:
+        minimum = ".".join(map(str, MIN_VERSION))
         raise EngineError(
             f"TensorRT {version} does not support KV-cache updates; "
-            f"install {least} or newer: {INSTALL}"
+            f"install {minimum} or newer: {INSTALL}"
         )
     return tensorrt
 

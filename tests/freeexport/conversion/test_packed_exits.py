@@ -45,7 +45,7 @@ from runtime.decoding.drafts import Drafts
 from runtime.decoding.phrases import ENTRY, PHRASES, PhraseTable
 from runtime.errors import BundleError, HubError
 from runtime.machine.machine import host
-from runtime.requests import generation
+from runtime.requests import sequence
 from runtime.session import Session
 from tools.models import exit_phrases, pack_exit, unpack_exit
 
@@ -313,7 +313,7 @@ def test_the_tool_adds_phrases_and_keeps_the_exit(
     plain = bundle(checkpoint(LLAMA), tmp_path / "plain")
     for most, count in (("1000", None), ("3", 3)):
         done = CliRunner().invoke(
-            exit_phrases.main, [str(path), str(outputs), "--bundle", str(plain.path), "--most", most]
+            exit_phrases.main, [str(path), str(outputs), "--bundle", str(plain.path), "--max-phrases", most]
         )
         assert done.exit_code == 0, done.output
         after = read_packed(path)
@@ -479,7 +479,7 @@ def test_lossless_leaves_out_an_exit_that_was_measured_not_to_pay(
             super().__init__(costs, acceptance, sources, exits=exits, **others)
             may_exit.append(exits)
 
-    monkeypatch.setattr(generation, "Drafts", SeenDrafts)
+    monkeypatch.setattr(sequence, "Drafts", SeenDrafts)
     elsewhere = replace(here, host=replace(host(1), processor="another"))
     for costs, low, drafts, expected in (
         (here, 1.01, "auto", True),

@@ -189,7 +189,7 @@ def test_a_threshold_that_was_not_fitted_to_a_posterior_implies_one(method: Any)
     threshold = adapting(SHARP, target=0.99, method=method, threshold=0.8)
     assert threshold.target == pytest.approx(float(SHARP.posterior(0.8)))
     assert threshold.threshold == pytest.approx(0.8, abs=1e-6)
-    assert adapting(SHARP, method=method, threshold=0.0).target == adaptive.LEAST_TARGET
+    assert adapting(SHARP, method=method, threshold=0.0).target == adaptive.MIN_TARGET
 
 
 @pytest.mark.parametrize("calibration", [None, calibration_of(MANIFEST, None, adaptive.UNCALIBRATED_TARGET)])

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from runtime.bundle.beta import (
     EPSILON,
-    LEAST_SHAPE,
-    MOST_CONCENTRATION,
+    MAX_CONCENTRATION,
+    MIN_SHAPE,
     Beta,
     BetaMixture,
     LogSums,
@@ -51,8 +51,8 @@ def test_a_fit_is_never_less_likely_than_its_start(confidences: list[float], a: 
     for steps in (1, 2, 50):
         found = most_likely(sums, start, steps)
         assert found.log_likelihood(sums) >= start.log_likelihood(sums)
-        assert min(found.a, found.b) >= LEAST_SHAPE
-        assert found.a + found.b <= MOST_CONCENTRATION * 1.001
+        assert min(found.a, found.b) >= MIN_SHAPE
+        assert found.a + found.b <= MAX_CONCENTRATION * 1.001
 
 
 @pytest.mark.parametrize("shape", [0.0, -1.0, math.nan, math.inf])

@@ -83,7 +83,7 @@ def nested(levels: int) -> bytes:
 def test_a_graph_that_would_take_long_is_refused(
     content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reading, "MOST_FIELDS", 10_000)
+    monkeypatch.setattr(reading, "MAX_FIELDS", 10_000)
     (tmp_path / "deep.onnx").write_bytes(content)
     with pytest.raises(BundleError, match=r"deep\.onnx cannot be read \(its graph is too large"):
         external_data(tmp_path / "deep.onnx")

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from runtime.bundle.json_file import (
     DEEPEST,
-    MOST_DIGITS,
+    MAX_DIGITS,
     UnreadableError,
     parse_json,
     read_json,
@@ -52,7 +52,7 @@ def test_what_json_writes_is_read(value: Any, ascii_only: bool) -> None:
         ("[" * 100_000, "not JSON of at most"),
         ('{"a":' * 100_000, "not JSON of at most"),
         ("[" * (DEEPEST + 1) + "]" * (DEEPEST + 1), "not JSON of at most"),
-        ("1" + "0" * MOST_DIGITS, f"integer of {MOST_DIGITS + 1} digits"),
+        ("1" + "0" * MAX_DIGITS, f"integer of {MAX_DIGITS + 1} digits"),
         ("1" + "0" * 5000, "integer of 5001 digits"),
         ("-1e999", "-1e999, which is out of the range of floats"),
         ("NaN", "NaN"),
@@ -68,7 +68,7 @@ def test_what_no_reader_should_meet_is_refused_with_the_reason(text: str | bytes
 
 
 def test_numbers_and_levels_at_the_limit_are_read() -> None:
-    assert float(parse_json("9" * MOST_DIGITS)) > 1e99
+    assert float(parse_json("9" * MAX_DIGITS)) > 1e99
     assert parse_json("[" * DEEPEST + "]" * DEEPEST)
     assert parse_json(r'"\ud83d\ude00"') == "\U0001f600"
 

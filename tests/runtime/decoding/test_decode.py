@@ -303,7 +303,7 @@ def test_a_sequence_that_runs_its_own_calls_makes_those_of_one_that_waits_for_ot
         outcomes = []
         for alone_with_engines in (False, True):
             decoder, shallow, deep = decoder_of(trace, nll=nll, agrees=agrees)
-            decoder.alone = alone_with_engines
+            decoder.only_sequence = alone_with_engines
             drafts = PlannedDrafts(*((0, length) for length in lengths), threshold=0.3)
             steps = list(alone(decoded(decoder, prompt_of(3), tokens, drafts, policy)))
             stats = decoder.stats
@@ -313,7 +313,7 @@ def test_a_sequence_that_runs_its_own_calls_makes_those_of_one_that_waits_for_ot
 
 def test_the_cost_of_a_draft_includes_python_between_its_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     decoder, _, _ = decoder_of([1.0] * 20)
-    decoder.alone = True
+    decoder.only_sequence = True
     seconds = list[float]()
     monkeypatch.setattr(
         PlannedDrafts, "observe", lambda self, plan, outcome, shallow, deep, shared: seconds.append(shallow)

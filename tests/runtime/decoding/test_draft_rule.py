@@ -115,7 +115,7 @@ class SimulatedDecoder:
         python: Seconds between two calls of the exit.
     """
 
-    alone = True
+    only_sequence = True
     overlaps = False
     batch_size = 1
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.decoding.phrases import ENTRY, MOST_ENTRIES, PhraseTable, _ngrams, misfit
+from runtime.decoding.phrases import ENTRY, MAX_ENTRIES, PhraseTable, _ngrams, misfit
 from runtime.decoding.text_index import LEVELS, LONGEST, ORDERS
 
 TEXTS = st.lists(st.lists(st.integers(0, 3), max_size=30), max_size=6)
@@ -40,7 +40,7 @@ def test_it_expects_what_followed_the_longest_known_phrase_most_often(
 
 def test_it_keeps_the_phrases_that_were_right_most_often() -> None:
     texts = [[1, 2]] * 5 + [[3, 4]] * 3 + [[5, 6]]
-    table = PhraseTable.build(texts, most=2)
+    table = PhraseTable.build(texts, max_entries=2)
     assert [table.expected([token]) is not None for token in (1, 3, 5)] == [True, True, False]
     assert misfit(table.entries, 7) is None
 
@@ -81,7 +81,7 @@ def table_of(*entries: tuple[int, int, int]) -> np.ndarray:
     [
         (np.zeros(3), "is no table of phrases"),
         (table_of((1, 2, 3)).reshape(1, 1), "is no table of phrases"),
-        (np.zeros(MOST_ENTRIES + 1, ENTRY), "at most 4,000,000 are read"),
+        (np.zeros(MAX_ENTRIES + 1, ENTRY), "at most 4,000,000 are read"),
         (table_of((1, 10, 3)), "has token 10, outside of 0 to 9"),
         (table_of((1, 2, 24)), "has level 24, outside of 0 to 23"),
         (table_of((2, 2, 3), (1, 2, 3)), "its phrases are not in order"),

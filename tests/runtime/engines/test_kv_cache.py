@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from manifest_case import MANIFEST
 from profiles import tries
 
-from runtime.engines.kv_cache import CROSS_STEP, LEAST_DOUBLED, MOST_DOUBLED, CrossCache, KVCache, check_memory
+from runtime.engines.kv_cache import CROSS_STEP, MAX_DOUBLED, MIN_DOUBLED, CrossCache, KVCache, check_memory
 from runtime.errors import CapacityError
 
 LAYERS, KV_HEADS, HEAD_DIM = range(2, 4), 2, 3
@@ -117,18 +117,18 @@ def prompt_of(length: int) -> dict[str, np.ndarray]:
 def test_no_length_is_beyond_the_arrays_once_a_long_prompt_has_left() -> None:
     cache = CrossCache(3)
     cache.place(0, prompt_of(3))
-    cache.place(1, prompt_of(MOST_DOUBLED + 1))
-    assert cache.rows(0, 3)["cross.0.key"].shape[2] == MOST_DOUBLED + CROSS_STEP
+    cache.place(1, prompt_of(MAX_DOUBLED + 1))
+    assert cache.rows(0, 3)["cross.0.key"].shape[2] == MAX_DOUBLED + CROSS_STEP
     cache.forget(1)
     cache.place(2, prompt_of(5))
     rows = cache.rows(0, 3)
-    assert rows["cross.0.key"].shape[2] == LEAST_DOUBLED
+    assert rows["cross.0.key"].shape[2] == MIN_DOUBLED
     np.testing.assert_array_equal(rows["cross_lengths"], [3, 1, 5])
 
 
 def test_arrays_stay_for_prompts_of_other_lengths_up_to_the_widest() -> None:
     cache = CrossCache(1)
-    for length, version in ((3, 1), (LEAST_DOUBLED, 1), (LEAST_DOUBLED + 1, 2), (9, 2), (MOST_DOUBLED, 3), (1, 3)):
+    for length, version in ((3, 1), (MIN_DOUBLED, 1), (MIN_DOUBLED + 1, 2), (9, 2), (MAX_DOUBLED, 3), (1, 3)):
         cache.place(0, prompt_of(length))
         cache.forget(0)
         assert (cache.version, cache.rows(0, 1)["cross_lengths"].tolist()) == (version, [length])

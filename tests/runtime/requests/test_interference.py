@@ -23,7 +23,7 @@ from tokenizers import pre_tokenizers
 
 from runtime import BatchError, GenerationResult, OptionError, PromptError, Session, Stream
 from runtime.engines.onnx import Call
-from runtime.requests.requests import sequence_of
+from runtime.requests.request import request_of
 
 ROOT = Path(__file__).parents[3]
 LLAMA, T5 = "llama-tied", "t5-relu-tied"
@@ -78,14 +78,14 @@ def test_an_interruption_while_prompts_are_read_leaves_no_list_waiting(
     open_session: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     session = open_session()
-    make = sequence_of
+    make = request_of
 
-    def interrupted(model: Any, prompt: Any, *arguments: Any, **keywords: Any) -> Any:
+    def interrupted(state: Any, prompt: Any, *arguments: Any, **keywords: Any) -> Any:
         if prompt == [99]:
             raise KeyboardInterrupt
-        return make(model, prompt, *arguments, **keywords)
+        return make(state, prompt, *arguments, **keywords)
 
-    monkeypatch.setattr("runtime.requests.requests.sequence_of", interrupted)
+    monkeypatch.setattr("runtime.requests.request_factory.request_of", interrupted)
 
     def listed() -> list[Any]:
         with pytest.raises(KeyboardInterrupt):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from profiles import tries
 
 from runtime.errors import BundleError, PromptError
-from runtime.text.chat_template import MOST_SOURCE, ChatTemplate
+from runtime.text.chat_template import MAX_SOURCE, ChatTemplate
 
 CHAT = [{"role": "user", "content": "hello"}]
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
@@ -53,7 +53,7 @@ def test_a_template_without_end_is_refused_soon(name: str) -> None:
         nested("{% for a in range(9) %}", "{% endfor %}", 25),
         "{{ " + nested("(", ")", 5000) + " }}",
         "{{ " + "9" * 5000 + " }}",
-        "x" * (MOST_SOURCE + 1),
+        "x" * (MAX_SOURCE + 1),
         "{{ messages | nothing }}",
         "x\n{% for %}",
     ],

@@ -133,7 +133,7 @@ def test_without_a_tokenizer_or_an_end_it_is_refused() -> None:
 def test_compiled_grammars_are_kept_up_to_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
     grammars, compiled = Grammars(Tokenizer(unigram()), 16, [1]), list[str]()
     compile_ = grammars._compile
-    monkeypatch.setattr("runtime.text.grammar.MOST_KEPT", 2)
+    monkeypatch.setattr("runtime.text.grammar.MAX_KEPT", 2)
     monkeypatch.setattr(grammars, "_compile", lambda kind, text: compiled.append(text) or compile_(kind, text))
     for regex in ("a", "a+", "a", "a*", "a", "a+"):
         grammars.open("regex", regex, 99)

@@ -4,13 +4,12 @@ import json
 import subprocess
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 import pytest
 from click.testing import CliRunner
 
 from tools.data import debian
-from tools.data.debian import EXTRACT_SEPARATORS, Pair, component, extracted, extractions, split_pairs, translations
+from tools.data.debian import EXTRACT_SEPARATORS, Pair, extracted, extractions, split_pairs
 from tools.data.debian_index import (
     PackageDescription,
     descriptions,
@@ -61,7 +60,7 @@ LONG = "Frobnication is the art of turning knobs without any purpose at all."
 
 
 def test_paragraphs_are_joined_lines() -> None:
-    found = descriptions(TRANSLATION.splitlines(keepends=True))
+    found = descriptions(stanzas(TRANSLATION.splitlines(keepends=True)))
     assert found["aaa"] == PackageDescription(
         "libfoo2", "fast foo library", ("Foo is a library that does things.", "This package has the library.")
     )
@@ -121,41 +120,6 @@ def test_plain_fields_are_one_line_of_what_t5_can_write() -> None:
     )
 
 
-def test_a_component_says_in_xml_what_record_and_description_do() -> None:
-    described = PackageDescription("libfoo2", "", (LONG, "It turns <knobs> & does  no more, which is what it is for."))
-    fields = {**FOO, "Package": "libfoo2+", "Homepage": "https://www.foo.example/x"}
-    (pair,) = extractions([fields], {"aaa": described}, "appstream")
-    assert f'Description: fast "foo" library\n {LONG}\n It turns <knobs> & does no more' in pair.input
-    assert pair.input.endswith(EXTRACT_SEPARATORS["appstream"])
-    root = ElementTree.fromstring(pair.target)
-    assert (root.tag, root.get("type")) == ("component", "generic")
-    assert {element.tag: element.text for element in root if len(element) == 0} == {
-        "id": "example.foo.libfoo2_",
-        "pkgname": "libfoo2+",
-        "name": "foo",
-        "summary": 'fast "foo" library',
-        "url": "https://www.foo.example/x",
-    }
-    assert [text.text for text in root.iter("p")] == [LONG, "It turns <knobs> & does no more, which is what it is for."]
-    assert root.findtext("categories/category") == "Development"
-    assert [release.get("version") for release in root.iter("release")] == ["1.2~rc1"]
-
-
-@pytest.mark.parametrize(
-    ("fields", "paragraphs"),
-    [
-        ({"Homepage": "nowhere"}, (LONG, LONG)),
-        ({}, (LONG,)),
-        ({}, (LONG,) * 20),
-        ({}, (LONG, "It has: * knobs * and handles, of which none does anything.")),
-    ],
-    ids=["no host", "short", "long", "a list"],
-)
-def test_a_record_that_makes_no_component(fields: dict[str, str], paragraphs: tuple[str, ...]) -> None:
-    assert component(FOO, PackageDescription("foo", "", (LONG, LONG))) is not None
-    assert component({**FOO, **fields}, PackageDescription("foo", "", paragraphs)) is None
-
-
 def test_a_description_is_extracted_once_without_people_and_checksums() -> None:
     (pair,) = extractions([FOO, DOC, FOO], {"aaa": PackageDescription("libfoo2", "", ())})
     assert pair.md5 == "aaa"
@@ -206,25 +170,6 @@ def test_a_description_of_two_sources_is_in_the_earlier_split_of_the_two() -> No
     assert splits_of(source, package_families(english, source)) == {"a": "calibration"}
 
 
-def test_german_paragraphs_meet_the_english_ones_at_their_place() -> None:
-    sentence = "Das Frobnizieren ist die Kunst, Knöpfe ganz ohne Zweck zu drehen, zu drücken und zu ziehen."
-    listed = LONG.replace(".", ":")
-    german = {
-        "aaa": PackageDescription("foo", "Foo", (sentence, "Kurz.", sentence.upper())),
-        "other paragraphs": PackageDescription("bar", "Bar", (sentence, sentence)),
-        "not translated": PackageDescription("baz", "Baz", (LONG + " " + LONG,)),
-        "a list": PackageDescription("qux", "Qux", (sentence + " Und mehr",)),
-        "no English": PackageDescription("gone", "Gone", (sentence,)),
-    }
-    english = {
-        "aaa": PackageDescription("foo", "foo", (LONG, "Short.", LONG)),
-        "other paragraphs": PackageDescription("bar", "bar", (LONG,)),
-        "not translated": PackageDescription("baz", "baz", (LONG + " " + LONG,)),
-        "a list": PackageDescription("qux", "qux", (listed,)),
-    }
-    assert list(translations(german, english)) == [Pair("aaa", f"translate German to English: {sentence}", LONG)]
-
-
 @pytest.fixture
 def apt(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Stand for apt: `lists` are what an update leaves, `fails` what another command raises."""
@@ -246,18 +191,11 @@ def apt(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 def test_apt_is_told_absolute_directories(apt: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It reads a relative one as below its own, and finds no lists there."""
-    apt["lists"] = ["binary-amd64_Packages.lz4", "i18n_Translation-en", "i18n_Translation-de"]
+    apt["lists"] = ["binary-amd64_Packages.lz4", "i18n_Translation-en"]
     monkeypatch.chdir(tmp_path)
     fetch_index(Path("index"))
     assert all(f'"{tmp_path}/' in configuration for configuration in apt["configurations"])
-    assert all((tmp_path / "index" / name).read_bytes() == b"text\n" for name in ("Packages", "Translation-de"))
-
-
-def test_a_mirror_without_german_serves_the_other_tasks(apt: dict[str, Any], tmp_path: Path) -> None:
-    apt["lists"] = ["binary-amd64_Packages.lz4", "i18n_Translation-en"]
-    fetch_index(tmp_path / "index")
-    names = {path.name for path in (tmp_path / "index").iterdir()}
-    assert names == {"Packages", "Translation-en", "releases.json"}
+    assert all((tmp_path / "index" / name).read_bytes() == b"text\n" for name in ("Packages", "Translation-en"))
 
 
 def test_the_snapshot_names_the_release_its_date_and_the_hashes(apt: dict[str, Any], tmp_path: Path) -> None:
@@ -280,12 +218,12 @@ def test_the_tool_reads_a_fetched_index(tmp_path: Path) -> None:
     blocks, packages = [], []
     letters = "abcdefghijklmnopqrst"
     for name in (f"{first}x{second}q" for first in letters for second in letters):
-        text = " ".join([f"{name}{letter}" for letter in letters])
+        text = f"The package {name} has no other purpose than to be one of many packages in a test."
         blocks.append(f"Package: {name}\nDescription-md5: {name}\nDescription-en: what {name} is\n {text}\n")
         packages.append(f"Package: {name}\nVersion: 1\nDescription-md5: {name}\n")
     (index / "Translation-en").write_text("\n".join(blocks))
     (index / "Packages").write_text("\n".join(packages))
-    arguments = ["summarization", str(tmp_path / "set"), "--index", str(index), "--train", "50"]
+    arguments = ["restoration", str(tmp_path / "set"), "--index", str(index), "--train", "50"]
     result = CliRunner().invoke(debian.command, arguments)
     assert result.exit_code == 0, result.output
     assert "50 train" in result.output
@@ -293,5 +231,3 @@ def test_the_tool_reads_a_fetched_index(tmp_path: Path) -> None:
     assert (about["test_version"], set(about["snapshot"]["sha256"])) == (1, {"Packages", "Translation-en"})
     other_order = CliRunner().invoke(debian.command, [*arguments, "--test-version", "2", "--seed", "1"])
     assert "leave out --seed 1" in other_order.output
-    missing = CliRunner().invoke(debian.command, ["translation", *arguments[1:]])
-    assert "no Translation-de; remove that directory" in str(missing.exception)

@@ -18,7 +18,7 @@ from runtime.adaptation.adaptive_threshold import AdaptiveThreshold
 from tools.paper.threshold import (
     FIRST_THRESHOLD,
     GRID,
-    MOST_REFITS,
+    MAX_REFITS,
     Moments,
     PaperSession,
     PaperThreshold,
@@ -83,9 +83,9 @@ def test_each_request_refits_to_all_labels_so_far_and_300_times_at_most() -> Non
     adaptive.complete(adaptive.begin())  # without labels it teaches nothing
     assert adaptive.state()["refits"] == 0
     seen: list[tuple[float, bool]] = []
-    for number in range(MOST_REFITS):
+    for number in range(MAX_REFITS):
         seen += teach(adaptive, random)
-        if number < 20 or number == MOST_REFITS - 1:
+        if number < 20 or number == MAX_REFITS - 1:
             classes = [Moments.of(np.array([c for c, agrees in seen if agrees == label])) for label in (True, False)]
             assert adaptive.threshold == paper_threshold(*classes)
     assert GRID[0] < adaptive.threshold < GRID[-1]

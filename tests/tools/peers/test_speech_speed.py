@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import wave
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,6 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from tools.data.speech import wav
 from tools.peers import speech
 from tools.peers.catalog import Peer
 from tools.peers.worker import Worker
@@ -64,7 +64,9 @@ def test_sessions_and_the_peer_are_closed(starts: bool, tmp_path: Path, monkeypa
         "        return [SimpleNamespace(text='hello there')], None\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(package.parent))
-    (tmp_path / "clip.wav").write_bytes(wav(np.zeros(1600, np.float32)))
+    with wave.open(str(tmp_path / "clip.wav"), "wb") as clip:
+        clip.setparams((1, 2, 16000, 0, "NONE", ""))
+        clip.writeframes(bytes(3200))
     data = tmp_path / "test.jsonl"
     data.write_text(json.dumps({"audio": "clip.wav", "target": "Hello, there."}) + "\n")
     given = ["--bundle", "int8=bundle", "--peer", "int8=model"]

@@ -228,7 +228,7 @@ def test_a_prompt_in_pieces_is_one_read_at_once_and_lossless_is_full(name, bundl
         arrays = [array for runner in decoder.runners for array in runner.cache.arrays.values()]
         read.append(np.stack([array[decoder.slot, :, :length] for array in arrays]))
 
-    monkeypatch.setattr(Decoder, "begun", keep)
+    monkeypatch.setattr(Decoder, "on_prefill_done", keep)
     for piece in (512, 16, 7, 1):
         monkeypatch.setattr(runtime.decoding.decoder, "PREFILL_ROWS", piece)
         with Session(path, slots=1) as opened:
