@@ -125,9 +125,10 @@ def planned(options: FitOptions, keep: bool) -> Plan:
             plan: Plan = Reader(ANEW).read(Plan, run.read(PLAN), str(options.work))
             return plan
     except OptionError:
-        if not options.overwrite:
+        if keep and not options.overwrite:
             raise
-        check_output(options.work, FIT, overwrite=True)
+        if keep:
+            check_output(options.work, FIT, overwrite=True)
     if options.data is None:
         return make_plan(options, [])
     if keep:

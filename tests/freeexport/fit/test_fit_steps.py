@@ -170,9 +170,9 @@ def test_another_metric_calibrates_and_evaluates_again_and_trains_nothing(
 @pytest.mark.parametrize("change", [{"budget": 100.0}, {"threads": 2}])
 def test_a_run_with_other_options_is_not_mixed_with_the_one_before(options: Options, change: dict[str, Any]) -> None:
     planned(options(), keep=True)
-    with pytest.raises(
-        OptionError, match=f"holds another run, with other {next(iter(change))}; .* start anew with --overwrite"
-    ):
+    assert planned(options(**change), keep=False).seconds
+    problem = f"holds another run, with other {next(iter(change))}; .* start anew with --overwrite"
+    with pytest.raises(OptionError, match=problem):
         planned(options(**change), keep=True)
     assert planned(options(**change, overwrite=True), keep=True).seconds
 
