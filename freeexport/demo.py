@@ -14,7 +14,7 @@ from freeexport.checkpoints.checkpoint import open_checkpoint
 from freeexport.checkpoints.checkpoint import smollm2 as smollm2_checkpoint
 from freeexport.checkpoints.examples import read_examples
 from freeexport.conversion.convert import convert
-from freeexport.conversion.options import ConvertOptions
+from freeexport.conversion.convert_options import ConvertOptions
 from freeexport.evaluate.evaluate import evaluate
 from freeexport.evaluate.settings import EvaluateOptions
 from freeexport.evaluate.speed import measure_speed

@@ -106,7 +106,7 @@ def source_model(checkpoint: Callable[[Case], Path]) -> Callable[[Case], Any]:
 def bundle(checkpoint: Callable[[Case], Path], tmp_path_factory: pytest.TempPathFactory) -> Bundles:
     """Convert a case once per exit layer and options, without verification and measurement."""
     from freeexport.conversion.convert import convert
-    from freeexport.conversion.options import ConvertOptions
+    from freeexport.conversion.convert_options import ConvertOptions
 
     converted: dict[Any, Path] = {}
 

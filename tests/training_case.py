@@ -17,10 +17,10 @@ from freeexport.checkpoints.transformers_model import reference_model
 from freeexport.training.batches import Collator, described, examples
 from freeexport.training.exit_modules import KnownTokens, trained_exit
 from freeexport.training.frozen import FrozenExit
-from freeexport.training.options import TrainingOptions
 from freeexport.training.shallow_deep import MEASURES, ShallowDeep, SharedHead
 from freeexport.training.train import Trained
 from freeexport.training.trainer import decided_rows
+from freeexport.training.training_options import TrainingOptions
 
 T5 = BY_NAME["t5-deep-decoder"]
 LLAMA = BY_NAME["llama-tied"]

@@ -29,7 +29,7 @@ from runtime.errors import CalibrationError, one_line
 SAMPLE = "calibration.sample.jsonl"
 # Tokens of the sequences in SAMPLE. They limit the time of a conversion.
 SAMPLE_TOKENS = 256
-LARGEST_SAMPLE = 4 << 20  # bytes
+MAX_SAMPLE_BYTES = 4 << 20  # bytes
 REMEDY = "run freeexport calibrate on the checkpoint again, or remove the file"
 
 
@@ -148,7 +148,7 @@ def _read_samples(path: Path) -> list[TracedAnswer]:
         return []
     samples = []
     try:
-        for line in read_text(path, LARGEST_SAMPLE).splitlines():
+        for line in read_text(path, MAX_SAMPLE_BYTES).splitlines():
             found: dict[str, Any] = parse_json(line.encode())
             samples.append(TracedAnswer(**{**found, "prompt": tuple(found["prompt"])}))
     except (UnreadableError, ValueError, TypeError, KeyError) as error:

@@ -27,8 +27,7 @@ from freeexport.calibrate.traces import Replay, Traces, replay
 from freeexport.checkpoints.examples import read_examples
 from freeexport.costs import timing
 from freeexport.costs.bytes import known_costs
-from freeexport.costs.measured import SECONDS, measured_costs
-from freeexport.costs.replay import ReplaySession
+from freeexport.costs.measured import SECONDS, ReplaySession, measured_costs
 from freeexport.costs.verdict import ExitFacts, Verdict, basis_of, verdict, why_never
 from freeexport.system.load import load_note, other_load
 from freeexport.system.progress import duration
@@ -45,7 +44,7 @@ from runtime.options.generation_options import Mode
 # trace, for which both decoders run at every token.
 OUTPUTS = 3
 # Fewest tokens for a threshold.
-LEAST_TOKENS = 50
+MIN_TOKENS = 50
 TABLE = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999)
 # Prompts per round of timing.
 PROMPTS = 40
@@ -169,7 +168,12 @@ def calibrate(model: str, data: Path, options: CalibrateOptions) -> Calibrated:
             click.echo(f"about {duration(seconds)} for {len(requests)} sequences", err=True)
 
         traces = collect(
-            session, data, requests, cache=cache, most=options.max_new_tokens, estimate=estimate
+            session,
+            data,
+            requests,
+            cache=cache,
+            max_new_tokens=options.max_new_tokens,
+            estimate=estimate,
         )
         check_enough(traces, options.rule)
         fitting = fitting_prompts(session, requests)
@@ -208,10 +212,10 @@ def check_enough(traces: Traces, rule: Rule) -> None:
     """Check that there are enough tokens and sequences for a rule."""
     check_confidences(traces.confidence)
     check_sequences(len(traces.length), rule)
-    if traces.tokens < LEAST_TOKENS:
+    if traces.tokens < MIN_TOKENS:
         raise CalibrationError(
             f"the data give {traces.tokens} tokens that could exit, a threshold needs at least "
-            f"{LEAST_TOKENS}; give more samples, or longer ones"
+            f"{MIN_TOKENS}; give more samples, or longer ones"
         )
 
 
@@ -307,8 +311,9 @@ def _timed(
 
     def decode(threshold: float | None, prompt: Any) -> tuple[int, float]:
         mode: Mode = "full" if threshold is None else "free"
-        most = options.max_new_tokens
-        stats = session.generate(prompt, mode=mode, threshold=threshold, max_new_tokens=most).stats
+        stats = session.generate(
+            prompt, mode=mode, threshold=threshold, max_new_tokens=options.max_new_tokens
+        ).stats
         return stats.candidates, stats.seconds - stats.encode_seconds - stats.prefill_seconds
 
     with other_load() as load:

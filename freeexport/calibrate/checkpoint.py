@@ -197,7 +197,7 @@ class Tracer:
         assert checkpoint.exit is not None
         self._checkpoint = checkpoint
         self._form = form
-        self._most = options.max_new_tokens
+        self._max_new_tokens = options.max_new_tokens
         own, known = trained_exit(checkpoint, description)
         model = reference_model(checkpoint, options.device)
         exit_layer = checkpoint.exit.exit_layer
@@ -213,7 +213,7 @@ class Tracer:
 
     def traces(self, lines: Sequence[int], prompts: Sequence[np.ndarray]) -> list[Traces]:
         """Generate the outputs of prompts, int [n] each, and return the trace of each."""
-        room = self._most
+        room = self._max_new_tokens
         if not self._form.seq2seq:
             room = min(room, self._form.limit - max(map(len, prompts)))
         outputs = greedy_ids(self._module.model, self._checkpoint, prompts, room)

@@ -14,7 +14,7 @@ import numpy as np
 
 from freeexport.calibrate.traces import TraceCache, Traces, trace_of
 from freeexport.checkpoints.examples import DataError
-from freeexport.costs.replay import ReplaySession
+from freeexport.costs.measured import ReplaySession
 from freeexport.system.jsonl import InputLine
 from freeexport.system.progress import progress
 from freeexport.task_metrics import Reference
@@ -28,7 +28,7 @@ from runtime.text.prompt import encode_prompt
 from runtime.text.tokenizer import TOKENIZER
 
 # Largest share of unknown tokens. Any text may contain a few unknown characters.
-MOST_UNKNOWN = 0.2
+MAX_UNKNOWN = 0.2
 FIRST = 3  # traces after which the remaining time is estimated
 
 
@@ -37,7 +37,7 @@ def collect(
     data: Path,
     requests: Sequence[InputLine],
     cache: Path,
-    most: int,
+    max_new_tokens: int,
     estimate: Callable[[float, int], None] = lambda each, left: None,
 ) -> Traces:
     """Collect the traces of the requests that fit.
@@ -45,7 +45,7 @@ def collect(
     Args:
         data: File of the requests.
         cache: File of known traces. New traces are added.
-        most: Most tokens of a trace.
+        max_new_tokens: Maximum tokens of a trace.
         estimate: Called after FIRST new traces, if more follow, with the seconds per trace and the
             number of remaining traces.
     """
@@ -56,7 +56,7 @@ def collect(
         "exit_layer": manifest.exit_layer,
     }
     known = TraceCache(
-        cache, {**depends, "confidence": manifest.confidence, "max_new_tokens": most}
+        cache, {**depends, "confidence": manifest.confidence, "max_new_tokens": max_new_tokens}
     )
     missing = [request for request in requests if known.get(request.line_number) is None]
     if missing:
@@ -64,7 +64,7 @@ def collect(
         began = time.monotonic()
         with progress("decoding", len(requests), len(requests) - len(missing)) as advance:
             for done, (request, prompt) in enumerate(fitting, 1):
-                known.add(trace_of(session, request.line_number, prompt, most))
+                known.add(trace_of(session, request.line_number, prompt, max_new_tokens))
                 advance()
                 if done == FIRST < len(fitting):
                     estimate((time.monotonic() - began) / done, len(fitting) - done)
@@ -129,7 +129,7 @@ def check_unknown(prompts: Iterable[np.ndarray], unknown: int | None) -> None:
     """Refuse prompts, token ids [n] each, of which too many tokens are the id `unknown`."""
     ids = np.concatenate([np.asarray(prompt) for prompt in prompts])
     share = float(np.mean(ids == unknown)) if unknown is not None and len(ids) else 0.0
-    if share > MOST_UNKNOWN:
+    if share > MAX_UNKNOWN:
         raise CalibrationError(
             f"{share:.0%} of the data's tokens are unknown to the model's tokenizer: "
             "these are data of another vocabulary; "

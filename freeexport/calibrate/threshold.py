@@ -134,7 +134,7 @@ class DecodedOutputs:
         self._session = session
         self._prompts = prompts
         self._targets = targets
-        self._most = max_new_tokens
+        self._max_new_tokens = max_new_tokens
         self._free: dict[float, list[str]] = {}
 
     def __len__(self) -> int:
@@ -184,7 +184,9 @@ class DecodedOutputs:
         with progress(f"decoding, {title}", len(self)) as advance:
             for prompt in self._prompts:
                 texts.append(
-                    self._session.generate(prompt, max_new_tokens=self._most, **options).text
+                    self._session.generate(
+                        prompt, max_new_tokens=self._max_new_tokens, **options
+                    ).text
                 )
                 advance()
         return texts

@@ -187,7 +187,7 @@ def trace_of(
     Args:
         line: Line of the prompt in its file.
         prompt: Token ids int64 [n], or a window of speech.
-        max_new_tokens: Most tokens. Decoding also ends at an end-of-sequence token.
+        max_new_tokens: Maximum tokens. Decoding also ends at an end-of-sequence token.
     """
     manifest = session.manifest
     if manifest.exit_engine or isinstance(prompt, SpeechPrompt):
@@ -197,15 +197,15 @@ def trace_of(
         if manifest.encoder_decoder:
             # Forced tokens are not predicted.
             *before, token = manifest.output_begins
-            most = min(max_new_tokens, session.capacity) - len(before)
+            count = min(max_new_tokens, session.capacity) - len(before)
             for given in before:
                 decoder.step(given, head=True)
                 decoder.sync(0)
         else:
             token = decoder.prefill(prompt.astype(np.int64), head=False, exits=True).token
-            most = min(max_new_tokens, session.capacity - len(prompt) + 1) - 1
-            most = 0 if token in manifest.eos_token_ids else most
-        for _ in range(most):
+            count = min(max_new_tokens, session.capacity - len(prompt) + 1) - 1
+            count = 0 if token in manifest.eos_token_ids else count
+        for _ in range(count):
             shallow = decoder.step(token, head=True)
             (deep,) = decoder.sync(1, drafts=[shallow.token])
             values = (
@@ -244,9 +244,9 @@ def _drafted_trace(
                 prompt.prefix if isinstance(prompt, SpeechPrompt) else prompt, np.int64
             )
             decoder.prefill(read_first, head=False, exits=True)
-        most = 1 if spoken else min(DRAFTED, manifest.max_pending)
-        for start in range(0, len(ids) - 1, most):
-            read = ids[start : min(start + most, len(ids) - 1)]
+        width = 1 if spoken else min(DRAFTED, manifest.max_pending)
+        for start in range(0, len(ids) - 1, width):
+            read = ids[start : min(start + width, len(ids) - 1)]
             drafts = [decoder.step(token, head=True) for token in read]
             answers = decoder.sync(len(read), drafts=[draft.token for draft in drafts])
             for place, (draft, deep) in enumerate(zip(drafts, answers, strict=True), start + 1):

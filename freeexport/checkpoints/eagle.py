@@ -42,7 +42,7 @@ _REQUIRED = (f"{FUSION}.weight", HEAD, *(f"{name}.weight" for name in (*_PROJECT
 _OPTIONAL = (OFFSETS, KNOWN, EMBEDDING, *(f"{name}.bias" for name in _PROJECTIONS))
 # Largest difference of a head's embedding from the model's, relative to its norm. Rounding to 4
 # bits, as in a GGUF file, makes one of 0.09.
-MOST_DIFFERENCE = 0.2
+MAX_DIFFERENCE = 0.2
 
 
 class EagleWeights(TensorFile):
@@ -195,5 +195,5 @@ def _check_embedding(checkpoint: Checkpoint, description: Description) -> None:
         raise GraphError(f"its embed_tokens is {list(found)}, of another vocabulary or size")
     wanted = checkpoint.read(table)
     difference = np.linalg.norm(checkpoint.read(EMBEDDING) - wanted) / np.linalg.norm(wanted)
-    if not difference <= MOST_DIFFERENCE:
+    if not difference <= MAX_DIFFERENCE:
         raise GraphError(f"its embed_tokens differs by {difference:.0%} from the model's")

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 TARGETS_WANTED = "give every line an input, or audio, and a target"
 _CHUNK = 4096  # texts per call of the tokenizer
-MOST_UNWRITABLE = 0.5  # share of the targets. With more, no training gives correct outputs.
+MAX_UNWRITABLE = 0.5  # share of the targets. With more, no training gives correct outputs.
 _SHOWN = 40  # characters of an example in a message
 _HASH_RANGE = 1 << 32
 
@@ -254,7 +254,7 @@ def unwritable(requests: Sequence[InputLine], form: TextFormat, path: Path) -> s
     braces. Returns a message with their number and an example, or None.
 
     Raises:
-        DataError: If they are more than MOST_UNWRITABLE of the targets.
+        DataError: If they are more than MAX_UNWRITABLE of the targets.
     """
     count = 0
     example = ""
@@ -275,7 +275,7 @@ def unwritable(requests: Sequence[InputLine], form: TextFormat, path: Path) -> s
         "no output can equal them; write these targets with other characters, or add tokens to "
         "the model"
     )
-    if count > MOST_UNWRITABLE * len(requests):
+    if count > MAX_UNWRITABLE * len(requests):
         raise DataError(f"{line}: {remedy}")
     return f"{line}; {remedy}"
 

@@ -89,8 +89,8 @@ class GGUFFile(TensorFile):
                     f"{path}: tokenizer.ggml.{name} has {array.length} items, and the embedding "
                     f"{embedding.shape[0]} rows; download it again"
                 )
-        for key, most in (("attention.head_count", MAX_HEADS), ("embedding_length", MAX_WIDTH)):
-            self._field(f"{self._architecture}.{key}", most)
+        for key, maximum in (("attention.head_count", MAX_HEADS), ("embedding_length", MAX_WIDTH)):
+            self._field(f"{self._architecture}.{key}", maximum)
         keys = (f"{self._architecture}.{key}" for key in ("block_count", "decoder_block_count"))
         blocks = max(self._field(key, MAX_LAYERS) or 0 for key in keys)
         self._data: Any = np.memmap(path, mode="r")
@@ -101,12 +101,12 @@ class GGUFFile(TensorFile):
         }
         self.nbytes = sum(tensor.nbytes for tensor in header.tensors.values())
 
-    def _field(self, key: str, most: int, least: int = 1) -> int | None:
+    def _field(self, key: str, maximum: int, minimum: int = 1) -> int | None:
         value = self.header.fields.get(key)
-        if value is not None and not (type(value) is int and least <= value <= most):
+        if value is not None and not (type(value) is int and minimum <= value <= maximum):
             raise CheckpointError(
                 f"{self.path}: {key} is {str(value)[:40]!r}; it must be a whole number from "
-                f"{least} to {most}"
+                f"{minimum} to {maximum}"
             )
         return value
 

@@ -218,10 +218,10 @@ class Header:
             raise ValueError(f"a field has the type {kind}, which is not known")
         return _FORMATS[kind]
 
-    def _limit(self, what: str, count: int, most: int, width: int) -> None:
+    def _limit(self, what: str, count: int, maximum: int, width: int) -> None:
         left = len(self._content) - self._at
-        if count > most:
-            raise ValueError(f"it has {count} {what}; at most {most} are read")
+        if count > maximum:
+            raise ValueError(f"it has {count} {what}; at most {maximum} are read")
         if count * width > left:
             raise ValueError(f"it has {count} {what}, and {left} bytes of them")
 

@@ -38,10 +38,10 @@ from runtime.errors import BundleError, shown
 
 SUFFIX = ".safetensors"
 FORMAT = 3  # 2: may have phrases. 3: may have recordings.
-MOST_BYTES = 8_000_000
+MAX_BYTES = 8_000_000
 # Most answers of the base in a file, and most tokens of a prompt and its answer.
-MOST_SAMPLES = 32
-LONGEST_SAMPLE = 1024
+MAX_SAMPLES = 32
+MAX_SAMPLE_TOKENS = 1024
 _METADATA = "freeexport_exit"
 _SCALES = ".scales"
 _NO_ADAPTER = (EXIT, PHRASE_PREFIX, SOUND_PREFIX)  # beginnings of names
@@ -118,7 +118,7 @@ class PackedExit:
         adapter_config: Configuration of a LoRA adapter of the base, as JSON without the base, or
             None.
         sizes: Sizes of the base. None: unknown, as in older files.
-        samples: Answers of the base, at most MOST_SAMPLES. Empty in older files.
+        samples: Answers of the base, at most MAX_SAMPLES. Empty in older files.
         agreement: Share of the tokens of `samples` that the exit predicts with the base. None
             without samples.
         format: Version of this format.
@@ -149,18 +149,17 @@ class PackedExit:
         """
         if _NAME.fullmatch(self.name) is None:
             raise CheckpointError(f"{path} names its exit {shown(self.name)}; {_NAMES}")
-        if len(self.samples) > MOST_SAMPLES:
+        if len(self.samples) > MAX_SAMPLES:
             raise CheckpointError(
-                f"{path} has {len(self.samples)} samples, at most {MOST_SAMPLES} are read; "
-                f"{_REMEDY}"
+                f"{path} has {len(self.samples)} samples, at most {MAX_SAMPLES} are read; {_REMEDY}"
             )
         size = 0 if self.sizes is None else self.sizes.vocab_size
         for sample in self.samples:
             length = len(sample.prompt) + len(sample.answer)
-            if not sample.prompt or not sample.answer or length > LONGEST_SAMPLE:
+            if not sample.prompt or not sample.answer or length > MAX_SAMPLE_TOKENS:
                 raise CheckpointError(
                     f"{path} has a sample of {len(sample.prompt)} and {len(sample.answer)} tokens, "
-                    f"which must be 1 to {LONGEST_SAMPLE} in all; {_REMEDY}"
+                    f"which must be 1 to {MAX_SAMPLE_TOKENS} in all; {_REMEDY}"
                 )
             if not all(0 <= token < size for token in (*sample.prompt, *sample.answer)):
                 raise CheckpointError(
@@ -314,7 +313,7 @@ def pack(
 
     Raises:
         CheckpointError: If the exit has no parameters of its own.
-        OutputError: If the name is invalid, or the exit has more than MOST_BYTES.
+        OutputError: If the name is invalid, or the exit has more than MAX_BYTES.
     """
     if _NAME.fullmatch(name) is None:
         raise OutputError(f"the exit's name is {shown(name)}; {_NAMES}")
@@ -342,10 +341,10 @@ def pack(
     }
     tensors |= fields_of_sounds(sounds)
     size = sum(array.nbytes for array in tensors.values())
-    if size > MOST_BYTES:
+    if size > MAX_BYTES:
         raise OutputError(
             f"the exit of {model} has {size / 1e6:.1f} MB in 8 bits, at most "
-            f"{MOST_BYTES / 1e6:.0f} are packed; train one with fewer --exit-head-layers, or a "
+            f"{MAX_BYTES / 1e6:.0f} are packed; train one with fewer --exit-head-layers, or a "
             "LoRA of a lower --rank"
         )
     description = describe(base.config, base)
@@ -380,7 +379,7 @@ def add_phrases(
 
     Raises:
         CheckpointError: If the file is damaged.
-        OutputError: If the file would have more than MOST_BYTES.
+        OutputError: If the file would have more than MAX_BYTES.
     """
     from safetensors.numpy import load_file
 
@@ -390,11 +389,11 @@ def add_phrases(
     }
     tensors |= fields_of(phrases)
     size = sum(array.nbytes for array in tensors.values())
-    if size > MOST_BYTES:
-        room = (MOST_BYTES - size) // ENTRY.itemsize + len(phrases)
+    if size > MAX_BYTES:
+        room = (MAX_BYTES - size) // ENTRY.itemsize + len(phrases)
         raise OutputError(
             f"{path} would have {size / 1e6:.2f} MB with {len(phrases):,} phrases, more than "
-            f"{MOST_BYTES / 1e6:.0f}; {max(0, room):,} fit"
+            f"{MAX_BYTES / 1e6:.0f}; {max(0, room):,} fit"
         )
     packed = replace(
         about, format=FORMAT, data=data or about.data, results=results or about.results

@@ -15,7 +15,7 @@ from freeexport.checkpoints.weight_files import CheckpointError, SafetensorsFile
 from runtime.speech.audio import RATE
 
 SOUND_PREFIX = "sound."
-LONGEST_SOUND = 30  # seconds
+MAX_SECONDS = 30
 _MU = 255
 _LEVELS = 127
 _REMEDY = "get the file again"
@@ -58,10 +58,10 @@ def read_sounds(file: SafetensorsFile, samples: int) -> tuple[np.ndarray, ...]:
                 f"{file.path} is damaged: {name} is {stored.dtype} {list(stored.shape)}, not int8 "
                 f"of one dimension; {_REMEDY}"
             )
-        if len(stored) > LONGEST_SOUND * RATE:
+        if len(stored) > MAX_SECONDS * RATE:
             raise CheckpointError(
                 f"{file.path} has a recording of {len(stored) / RATE:.1f} s, at most "
-                f"{LONGEST_SOUND} are read; {_REMEDY}"
+                f"{MAX_SECONDS} are read; {_REMEDY}"
             )
         level = np.abs(stored.astype(np.float32)) / _LEVELS
         size = np.expm1(level * math.log1p(_MU)) / _MU

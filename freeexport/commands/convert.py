@@ -16,7 +16,7 @@ from freeexport.checkpoints.checkpoint import open_checkpoint
 from freeexport.checkpoints.ready_made import fitting_exits
 from freeexport.commands.verb_options import CONFIDENCES, SectionedCommand, option_of, section
 from freeexport.conversion.convert import build_and_test, convert
-from freeexport.conversion.options import ConvertOptions
+from freeexport.conversion.convert_options import ConvertOptions
 from freeexport.costs.verdict import bundle_verdict
 from freeexport.system.page import human_bytes, listed_formats
 from runtime.bundle.beta import NEVER_EXIT

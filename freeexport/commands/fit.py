@@ -17,7 +17,7 @@ from freeexport.commands.verb_options import (
     option_of,
     section,
 )
-from freeexport.fit.options import FitOptions
+from freeexport.fit.fit_options import FitOptions
 from freeexport.system.page import pairs, print_page
 from freeexport.system.progress import progress
 from runtime.errors import shown
@@ -90,8 +90,7 @@ def command(
       freeexport fit model.gguf bundle
     """
     from freeexport.fit.plan_table import describe_plan
-    from freeexport.fit.run import fit
-    from freeexport.fit.steps import planned
+    from freeexport.fit.recipe import fit, planned
 
     if lossless and quality is not None:
         raise click.UsageError("--quality and --lossless are mutually exclusive; use one")

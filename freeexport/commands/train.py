@@ -21,8 +21,8 @@ from freeexport.commands.verb_options import (
     section,
 )
 from freeexport.system.progress import duration
-from freeexport.training.options import DEFAULT_ALPHA, DEFAULT_RANK, TrainingOptions
 from freeexport.training.train import leave_group, train
+from freeexport.training.training_options import DEFAULT_ALPHA, DEFAULT_RANK, TrainingOptions
 
 OWN = Path("-")  # stands for a directory beside OUT
 

@@ -18,12 +18,12 @@ from freeexport.calibrate.beside import TracedAnswer, check_sample, read_beside
 from freeexport.checkpoints.checkpoint import Checkpoint
 from freeexport.checkpoints.special_tokens import forced, known_ends, speech_of
 from freeexport.checkpoints.tokenizer_files import languages_of, write_tokenizer
+from freeexport.conversion.convert_options import NO_PHRASES, ConvertOptions, engine_options
 from freeexport.conversion.model_card import CARD, model_card
-from freeexport.conversion.options import NO_PHRASES, ConvertOptions, engine_options
 from freeexport.conversion.phrases import counted_phrases, ready_made_phrases
 from freeexport.conversion.recalibrate import check_fits, with_calibration
-from freeexport.costs.exit_gain import exit_gain
 from freeexport.costs.measured import measured_in_child
+from freeexport.costs.timing import exit_gain
 from freeexport.system.output import OutputError, check_output, output_directory
 from freeexport.system.progress import progress
 from freeexport.verification.exit_agreement import open_with_exit
@@ -97,7 +97,7 @@ def convert(model: str, out: Path, options: ConvertOptions) -> Manifest:
             err=True,
         )
     engines = engine_options(description, options, checkpoint.exit_layer(layers, exit_layer))
-    longest_prompt = options.longest_prompt(description)
+    max_prompt_tokens = options.max_prompt_tokens(description)
     if engines.keeps_file_bits() and (others := checkpoint.rounded_kinds()):
         instead = "stored as floats" if engines.in_floats else "quantized again"
         click.echo(
@@ -155,7 +155,7 @@ def convert(model: str, out: Path, options: ConvertOptions) -> Manifest:
             checkpoint,
             description,
             engines,
-            longest_prompt=longest_prompt,
+            max_prompt_tokens=max_prompt_tokens,
             written=written,
             directory=directory,
         )
@@ -329,7 +329,7 @@ def _new_manifest(
     checkpoint: Checkpoint,
     description: Description,
     engines: EngineOptions,
-    longest_prompt: int,
+    max_prompt_tokens: int,
     written: Written,
     directory: Path,
 ) -> Manifest:
@@ -365,7 +365,7 @@ def _new_manifest(
         head_dim=attention.head_dim,
         capacity=engines.capacity,
         max_pending=engines.max_pending,
-        encoder_capacity=longest_prompt,
+        encoder_capacity=max_prompt_tokens,
         confidence=engines.confidence,
         threshold=1.0,
         # Ids without a row in the model are never generated, so they end nothing.

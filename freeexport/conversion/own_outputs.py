@@ -16,7 +16,7 @@ from freeexport.checkpoints.checkpoint import Checkpoint
 from freeexport.checkpoints.examples import Recording
 from freeexport.checkpoints.transformers_model import greedy_ids, reference_model
 from freeexport.conversion.convert import convert
-from freeexport.conversion.options import ConvertOptions
+from freeexport.conversion.convert_options import ConvertOptions
 from graphs.families import describe
 from runtime.bundle.bundle import Bundle
 from runtime.errors import BundleError
@@ -24,7 +24,7 @@ from runtime.session import Session
 
 ENGINES = "engines"  # subdirectory of the bundle
 CACHE_BYTES = 1 << 30  # memory limit of the KV cache
-MOST_SLOTS = 32
+MAX_SLOTS = 32
 GPU_BATCH = 64
 PREFIX = 4  # tokens before a transcript
 
@@ -60,10 +60,10 @@ def own_outputs(
     capacity = (0 if seq2seq else longest) + new_tokens + 1 + (PREFIX if sounds else 0)
     bundle = directory / ENGINES
     _convert(
-        model, checkpoint, capacity, longest_prompt=longest if seq2seq else None, bundle=bundle
+        model, checkpoint, capacity, max_prompt_tokens=longest if seq2seq else None, bundle=bundle
     )
     slots = int(
-        np.clip(CACHE_BYTES // Bundle.open(bundle).manifest.kv_bytes_per_sequence, 1, MOST_SLOTS)
+        np.clip(CACHE_BYTES // Bundle.open(bundle).manifest.kv_bytes_per_sequence, 1, MAX_SLOTS)
     )
     cancel = threading.Event()
     with Session(bundle, slots=slots) as session, ThreadPoolExecutor(slots) as pool:
@@ -93,13 +93,13 @@ def own_outputs(
 
 
 def _convert(
-    model: str, checkpoint: Checkpoint, capacity: int, longest_prompt: int | None, bundle: Path
+    model: str, checkpoint: Checkpoint, capacity: int, max_prompt_tokens: int | None, bundle: Path
 ) -> None:
     """Write the engines to `bundle`, unless it has large enough engines of this model already."""
     with suppress(BundleError):
         found = Bundle.open(bundle).manifest
         large_enough = found.capacity >= capacity and found.encoder_capacity >= (
-            longest_prompt or 0
+            max_prompt_tokens or 0
         )
         if found.source_sha256 == checkpoint.sha256 and large_enough:
             return
@@ -108,7 +108,7 @@ def _convert(
         exit_layer=None if checkpoint.exit else layers - 1,  # nothing exits
         precision="int8",
         capacity=capacity,
-        encoder_capacity=longest_prompt,
+        encoder_capacity=max_prompt_tokens,
         verify="none",
         measure=False,
         overwrite=True,

@@ -18,9 +18,9 @@ from runtime.text.tokenizer import Tokenizer
 # Texts of answers of chat models, one JSON object per line (phrases/README.md).
 READY_MADE = Path(__file__).parents[1] / "phrases" / "answers.jsonl.xz"
 # Entries of a table, 13 bytes each.
-MOST_PHRASES = 900_000
+MAX_PHRASES = 900_000
 # Smaller vocabularies are of letters, bytes or sounds.
-LEAST_VOCABULARY = 8192
+MIN_VOCABULARY = 8192
 
 
 def counted_phrases(path: Path, bundle: Path, ends: Sequence[int]) -> np.ndarray:
@@ -56,7 +56,7 @@ def ready_made_phrases(bundle: Path, ends: Sequence[int]) -> np.ndarray | None:
         DataError: If the file in the package is missing or damaged.
     """
     tokenizer = Tokenizer.load(bundle)
-    if tokenizer is None or tokenizer.vocab_size < LEAST_VOCABULARY:
+    if tokenizer is None or tokenizer.vocab_size < MIN_VOCABULARY:
         return None
     try:
         with lzma.open(READY_MADE, "rt", encoding="utf-8") as file:
@@ -81,7 +81,7 @@ def _table(
             ids = tokenizer.encode(text, special=False, parse_special=False)
             encoded.append([*ids, *end] if complete else ids)
             advance(1)
-    return PhraseTable.build(encoded, MOST_PHRASES).entries
+    return PhraseTable.build(encoded, MAX_PHRASES).entries
 
 
 def _end_of_answer(tokenizer: Tokenizer, ends: Sequence[int]) -> list[int]:

@@ -42,8 +42,8 @@ from runtime.machine.machine import available_memory
 
 # Decoder tokens: maximum used, minimum required, and longest sequence. Then the maximum number of
 # lines read.
-MOST_TOKENS = 8192
-FEWEST_TOKENS = 512
+MAX_TOKENS = 8192
+MIN_TOKENS = 512
 LONGEST = 512
 LINES = 4096
 
@@ -282,13 +282,13 @@ def _texts(
     texts = []
     tokens = 0
     for example in examples:
-        if tokens >= MOST_TOKENS:
+        if tokens >= MAX_TOKENS:
             break
         texts.append(example)
         tokens += len(example.target) + (0 if form.seq2seq else len(example.prompt))
-    if tokens < FEWEST_TOKENS:
+    if tokens < MIN_TOKENS:
         raise DataError(
-            f"{data} has {tokens} tokens for the decoder; rounding needs at least {FEWEST_TOKENS}, "
+            f"{data} has {tokens} tokens for the decoder; rounding needs at least {MIN_TOKENS}, "
             "give more lines"
         )
     return texts, tokens

@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -20,14 +21,18 @@ from typing import Any
 
 import numpy as np
 
-from freeexport.costs.replay import THRESHOLD, ReplaySession, drawn
 from freeexport.costs.timing import interleave
 from freeexport.system.child import run_child
 from freeexport.system.load import other_load
 from runtime.bundle.costs import Costs, Outside
 from runtime.bundle.schema import Reader
+from runtime.decoding.calls import Prediction
+from runtime.decoding.decoder import Decoder
+from runtime.decoding.feature_decoder import FeatureDecoder
+from runtime.engines.runner import Runner
 from runtime.machine.machine import host
 from runtime.result import Stats
+from runtime.session import Session
 from runtime.speech.windows import SpeechPrompt
 
 # Rows of deep passes with recorded costs.
@@ -36,20 +41,84 @@ SIZES = (1, 2, 4, 8, 16)
 # turn.
 RATES = (0.0, 0.5, 0.8, 0.95)
 # Prompts per round, rounds, and approximate limit in seconds. A slow bundle gets fewer prompts and
-# rounds, but at least FEWEST rounds.
+# rounds, but at least MIN_ROUNDS rounds.
 PROMPTS = 8
 ROUNDS = 9
 SECONDS = 8.0
-FEWEST = 2
+MIN_ROUNDS = 2
 # Default lengths of a prompt and its continuation, in tokens.
 CONTEXT = 112
 TOKENS = 33
-
-
+# Replayed decisions have confidence 0 or 1. Any threshold between them works.
+THRESHOLD = 0.5
+_DRAWN = 4096
 # Bytes that bandwidth is measured on, which exceed any cache. The fastest of PASSES counts, because
 # other work disturbed it least.
 BUFFER = 1 << 30
 PASSES = 3
+
+
+def drawn(rate: float, seed: int) -> list[bool]:
+    """Draw independent exits at `rate`."""
+    return list(map(bool, np.random.default_rng(seed).random(_DRAWN) < rate))
+
+
+@dataclass
+class Script:
+    """Exits to replay, repeated cyclically. Without a trace, predictions are the model's own."""
+
+    trace: Sequence[bool] | None = None
+
+
+class ReplayDecoder(Decoder):
+    """Decoder that replays a script.
+
+    All engines run as usual, so timings are those of such exits.
+    """
+
+    def __init__(self, script: Script, *arguments: Any, **others: Any) -> None:
+        super().__init__(*arguments, **others)
+        self._script = script
+        self._decided = 0
+
+    def on_prefill_done(self) -> None:
+        self._decided = 0
+
+    def prediction(self) -> Prediction:
+        shallow = super().prediction()
+        trace = self._script.trace
+        if trace is None:
+            return shallow
+        self._decided += 1
+        return shallow._replace(confidence=float(trace[(self._decided - 1) % len(trace)]))
+
+
+class ReplayFeatureDecoder(ReplayDecoder, FeatureDecoder):
+    """Decoder with a separate exit engine that replays a script."""
+
+
+def _replaying(
+    script: Script, *arguments: Any, exit: Runner | None = None, **others: Any
+) -> ReplayDecoder:
+    if exit is None:
+        return ReplayDecoder(script, *arguments, **others)
+    return ReplayFeatureDecoder(script, *arguments, exit=exit, **others)
+
+
+class ReplaySession(Session):
+    """Session that replays the exits of `script` in mode free, unless the stack is full.
+
+    It has one slot, no overlap and no prefix cache. Replays work with any threshold in (0, 1).
+    """
+
+    def __init__(self, bundle: Path | str, **options: Any) -> None:
+        self.script = Script()
+        self._decoder_type = partial(_replaying, self.script)
+        fixed = {"overlap": False, "slots": 1, "prefix_cache_mb": 0}
+        super().__init__(bundle, **{**options, **fixed})
+
+    def __enter__(self) -> ReplaySession:
+        return self
 
 
 @dataclass(frozen=True)
@@ -132,7 +201,7 @@ def measured_costs(
     # Short and long prompts, or only one of median length if there is no time for more.
     by_length = sorted(prompts, key=len)
     few = [by_length[int((place + 0.5) / count * len(prompts))] for place in range(count)]
-    rounds = max(min(rounds, FEWEST), min(rounds, turns // count))
+    rounds = max(min(rounds, MIN_ROUNDS), min(rounds, turns // count))
     again: dict[tuple[int, int], list[Sample]] = defaultdict(list)
     with other_load() as load:
         for turn in interleave(

@@ -36,7 +36,7 @@ _BASES = {
 # Least speedup that is worth training an exit.
 PAYS = 1.05
 # Fewest lines for a winner. With fewer, intervals are too wide and too uncertain themselves.
-FEWEST_LINES = 100
+MIN_LINES = 100
 # Methods that generate the full model's tokens.
 LOSSLESS = ("lookup", "phrases", "exit-drafts", "lossless")
 # A row of an evaluation (freeexport/evaluate/scores.py), or of a measurement of speed.
@@ -134,9 +134,9 @@ def basis_of(costs: Costs | None) -> Basis:
     return "measured" if costs.measured else "bytes"
 
 
-def break_even_text(even: float | None, basis: Basis, most: float | None = None) -> str:
+def break_even_text(even: float | None, basis: Basis, max_speed: float | None = None) -> str:
     """Describe the exit rate from which exits pay, None for never, and the most they can gain."""
-    reached = "" if most is None else f", {most:.2f}x if all did"
+    reached = "" if max_speed is None else f", {max_speed:.2f}x if all did"
     more = reached + (f", {_BASES[basis]}" if basis != "unknown" else "")
     if even is None:
         return f"saves nothing even if every token exited{more}"
@@ -345,11 +345,11 @@ def _calibrated(
     facts = replace(facts, exit_rate=rate, exit_agreement=agreeing, measured=row.measured_speedup)
     if costs is None:
         return facts
-    most = calibration.max_pending or manifest.max_pending
+    max_pending = calibration.max_pending or manifest.max_pending
     # The calibration's replay if it used these costs, or else an estimate from the exit rate.
     speedup = row.predicted_speedup if costs is calibration.costs else None
-    speedup = costs.speedup(row.exit_rate, most) if speedup is None else speedup
-    return replace(facts, break_even=costs.break_even(most), speedup=speedup)
+    speedup = costs.speedup(row.exit_rate, max_pending) if speedup is None else speedup
+    return replace(facts, break_even=costs.break_even(max_pending), speedup=speedup)
 
 
 def too_few_lines(score: Row, lines: int, metric: Metric, quality: float) -> str:
@@ -384,9 +384,9 @@ def keeps(row: Row, metric: Metric, quality: float) -> bool:
 def fastest(rows: Iterable[Row], metric: Metric, quality: float) -> Row | None:
     """Return the row with the highest lower bound of its speed, except full.
 
-    It must keep `quality`. None without such a row, or with fewer than FEWEST_LINES lines.
+    It must keep `quality`. None without such a row, or with fewer than MIN_LINES lines.
     """
-    enough = [row for row in rows if row["method"] != "full" and row["lines"] >= FEWEST_LINES]
+    enough = [row for row in rows if row["method"] != "full" and row["lines"] >= MIN_LINES]
     good = [row for row in enough if keeps(row, metric, quality)]
     return max(good, key=lambda row: row["request_low"] or 0.0, default=None)
 
@@ -408,10 +408,9 @@ def setting_verdicts(rows: Sequence[Row], metric: Metric, quality: float) -> lis
 def _setting_verdict(rows: Sequence[Row], metric: Metric, quality: float) -> str:
     lines = rows[0]["lines"]
     wanted = f"{100 * quality:.4g} % of full's {metric.label}"
-    if lines < FEWEST_LINES:
+    if lines < MIN_LINES:
         return (
-            f"no winner: {lines} lines are too few to tell settings apart; "
-            f"give {FEWEST_LINES} or more"
+            f"no winner: {lines} lines are too few to tell settings apart; give {MIN_LINES} or more"
         )
     too_few = too_few_lines(rows[0]["scores"][metric.name], lines, metric, quality)
     best = fastest(rows, metric, quality)
@@ -427,10 +426,10 @@ def _setting_verdict(rows: Sequence[Row], metric: Metric, quality: float) -> str
     others = f"; no verdict on the others: {too_few}" if too_few else ""
     if low <= 1:
         return f"no setting {scope} is surely faster than full: {name} has {bounds}{others}"
-    kept, least, most = (
+    kept, low_share, high_share = (
         100 * best["scores"][metric.name][field] for field in ("relative", "low", "high")
     )
-    shares = "" if too_few else f" at {kept:.1f} % ({least:.1f} to {most:.1f})"
+    shares = "" if too_few else f" at {kept:.1f} % ({low_share:.1f} to {high_share:.1f})"
     return f"{name} is the fastest {scope}: {bounds} the speed of full{shares}{others}"
 
 

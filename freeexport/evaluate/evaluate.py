@@ -27,7 +27,7 @@ from runtime.bundle.manifest import MANIFEST
 from runtime.errors import OptionError
 
 # Share of outputs that reach the token limit above which a note is added.
-MOST_CUT = 0.1
+MAX_CUT = 0.1
 _COMPARED_WITH_FULL = "no line has a target: outputs are compared with those of the full model"
 
 
@@ -241,7 +241,7 @@ def _notes(
                 f"{', '.join(zero)} of the full model of {row['bundle']}: 0, which does not fit "
                 "these data, or this model; nothing is relative to that"
             )
-        if row["cut"] > MOST_CUT:
+        if row["cut"] > MAX_CUT:
             cut = f"{row['cut']:.0%} of the outputs of {row['bundle']}"
             notes.append(f"{cut} were cut at the limit; raise --max-new-tokens")
     return notes

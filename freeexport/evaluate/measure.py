@@ -151,14 +151,14 @@ class Work:
             (self._names[number], setting.name, line, turn) for number, setting in self.settings
         ]
 
-    def decode(self, which: tuple[int, Setting], line: int, most: int) -> dict[str, Any]:
+    def decode(self, which: tuple[int, Setting], line: int, max_new_tokens: int) -> dict[str, Any]:
         """Decode a line in a setting, and return the fields of its record."""
         number, setting = which
         other = self._others.get((self._names[number], setting.method))
         if other is not None:
-            return other(setting, self._prompts[number][line], most)
+            return other(setting, self._prompts[number][line], max_new_tokens)
         emit = (lambda token: None) if self._speed_only else None
-        options: dict[str, Any] = {"max_new_tokens": most}
+        options: dict[str, Any] = {"max_new_tokens": max_new_tokens}
         if self._temperature:
             # With one seed per line, every setting that decodes like `full` has its tokens.
             options.update(temperature=self._temperature, seed=line)
@@ -166,12 +166,12 @@ class Work:
             self._sessions[number], setting, self._prompts[number][line], options, emit=emit
         )
 
-    def warm_up(self, most: int) -> None:
+    def warm_up(self, max_new_tokens: int) -> None:
         """Decode some lines untimed. An adaptive session would learn from them."""
         lines = self.lines[: WARM_UP_PROMPTS if self._speed_only else 1]
         for line, which in product(lines, self.settings):
             if which[1].method != "adaptive":
-                self.decode(which, line, most if self._speed_only else WARM_UP)
+                self.decode(which, line, max_new_tokens if self._speed_only else WARM_UP)
 
 
 def measure(
@@ -191,7 +191,7 @@ def measure(
     """
     load = OtherLoad()
     speed_only = not options.metrics
-    most = options.max_new_tokens
+    max_new_tokens = options.max_new_tokens
     with ExitStack() as stack:
         sessions = [stack.enter_context(open_with(entry, options, records)) for entry in entries]
         work = Work(
@@ -207,12 +207,12 @@ def measure(
             return records.has(work.keys(turn, place))
 
         if not all(starmap(done, product(range(options.rounds), range(len(work.lines))))):
-            work.warm_up(most)
+            work.warm_up(max_new_tokens)
         turns = interleave(
             work.settings,
             work.lines,
             options.rounds,
-            lambda which, line: work.decode(which, line, most),
+            lambda which, line: work.decode(which, line, max_new_tokens),
             warm_up=0,
             done=done,
             title="measuring" if speed_only else "evaluating",

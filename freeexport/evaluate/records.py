@@ -12,6 +12,7 @@ from typing import Any
 from freeexport.costs.bytes import Calls
 from freeexport.system.jsonl import append_lines, whole_lines
 from freeexport.system.output import write_whole
+from freeexport.system.steps import check_run
 from runtime.errors import OptionError
 
 RUN = "run.json"
@@ -149,27 +150,6 @@ class Records:
         for record in sorted(self._found.values(), key=lambda one: (one.line, one.round)):
             found[record.bundle, record.setting][record.line].append(record)
         return found
-
-
-def check_run(file: Path, run: Mapping[str, Any], remedy: str, overwrite: bool = False) -> None:
-    """Check that a directory is missing, empty, or holds this run, which its `file` describes."""
-    output = file.parent
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
-        return
-    if not file.is_file():
-        raise OptionError(
-            f"{output} exists and is no output of this command (no {file.name}); choose another "
-            "--output"
-        )
-    try:
-        before = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:
-        before = None
-    before = before if isinstance(before, dict) else {}
-    same = json.loads(json.dumps(run, default=str))
-    names = sorted(name for name in {*before, *run} if before.get(name) != same.get(name))
-    if names and not overwrite:
-        raise OptionError(f"{output} holds another run, with other {', '.join(names)}; {remedy}")
 
 
 def read_records(path: Path) -> Iterator[Record]:

@@ -263,7 +263,7 @@ def curves_of(rows: Sequence[Row], metric: Metric, quality: float) -> list[Row]:
     for row in rows:
         if row["method"] != "full":
             points[row["bundle"], row["method"]].append(row)
-    most = max((row["request_speed"] for row in rows), default=1.0)
+    max_speed = max((row["request_speed"] for row in rows), default=1.0)
     curves = []
     for (bundle, method), some in points.items():
         known = [(row["request_speed"], row["scores"][metric.name]["relative"]) for row in some]
@@ -272,7 +272,7 @@ def curves_of(rows: Sequence[Row], metric: Metric, quality: float) -> list[Row]:
             {
                 "bundle": bundle,
                 "method": method,
-                "area": area([(1.0, 1.0), *(p for p in known if p[1] is not None)], most)
+                "area": area([(1.0, 1.0), *(p for p in known if p[1] is not None)], max_speed)
                 if len(some) > 1
                 else None,
                 "fastest": None if best is None else best["setting"],
@@ -282,14 +282,14 @@ def curves_of(rows: Sequence[Row], metric: Metric, quality: float) -> list[Row]:
     return curves
 
 
-def area(points: Sequence[tuple[float, float]], most: float) -> float:
-    """Return the mean, over speeds from 1 to `most`, of the best quality at that speed or above.
+def area(points: Sequence[tuple[float, float]], max_speed: float) -> float:
+    """Return the mean of the best quality at a speed or above, over speeds from 1 to `max_speed`.
 
     Points are pairs of speed and quality. The quality is 0 beyond the fastest point.
     """
     total = 0.0
     before = 1.0
-    for speed in sorted({min(speed, most) for speed, _ in points if speed > 1}):
+    for speed in sorted({min(speed, max_speed) for speed, _ in points if speed > 1}):
         total += (speed - before) * max(quality for other, quality in points if other >= speed)
         before = speed
-    return total / (most - 1) if most > 1 else 0.0
+    return total / (max_speed - 1) if max_speed > 1 else 0.0

@@ -15,7 +15,7 @@ from freeexport.system.sheet import Sheet, plus_minus, sheet
 from freeexport.task_metrics import Metric
 
 # Fewest compared drafts at a position for which acceptance is shown.
-LEAST_COMPARED = 20
+MIN_COMPARED = 20
 _PREDICTED = (
     "speed a token by the byte model: weights and caches that engine calls read, "
     "{} more for each further row, and {:g} MB for a call"
@@ -138,8 +138,8 @@ def _facts_of_columns(found: Evaluation) -> list[tuple[str, str]]:
         explained.append(("predicted", _PREDICTED.format(listed, CALL_BYTES / 1e6)))
     spreads = [row["spread"] for row in rows if row["spread"] is not None]
     if spreads:
-        most = f"tokens/s of a setting differed by up to {max(spreads):.0%} between rounds"
-        explained.append(("rounds", most))
+        differed = f"tokens/s of a setting differed by up to {max(spreads):.0%} between rounds"
+        explained.append(("rounds", differed))
     explained += _facts_of_drafts(rows)
     explained += [
         (metric.shown, f"errors: less is better; shares of full's are those of {metric.label}")
@@ -157,7 +157,7 @@ def _facts_of_drafts(rows: Sequence[Row]) -> list[tuple[str, str]]:
     for row in rows:
         for source, positions in row["drafts"].items():
             accepted = [
-                f"{100 * share:.0f}" for share, compared in positions if compared >= LEAST_COMPARED
+                f"{100 * share:.0f}" for share, compared in positions if compared >= MIN_COMPARED
             ]
             if accepted:
                 listed = f"{', '.join(accepted)} % accepted at each position"

@@ -47,7 +47,7 @@ class PlannedExit:
         speeds: Speed of a token relative to the full model, by the same names.
         input: Input of its own layers. Unless it is "state", the model is trained first, without
             the exit.
-        begun: The checkpoint already has this exit. Training continues with it.
+        exists: The checkpoint already has this exit. Training continues with it.
     """
 
     layer: int
@@ -58,26 +58,25 @@ class PlannedExit:
     rates: dict[str, float]
     speeds: dict[str, float]
     input: ExitInput = "state"
-    begun: bool = False
+    exists: bool = False
 
     @property
-    def steps(self) -> tuple[Tune, ...]:
+    def trainings(self) -> tuple[str, ...]:
         """Return the trainings that produce the exit, in order.
 
-        Own layers that read the feature do not change the model, so the model is trained first,
-        unless the exit exists already. An exit without own parameters is trained with the model.
+        "joint" trains all weights, with the exit or before it. "exit" trains the exit alone. Own
+        layers that read the feature do not change the model, so the model is trained first, unless
+        the exit exists already. An exit without own parameters is trained with the model.
         """
-        if not self.begun:
-            return ("full", "exit")
+        if not self.exists:
+            return ("joint", "exit")
         if self.input != "state":
             return ("exit",)
-        return ("full", "exit") if self.own else ("full",)
+        return ("joint", "exit") if self.own else ("joint",)
 
-    def training(self, tune: Tune) -> dict[str, Any]:
-        """Return options of `train` for one of these trainings.
-
-        "full" trains all weights, with the exit or before it. "exit" trains the exit alone.
-        """
+    def training(self, name: str) -> dict[str, Any]:
+        """Return options of `train` for one of the trainings."""
+        tune: Tune = "exit" if name == "exit" else "full"
         if self.input != "state" and tune == "full":
             return {"tune": tune, "exit_layer": max(1, self.layer), "loss": "deep-ce"}
         given: dict[str, Any] = {
@@ -109,8 +108,8 @@ def best_exit(
     ]
     # Places that were measured: on T5, and on SmolLM2 and Qwen2.5.
     places.append(("feature", 1 if description.encoder is None else 0, 1))
-    begun = given is not None and given.trained
-    if given is not None and begun:  # training continues with it
+    exists = given is not None and given.trained
+    if given is not None and exists:  # training continues with it
         places = [(given.exit_input, given.exit_layer, given.exit_layers)]
         known = given.vocabulary
         vocabularies = [(None, 1.0) if known is None else (known.size, known.covered)]
@@ -135,7 +134,7 @@ def best_exit(
                 rates=rates,
                 speeds=speeds,
                 input=reads,
-                begun=begun,
+                exists=exists,
             )
         )
     return max(found, key=lambda one: one.speeds["usual"] * one.speeds["easy"])

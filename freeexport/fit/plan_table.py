@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from freeexport.costs.verdict import break_even_text
-from freeexport.fit.options import FitOptions
-from freeexport.fit.plan import Plan
+from freeexport.fit.fit_options import FitOptions
+from freeexport.fit.fit_plan import Plan
 from freeexport.system.load import load_note
 from freeexport.system.progress import duration
 
@@ -44,7 +44,7 @@ def describe_plan(options: FitOptions, plan: Plan) -> list[tuple[str, str]]:
             if texts.speech
             else f"{texts.prompt:.0f} tokens in"
         )
-        rows["data"] = f"{inputs}, {texts.target:.0f} out; outputs get at most {texts.most}"
+        rows["data"] = f"{inputs}, {texts.target:.0f} out; outputs get at most {texts.max_output}"
         rows["lines"] = ", ".join(f"{count} {name}" for name, count in plan.lines.items())
     if plan.has_exit and options.data is not None:
         rows["existing exit"] = "calibrated and evaluated as it is; only a better one replaces it"
@@ -62,7 +62,7 @@ def describe_plan(options: FitOptions, plan: Plan) -> list[tuple[str, str]]:
         even = break_even_text(found.break_even, "bytes")
         reads = "" if found.input == "state" else ", which read the deep decoder's feature"
         place = f"after layer {found.layer}" if found.layer else "before layer 1"
-        place = f"the existing one, trained further: {place}" if found.begun else place
+        place = f"the existing one, trained further: {place}" if found.exists else place
         own = f", with {found.own} layer(s) of its own" if found.own else ""
         rows["exit"] = f"{place} of {plan.layers}{own}{reads}{known}: {even}"
         rates = ", ".join(f"{rate:.0%} on {name} tasks" for name, rate in found.rates.items())
@@ -73,11 +73,8 @@ def describe_plan(options: FitOptions, plan: Plan) -> list[tuple[str, str]]:
             )
             rows[f"expected, {name}"] = f"{speeds}, by the bytes that are read"
         weights = "all weights with the exit" if found.input == "state" else "all weights"
-        steps = {"full": ("joint", weights), "exit": ("exit", "the exit alone")}
-        times = (
-            f"{duration(seconds[name])} of {what}"
-            for name, what in map(steps.__getitem__, training.tune)
-        )
+        trained = {"joint": weights, "exit": "the exit alone"}
+        times = (f"{duration(seconds[name])} of {trained[name]}" for name in plan.trainings)
         each = f"{training.step:.2f} s a step of {training.batch_tokens} tokens"
         speed = f"{training.tokens_per_second:,.0f} tokens/s, {each}"
         rows["training"] = f"{speed}: {', then '.join(times)}"

@@ -39,13 +39,13 @@ def normalised(text: str) -> str:
     return " ".join(text.casefold().split())
 
 
-def read_lines(data: Path, least: int) -> list[InputLine]:
+def read_lines(data: Path, min_lines: int) -> list[InputLine]:
     """Read the lines of a JSONL file, which must all have a target."""
     lines = read_examples(data, need_target=TARGETS_WANTED)
-    if len(lines) < least:
+    if len(lines) < min_lines:
         raise DataError(
             f"{data} has {len(lines)} lines; training, calibration and evaluation each need lines "
-            f"of their own: give {least} or more, or leave --data out"
+            f"of their own: give {min_lines} or more, or leave --data out"
         )
     return lines
 

@@ -13,7 +13,7 @@ from typing import Any
 from freeexport.checkpoints.examples import read_examples
 from freeexport.fit.splits import write_splits
 from freeexport.system.child import run_child
-from freeexport.training.options import TrainingOptions
+from freeexport.training.training_options import TrainingOptions
 
 STEPS = 5  # steps that are timed. The first one is not counted.
 

@@ -12,11 +12,9 @@ import runpy
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import freeexport
 from runtime.errors import FreeExportError
@@ -39,23 +37,15 @@ def run_child(
     module: str,
     *arguments: str,
     variables: Mapping[str, str] | None = None,
-    show: Callable[[str], object] | None = None,
 ) -> str:
     """Run `python -m module arguments` in a child process and return its standard output.
 
     Args:
         variables: Environment variables to add to those of this process.
-        show: Called with each line of the child's stderr. Default: the child shares this process's
-            stderr.
     """
     path = os.pathsep.join(filter(None, [PACKAGES, os.environ.get("PYTHONPATH")]))
     command = [sys.executable, "-m", f"{__package__}.{Path(__file__).stem}", module, *arguments]
     pipe = subprocess.PIPE
-    pipes: dict[str, Any] = {
-        "stdin": pipe,
-        "stdout": pipe,
-        "stderr": None if show is None else pipe,
-    }
     # Only POSIX systems could pass a pipe.
     with TemporaryDirectory(prefix="freeexport-", ignore_cleanup_errors=True) as folder:
         reasons = Path(folder, "error")
@@ -66,16 +56,13 @@ def run_child(
             ERRORS_TO: str(reasons),
             **(variables or {}),
         }
-        with subprocess.Popen(command, **pipes, text=True, env=environment) as process:
+        with subprocess.Popen(
+            command, stdin=pipe, stdout=pipe, text=True, env=environment
+        ) as process:
             assert process.stdout is not None
-            reader = threading.Thread(
-                target=_show_lines, args=(process.stderr or (), show), daemon=True
-            )
-            reader.start()
             try:
                 output = process.stdout.read()
                 code = process.wait()
-                reader.join(1.0)  # its own children may keep stderr open
             except BaseException:
                 process.kill()
                 raise
@@ -86,13 +73,6 @@ def run_child(
             )
             raise ChildError(reason or f"{module} {ended}")
         return output
-
-
-def _show_lines(lines: Iterable[str], show: Callable[[str], object] | None) -> None:
-    with suppress(ValueError):  # the stream was closed
-        for line in lines:
-            if show is not None:
-                show(line.rstrip())
 
 
 def tell_parent(reason: str) -> bool:

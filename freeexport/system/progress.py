@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import threading
 import time
@@ -12,9 +11,6 @@ from typing import Any, Protocol
 
 # Seconds between plain lines. The first appears after the same time, so short work prints nothing.
 EVERY = 30.0
-# Environment variable set for a process whose parent shows the progress. The process then shows
-# none.
-BY_PARENT = "FREEEXPORT_PROGRESS_BY_PARENT"
 
 
 class Advance(Protocol):
@@ -54,9 +50,6 @@ def progress(
             bar.update(task, completed=done)
 
     bar: Any = None
-    if os.environ.get(BY_PARENT):
-        yield advance
-        return
 
     def write_lines() -> None:
         while not over.wait(EVERY):

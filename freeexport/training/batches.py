@@ -23,9 +23,9 @@ from freeexport.checkpoints.examples import (
     text_format,
     unwritable,
 )
-from freeexport.training.options import MEASURED, TrainingOptions
 from freeexport.training.self_distill import Generate, own_examples
 from freeexport.training.shallow_deep import IGNORED
+from freeexport.training.training_options import MEASURED, TrainingOptions
 from graphs.description import Description
 from graphs.families import describe
 from runtime.errors import OptionError

@@ -18,8 +18,8 @@ from freeexport.checkpoints.tokenizer_files import load_tokenizer
 from freeexport.training.batches import Collator
 from freeexport.training.exit_modules import ExitLayers, JoinedInputs, KnownTokens
 from freeexport.training.layer_modules import norm_module
-from freeexport.training.options import TrainingOptions
 from freeexport.training.shallow_deep import EXIT, IGNORED, ShallowDeep, SharedHead
+from freeexport.training.training_options import TrainingOptions
 from graphs.description import Description
 from graphs.exit_head import VOCABULARY
 from runtime.bundle.manifest import ExitVocabulary
@@ -80,15 +80,15 @@ def observed(
 
 
 def _joined(
-    pairs: Iterable[tuple[torch.Tensor, torch.Tensor]], least: int
+    pairs: Iterable[tuple[torch.Tensor, torch.Tensor]], min_rows: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Concatenate pairs of rows until there are at least `least`."""
+    """Concatenate pairs of rows until there are at least `min_rows`."""
     found = []
     count = 0
     for pair in pairs:
         found.append([part.detach().float().cpu().numpy() for part in pair])
         count += len(pair[0])
-        if count >= least:
+        if count >= min_rows:
             break
     return cast(tuple[np.ndarray, np.ndarray], tuple(map(np.concatenate, zip(*found, strict=True))))
 
@@ -115,11 +115,11 @@ def chosen_tokens(
     )
     special = {*named, *known_ends(checkpoint, vocabulary)}
     kept = np.array(sorted(token for token in special if 0 <= token < vocabulary), np.int64)
-    fewest = max(2, len(kept) + 1)
-    if not fewest <= size < vocabulary:
+    min_size = max(2, len(kept) + 1)
+    if not min_size <= size < vocabulary:
         raise OptionError(
             f"--exit-vocab is {size}; this model has {vocabulary} tokens, and {len(kept)} special "
-            f"ones, which are always kept: choose {fewest} to {vocabulary - 1}"
+            f"ones, which are always kept: choose {min_size} to {vocabulary - 1}"
         )
     counts = np.bincount(
         np.concatenate([one.target[one.given :] for one in training]), minlength=vocabulary

@@ -28,7 +28,6 @@ from freeexport.training.exit_modules import (
     joined_feature,
 )
 from freeexport.training.layer_modules import Encoded, capped
-from freeexport.training.options import TrainingOptions
 from freeexport.training.shallow_deep import (
     ENCODER,
     IGNORED,
@@ -36,9 +35,10 @@ from freeexport.training.shallow_deep import (
     ShallowDeep,
     SharedHead,
     exits_of,
+    matmul_precision,
     measures,
-    products,
 )
+from freeexport.training.training_options import TrainingOptions
 from graphs.exit_head import fused_layers
 from runtime.bundle.manifest import FEATURE_STATES
 
@@ -257,7 +257,7 @@ def _log_chances(
     The result is stored in `room` if that is float32, since allocating that many logits costs more
     than computing them.
     """
-    with products(bf16):
+    with matmul_precision(bf16):
         read = (head.normed(states) * head.scale).to(room.dtype)
         logits = torch.mm(read, head.weight.T, out=room[: len(states)]).float()
     # Hooks suppress tokens that speech never emits. See tuning.py.

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from freeexport.training.options import BuiltInLoss, LayerLoss
+from freeexport.training.training_options import BuiltInLoss, LayerLoss
 
 Pair = tuple[int, int]  # student (a shallow layer) and teacher (any layer), counted from 1
 

@@ -23,7 +23,7 @@ from runtime.bundle.costs import Costs
 from runtime.bundle.json_file import parse_json
 from runtime.errors import FreeExportError
 
-LEAST_LEFT = 0.25  # share of the machine's memory
+MIN_FREE_MEMORY = 0.25  # share of the machine's memory
 PLANNED_AFTER = 5  # first steps, which set the speed assumed by the plan
 FEW_STEPS = 100  # recipes in tools/models take 400 or more
 _LOST = 0.02  # relative rise of the full model's loss that counts
@@ -95,7 +95,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
                 control.should_log
             ) = True
         memory = psutil.virtual_memory()
-        if self._keeps and memory.available < LEAST_LEFT * memory.total:
+        if self._keeps and memory.available < MIN_FREE_MEMORY * memory.total:
             self._keeps = False
             keep_freed_memory(False)
         if self._log is None:

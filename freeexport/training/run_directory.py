@@ -18,7 +18,7 @@ from typing import Any
 from freeexport.checkpoints.exit_file import EXIT_FILE
 from freeexport.checkpoints.weight_files import CheckpointError, SafetensorsFile
 from freeexport.system.output import OutputError, check_output
-from freeexport.training.options import TrainingOptions
+from freeexport.training.training_options import TrainingOptions
 from runtime.bundle.json_file import UnreadableError, parse_json, read_object, read_text
 from runtime.errors import OptionError
 

@@ -13,7 +13,7 @@ from torch import nn
 from freeexport.training import losses
 from freeexport.training.exit_modules import MEASURED, Exit, ExitLayers, KnownTokens, joined_feature
 from freeexport.training.layer_modules import Encoded, capped
-from freeexport.training.options import BuiltInLoss, LayerLoss
+from freeexport.training.training_options import BuiltInLoss, LayerLoss
 from graphs.description import Description
 from graphs.exit_head import fused_layers
 from graphs.layers import head_bias
@@ -41,7 +41,7 @@ IGNORED = -100  # label of a position that predicts nothing
 
 
 @contextmanager
-def products(bf16: bool) -> Iterator[None]:
+def matmul_precision(bf16: bool) -> Iterator[None]:
     """Context manager: with `bf16`, float32 products use bfloat16 factors and float32 results.
 
     This applies to the heads. With results in bfloat16, the two best logits are often equal.

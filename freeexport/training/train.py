@@ -18,7 +18,6 @@ from freeexport.checkpoints.exit_file import EXIT_FILE, ExitFile, write_exit_fil
 from freeexport.system.load import wait_quietly
 from freeexport.system.machine import BFLOAT16, keep_freed_memory, multiplies_bfloat16
 from freeexport.system.output import naming, output_directory
-from freeexport.training.options import LAST, MEASURED, TrainingOptions
 from freeexport.training.run_directory import (
     ELAPSED,
     METRICS,
@@ -27,6 +26,7 @@ from freeexport.training.run_directory import (
     open_run,
     run_directory,
 )
+from freeexport.training.training_options import LAST, MEASURED, TrainingOptions
 from runtime.errors import OptionError
 from runtime.machine.machine import usable_cores
 
@@ -132,7 +132,7 @@ def _train(
     writer = process.is_main_process
     with process.main_process_first():
         checkpoint = _base(model, options, directory, writer)
-        begun = _begun(checkpoint, options)
+        start = _start(checkpoint, options)
     description = described(checkpoint, options)
     with process.main_process_first():  # other processes find its outputs
         training, validation, left_out = examples(checkpoint, description, options, generate)
@@ -142,19 +142,19 @@ def _train(
     vocabulary = None
     share = 1.0
     if options.exit_vocab is not None:
-        tokens, vocabulary = chosen_tokens(begun, description, options, training)
+        tokens, vocabulary = chosen_tokens(start, description, options, training)
         share = (len(tokens) + 1) / description.vocab_size
         covered = f"{vocabulary.covered:.2%} of those in the training targets"
         lines.append(
             f"exit vocabulary: {len(tokens)} of {description.vocab_size} tokens, {covered}"
         )
     if (
-        begun.exit is not None
-        and begun.exit.trained
-        and begun.exit.exit_layer != options.exit_layer
+        start.exit is not None
+        and start.exit.trained
+        and start.exit.exit_layer != options.exit_layer
     ):
         lines.append(
-            f"note: {checkpoint.name} was trained for an exit after layer {begun.exit.exit_layer}; "
+            f"note: {checkpoint.name} was trained for an exit after layer {start.exit.exit_layer}; "
             f"OUT has another, after layer {options.exit_layer}"
         )
     costs = step_bytes(description, checkpoint).at(
@@ -169,7 +169,7 @@ def _train(
         cache = directory / "states"
         tuning = trainable(
             model,
-            begun,
+            start,
             description,
             options=options,
             training=training,
@@ -334,7 +334,7 @@ def _base(model: str, options: TrainingOptions, directory: Path, writer: bool) -
     return open_checkpoint(model)
 
 
-def _begun(checkpoint: Checkpoint, options: TrainingOptions) -> Checkpoint:
+def _start(checkpoint: Checkpoint, options: TrainingOptions) -> Checkpoint:
     """Return the checkpoint with the exit from which training starts, if it has one."""
     from freeexport.checkpoints.checkpoint import CheckpointError
     from freeexport.checkpoints.ready_made import begin_with
@@ -377,7 +377,7 @@ def _run(
     from transformers import EarlyStoppingCallback, TrainerCallback
 
     from freeexport.training.report import MetricLog, Watch, training_verdict
-    from freeexport.training.shallow_deep import products
+    from freeexport.training.shallow_deep import matmul_precision
     from freeexport.training.trainer import Clock, ExitTrainer, training_arguments
 
     checkpoint = last_checkpoint(directory) if options.resume else None
@@ -397,7 +397,7 @@ def _run(
         tuning, arguments, options, clock=clock, callbacks=callbacks, written=written
     )
     try:
-        with products(options.bf16):
+        with matmul_precision(options.bf16):
             trainer.run(checkpoint)
     finally:
         watch.close()

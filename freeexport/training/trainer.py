@@ -27,9 +27,9 @@ from freeexport.checkpoints.tokenizer_files import load_tokenizer
 from freeexport.checkpoints.transformers_model import greedy_ids
 from freeexport.task_metrics import Reference, metric_of
 from freeexport.training.batches import LengthBatches, loader
-from freeexport.training.options import LAST, Schedule, TrainingOptions
 from freeexport.training.run_directory import ELAPSED
 from freeexport.training.shallow_deep import IGNORED, MEASURES
+from freeexport.training.training_options import LAST, Schedule, TrainingOptions
 from freeexport.training.tuning import Trainable
 
 WEIGHTS = "model.safetensors"  # trained weights in a checkpoint
@@ -194,9 +194,9 @@ def output_metric(
         outputs = list[str]()
         for start in range(0, len(examples), _SELECT_BATCH):
             batch = examples[start : start + _SELECT_BATCH]
-            most = _LONGER * max(len(example.target) for example in batch)
+            max_new_tokens = _LONGER * max(len(example.target) for example in batch)
             outputs += texts(
-                greedy_ids(model, checkpoint, [example.prompt for example in batch], most)
+                greedy_ids(model, checkpoint, [example.prompt for example in batch], max_new_tokens)
             )
         return measure.of(measure.table(outputs, references))
 

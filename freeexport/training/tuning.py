@@ -24,8 +24,8 @@ from freeexport.training.batches import Collator, token_counts
 from freeexport.training.exit_modules import ExitLayers, KnownTokens, trained_exit, write_exit
 from freeexport.training.exit_start import begin_other, first_exit, observed
 from freeexport.training.frozen import FrozenExit, cached_teacher, collate_teacher
-from freeexport.training.options import TrainingOptions
 from freeexport.training.shallow_deep import ENCODER, ShallowDeep
+from freeexport.training.training_options import TrainingOptions
 from graphs.description import Description
 from graphs.exit_head import fused_layers
 from graphs.layers import SUPPRESSED

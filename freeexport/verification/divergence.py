@@ -25,11 +25,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # Tolerance of the mean divergence in nats: QUALITY_TIMES that of transformers in the same
-# precision, at least QUALITY_LEAST or QUALITY_COARSE_LEAST. More than that indicates a fault, not
-# low precision.
+# precision, at least MIN_QUALITY_TOLERANCE or MIN_COARSE_QUALITY_TOLERANCE. More than that
+# indicates a fault, not low precision.
 QUALITY_TIMES = 2.5
-QUALITY_LEAST = {"fp32": 1e-4, "fp16": 2e-2}
-QUALITY_COARSE_LEAST = 5e-2
+MIN_QUALITY_TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2}
+MIN_COARSE_QUALITY_TOLERANCE = 5e-2
 # Sequences per batch, their maximum length in tokens, and the maximum number of lines read.
 ROWS = 8
 LONGEST = 256
@@ -101,7 +101,9 @@ def quality_of(predictions: Iterable[Predictions], precision: Precision) -> Qual
     ours, coarse = (Moved.joined(moved) for moved in zip(*parts, strict=True))
     means = (ours.nll, ours.nll + ours.nats, ours.divergence, ~ours.other_best, coarse.divergence)
     reference_nll, nll, divergence, agreement, itself = (float(values.mean()) for values in means)
-    tolerance = max(QUALITY_LEAST.get(precision, QUALITY_COARSE_LEAST), QUALITY_TIMES * itself)
+    tolerance = max(
+        MIN_QUALITY_TOLERANCE.get(precision, MIN_COARSE_QUALITY_TOLERANCE), QUALITY_TIMES * itself
+    )
     return Quality(
         count,
         reference_nll,

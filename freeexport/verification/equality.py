@@ -320,11 +320,11 @@ def _planned(
             + f"; give {settings * sets} or more"
         )
     shares = [len(range(number, tokens, sets)) for number in range(sets)]
-    most = -(-shares[0] // settings)
+    max_tokens = -(-shares[0] // settings)
     longest = 1 if manifest.encoder_decoder else max(map(len, prompts))
-    answer = max(1, min(ANSWER, most // REQUESTS), -(-most // (len(prompts) * TURNS)))
+    answer = max(1, min(ANSWER, max_tokens // REQUESTS), -(-max_tokens // (len(prompts) * TURNS)))
     room = manifest.capacity - longest + 1
-    if room < 1 or -(-most // min(room, answer)) > len(prompts) * TURNS:
+    if room < 1 or -(-max_tokens // min(room, answer)) > len(prompts) * TURNS:
         raise OptionError(
             f"--equal {tokens} needs answers of {answer} tokens to {len(prompts)} prompts, and "
             f"{max(0, room)} fit after the longest; give --data with more or shorter prompts, or "

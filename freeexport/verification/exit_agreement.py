@@ -18,7 +18,7 @@ from freeexport.checkpoints.examples import (
     read_examples,
     text_format,
 )
-from freeexport.checkpoints.packed_exit import MOST_SAMPLES, SampleAnswer, read_packed
+from freeexport.checkpoints.packed_exit import MAX_SAMPLES, SampleAnswer, read_packed
 from freeexport.checkpoints.ready_made import apply_exit, does_not_fit, find_exit
 from freeexport.checkpoints.weight_files import CheckpointError
 from freeexport.costs.intervals import Share, share
@@ -43,7 +43,7 @@ PROMPT = 256
 # its own, on prompts that the model wrote, smollm2-chat kept 0.90 with a fine-tune of the model and
 # 0.87 to 0.90 with weights rounded to 4 bits without offsets. With 3 bits, which leave
 # 37 % of the model's own tokens equal, it kept 0.48.
-LEAST_SHARE = 0.8
+MIN_SHARE = 0.8
 
 
 def open_with_exit(model: str, name: str | None) -> Checkpoint:
@@ -77,8 +77,8 @@ def open_with_exit(model: str, name: str | None) -> Checkpoint:
         f"with these it predicts {found.value:.1%} of {found.count} greedy tokens of "
         f"{len(about.samples)} samples, with its own {about.agreement:.1%}"
     )
-    if found.value < LEAST_SHARE * about.agreement:
-        reason = f"{others}; {measured}, of which {LEAST_SHARE:.0%} is required"
+    if found.value < MIN_SHARE * about.agreement:
+        reason = f"{others}; {measured}, of which {MIN_SHARE:.0%} is required"
         raise CheckpointError(does_not_fit(about, base, reason))
     click.echo(f"note: exit {about.name} fits: {others}; {measured}", err=True)
     return replace(applied, ready_made=replace(applied.ready_made, agreement=found.value))
@@ -128,8 +128,8 @@ def samples_of(checkpoint: Checkpoint, data: Path) -> tuple[SampleAnswer, ...]:
 
     description = describe(checkpoint.config, checkpoint)
     form = text_format(checkpoint, description, PROMPT + ANSWER)
-    found = prompts_of(read_examples(data, 2 * MOST_SAMPLES), form, data)
-    prompts = [np.asarray(ids) for ids in found if len(ids) <= PROMPT][:MOST_SAMPLES]
+    found = prompts_of(read_examples(data, 2 * MAX_SAMPLES), form, data)
+    prompts = [np.asarray(ids) for ids in found if len(ids) <= PROMPT][:MAX_SAMPLES]
     if not prompts:
         raise DataError(f"{data} has no prompt of at most {PROMPT} tokens; give shorter ones")
     answers = greedy_ids(reference_model(checkpoint), checkpoint, prompts, ANSWER)

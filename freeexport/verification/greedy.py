@@ -79,9 +79,9 @@ def compare_greedy(
     for number, prompt in enumerate(prompts):
         request: Any = prompt if isinstance(prompt, SpeechPrompt) else list(prompt)
         ours = session.generate(request, mode="full", max_new_tokens=count).token_ids
-        most = max(1.0, seconds())
-        theirs, gaps = reference_ids(model, request, count, eos=ends, seconds=most)
-        if most < math.inf and theirs and theirs[-1] not in ends:
+        max_seconds = max(1.0, seconds())
+        theirs, gaps = reference_ids(model, request, count, eos=ends, seconds=max_seconds)
+        if max_seconds < math.inf and theirs and theirs[-1] not in ends:
             ours = ours[: len(theirs)]
         differing = (
             index for index, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b

@@ -20,14 +20,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # Tolerance of the engines in fp32 and fp16: TIMES the error of transformers in the same precision,
-# at least LEAST. Errors are the largest difference from float64, relative to the largest value, or
-# for an encoder in fp32 the root mean square.
+# at least MIN_TOLERANCE. Errors are the largest difference from float64, relative to the largest
+# value, or for an encoder in fp32 the root mean square.
 TIMES = 4.0
-LEAST = {"fp32": 2e-5, "fp16": 3e-2}
+MIN_TOLERANCE = {"fp32": 2e-5, "fp16": 3e-2}
 # In bf16, and with weights in 8 or 4 bits, all values differ. There the error is the root mean
-# square of the difference, relative to that of the values, and COARSE_LEAST applies. An intact
-# 8-bit model had an error of 0.05, 2.7 times that of transformers. A fault raises it to 1.
-COARSE_LEAST = 1e-2
+# square of the difference, relative to that of the values, and MIN_COARSE_TOLERANCE applies. An
+# intact 8-bit model had an error of 0.05, 2.7 times that of transformers. A fault raises it to 1.
+MIN_COARSE_TOLERANCE = 1e-2
 
 # Maps states [B, n, d], encoder states, and the states after 0 to L layers, the last normed, to
 # logits [B, n, V]. Also returns confidences [B, n, 1] if they depend on more than the logits.
@@ -144,11 +144,11 @@ def state_checks(
         # Rounding may move one row of an encoder far more than all others: a row in 3,000 of
         # Whisper tiny.en differs 60 times as much as the median. How far is chance, also in
         # transformers.
-        coarse = precision not in LEAST or (precision == "fp32" and field == "encoded")
+        coarse = precision not in MIN_TOLERANCE or (precision == "fp32" and field == "encoded")
         measure: Measure = "rms" if coarse else "largest"
         distance = _root_mean_square if coarse else _largest
         itself = distance(reference, wanted)
-        tolerance = max(LEAST.get(precision, COARSE_LEAST), TIMES * itself)
+        tolerance = max(MIN_TOLERANCE.get(precision, MIN_COARSE_TOLERANCE), TIMES * itself)
         yield Check(
             name,
             tensor,

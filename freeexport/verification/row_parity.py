@@ -30,7 +30,7 @@ BEST = 0.01
 ROWS = 0.02
 # Smallest tolerance in nats. In fp32 noise is almost zero, and a different order of summation in
 # kernels exceeds it.
-LEAST = 1e-4
+MIN_TOLERANCE = 1e-4
 # Rows whose log probabilities are in memory at once.
 _BLOCK = 64
 Arithmetic = FloatType | Literal["8 bits"]
@@ -271,14 +271,14 @@ def row_checks(name: str, tensor: str, moved: Moved, noise: Moved) -> Iterator[C
         """Return the tolerance for a measure of noise.
 
         It is FACTOR times the sum of the mean and the standard error for this number of rows, at
-        least LEAST. Unlike max, np.maximum keeps NaN.
+        least MIN_TOLERANCE. Unlike max, np.maximum keeps NaN.
         """
         mean = np.abs(values.mean()) + values.std() / np.sqrt(len(moved.divergence))
-        return float(np.maximum(LEAST, FACTOR * mean))
+        return float(np.maximum(MIN_TOLERANCE, FACTOR * mean))
 
     yield check("divergence", moved.divergence.mean(), limit(noise.divergence))
     yield check("nats", np.abs(moved.nats.mean()), limit(noise.nats))
     clear = moved.gap > FACTOR * noise.gap_moved.max(initial=0.0)
     yield check("best", (moved.other_best & clear).sum() / max(1, clear.sum()), BEST)
-    near = moved.divergence <= max(LEAST, FACTOR * noise.divergence.max(initial=0.0))
+    near = moved.divergence <= max(MIN_TOLERANCE, FACTOR * noise.divergence.max(initial=0.0))
     yield check("rows", 1 - near.mean(), ROWS)

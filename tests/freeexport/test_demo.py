@@ -11,7 +11,7 @@ import pytest
 from command_line import succeed
 
 from freeexport import demo
-from freeexport.conversion.options import ConvertOptions
+from freeexport.conversion.convert_options import ConvertOptions
 from freeexport.demo import G2P, PHRASES, demo_bundle
 from runtime import Bundle
 

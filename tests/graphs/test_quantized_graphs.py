@@ -19,7 +19,7 @@ from onnx_ir.tape import Tape
 from tensor_source import BIAS, FLOAT, WEIGHT, Source, normal
 
 from freeexport.conversion.convert import convert
-from freeexport.conversion.options import ConvertOptions
+from freeexport.conversion.convert_options import ConvertOptions
 from graphs.engine_options import EngineOptions
 from graphs.errors import GraphError
 from graphs.graph import IR_VERSION, OPSET, Graph

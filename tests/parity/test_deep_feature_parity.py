@@ -265,7 +265,7 @@ def test_a_converted_exit_is_verified(
     case: Case, options: dict[str, Any], tmp_path: Path, checkpoint: Callable[[Case], Path]
 ) -> None:
     from freeexport.conversion.convert import convert
-    from freeexport.conversion.options import ConvertOptions
+    from freeexport.conversion.convert_options import ConvertOptions
 
     manifest = convert(str(checkpoint(case)), tmp_path / "verified", ConvertOptions(capacity=64, **options))
     assert manifest.verified
@@ -284,7 +284,7 @@ def test_conversions_that_cannot_be_are_refused(
     options: dict[str, Any], reason: str, tmp_path: Path, checkpoint: Callable[[Case], Path]
 ) -> None:
     from freeexport.conversion.convert import convert
-    from freeexport.conversion.options import ConvertOptions
+    from freeexport.conversion.convert_options import ConvertOptions
 
     with pytest.raises(FreeExportError, match=reason):
         convert(str(checkpoint(EXITS[0])), tmp_path / "out", ConvertOptions(**options))

@@ -17,7 +17,7 @@ from gguf_model import write_gguf
 from reference import confidence_of
 
 from freeexport.conversion.convert import convert
-from freeexport.conversion.options import ConvertOptions
+from freeexport.conversion.convert_options import ConvertOptions
 from freeexport.verification.engines import EnginePair
 from runtime import Session
 from runtime.bundle.bundle import Bundle

@@ -129,7 +129,7 @@ def test_full_reads_no_row_in_the_exits_layers(bundle: Bundles) -> None:
 
 def test_a_converted_exit_is_verified(tmp_path: Path, checkpoint: Callable[[Case], Path]) -> None:
     from freeexport.conversion.convert import convert
-    from freeexport.conversion.options import ConvertOptions
+    from freeexport.conversion.convert_options import ConvertOptions
 
     manifest = convert(str(checkpoint(TIED)), tmp_path / "verified", ConvertOptions(capacity=64, measure=False))
     assert manifest.verified

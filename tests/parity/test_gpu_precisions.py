@@ -62,7 +62,7 @@ def is_linear(name: str, shape: tuple[int, ...]) -> bool:
 def rounded_first(bundle: Bundles, checkpoint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A bundle that rounds nothing, of a checkpoint whose linear weights were changed."""
     from freeexport.conversion.convert import convert
-    from freeexport.conversion.options import ConvertOptions
+    from freeexport.conversion.convert_options import ConvertOptions
 
     def make(case: Case, change: Callable[[str, np.ndarray], np.ndarray], **options: Any) -> Path:
         read = Checkpoint.read

@@ -16,7 +16,7 @@ from reference import assert_same_tokens, replay
 from freeexport.checkpoints.checkpoint import open_checkpoint, smollm2
 from freeexport.checkpoints.transformers_model import reference_model
 from freeexport.conversion.convert import convert
-from freeexport.conversion.options import ConvertOptions
+from freeexport.conversion.convert_options import ConvertOptions
 from freeexport.verification.batches import FULL
 from freeexport.verification.greedy import TIE, compare_greedy
 from runtime import FreeExportError, Session

@@ -37,15 +37,14 @@ from freeexport.calibrate.traces import trace_of
 from freeexport.checkpoints.checkpoint import open_checkpoint
 from freeexport.checkpoints.examples import DataError, encode, read_examples, text_format
 from freeexport.conversion.convert import convert
-from freeexport.conversion.options import ConvertOptions
+from freeexport.conversion.convert_options import ConvertOptions
 from freeexport.conversion.own_outputs import own_outputs
-from freeexport.costs.replay import ReplaySession
-from freeexport.fit import plan, run
-from freeexport.fit.options import FitOptions
-from freeexport.fit.run import fit
-from freeexport.fit.steps import planned
-from freeexport.training.options import TrainingOptions
+from freeexport.costs.measured import ReplaySession
+from freeexport.fit import fit_plan, recipe
+from freeexport.fit.fit_options import FitOptions
+from freeexport.fit.recipe import fit, planned
 from freeexport.training.train import train
+from freeexport.training.training_options import TrainingOptions
 from freeexport.verification.batches import QUICK
 from freeexport.verification.verification import failure, verify
 from graphs.families import describe
@@ -356,9 +355,9 @@ def test_fit_makes_a_bundle_of_recordings(spoken: Path, tmp_path: Path, monkeypa
         done = succeed(*arguments)
         return done.stdout
 
-    monkeypatch.setattr(run, "run_child", here)
-    monkeypatch.setattr(plan, "bandwidth_of", lambda threads: 1e9)
-    monkeypatch.setattr(plan, "training_speed", lambda *given, **options: {"step": 0.01, "tokens_per_second": 1e5})
+    monkeypatch.setattr(recipe, "run_child", here)
+    monkeypatch.setattr(fit_plan, "bandwidth_of", lambda threads: 1e9)
+    monkeypatch.setattr(fit_plan, "training_speed", lambda *given, **options: {"step": 0.01, "tokens_per_second": 1e5})
     draw, lines = np.random.default_rng(0), list[str]()
     for number in range(312):
         said = "".join(draw.choice(list("abcdef"), 6))

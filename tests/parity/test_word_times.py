@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 from whisper_case import CAPACITY, POSITIONS, START, write_whisper
 
 from freeexport.conversion.convert import convert
-from freeexport.conversion.options import ConvertOptions
+from freeexport.conversion.convert_options import ConvertOptions
 from graphs.errors import GraphError
 from runtime import Bundle, OptionError, PromptError, Session, SpeechOptions, Word
 from runtime.engines.kernels import missing

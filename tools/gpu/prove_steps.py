@@ -26,7 +26,7 @@ import numpy as np
 from freeexport.checkpoints.checkpoint import open_checkpoint
 from freeexport.commands.doctor import examine, provider_problem
 from freeexport.conversion.convert import convert
-from freeexport.conversion.options import ConvertOptions
+from freeexport.conversion.convert_options import ConvertOptions
 from freeexport.verification.ties import (
     BATCHES,
     LIMIT,

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import click
 
-from freeexport.checkpoints.packed_exit import MOST_BYTES, add_phrases
-from freeexport.conversion.phrases import MOST_PHRASES
+from freeexport.checkpoints.packed_exit import MAX_BYTES, add_phrases
+from freeexport.conversion.phrases import MAX_PHRASES
 from runtime.bundle.bundle import Bundle
 from runtime.decoding.phrases import PhraseTable
 from runtime.text.tokenizer import Tokenizer
@@ -48,7 +48,7 @@ def texts_of(outputs: Path, bundle: Path | None) -> list[list[int]]:
 @click.argument("outputs", type=click.Path(path_type=Path, exists=True, dir_okay=False))
 @click.option("--bundle", type=click.Path(path_type=Path, exists=True, file_okay=False))
 @click.option(
-    "--max-phrases", default=MOST_PHRASES, type=click.IntRange(1), help="Number of phrases."
+    "--max-phrases", default=MAX_PHRASES, type=click.IntRange(1), help="Number of phrases."
 )
 @click.option("--data", help="Sentences on the training data, in place of those in the file.")
 @click.option("--results", help="Sentences on the results, in place of those in the file.")
@@ -65,7 +65,7 @@ def main(
     size = exit_file.stat().st_size
     click.echo(
         f"{exit_file}: {len(table.entries):,} phrases, {size / 1e6:.2f} MB of at most "
-        f"{MOST_BYTES / 1e6:.0f}"
+        f"{MAX_BYTES / 1e6:.0f}"
     )
 
 

@@ -21,10 +21,11 @@ from freeexport.calibrate.threshold import Rule, choose, rollback_limit
 from freeexport.checkpoints.checkpoint import open_checkpoint
 from freeexport.checkpoints.tokenizer_files import load_tokenizer
 from freeexport.conversion.convert import build_and_test, convert
-from freeexport.conversion.options import DEFAULT_ENCODER_CAPACITY, Verify
+from freeexport.conversion.convert_options import DEFAULT_ENCODER_CAPACITY, Verify
 from freeexport.conversion.recalibrate import update_bundle
 from freeexport.evaluate import page
 from freeexport.system.output import write_whole
+from freeexport.system.steps import Steps
 from runtime.bundle.beta import NEVER_EXIT
 from runtime.bundle.manifest import Manifest
 from tools.paper.compare_check import Resolved
@@ -42,7 +43,6 @@ from tools.paper.compare_plan import (
 )
 from tools.paper.recipes import RECIPES, recipe_options, train_recipe
 from tools.paper.threshold import paper_choice
-from tools.steps import Steps
 
 RUN = "compare.json"
 # Tokens of the line that is decoded before any training.

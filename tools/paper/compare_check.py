@@ -16,7 +16,7 @@ from freeexport.calibrate.threshold import Rule
 from freeexport.checkpoints.checkpoint import open_checkpoint
 from freeexport.checkpoints.examples import DataError, read_examples
 from freeexport.checkpoints.transformers_model import torch_device
-from freeexport.conversion.options import engine_options
+from freeexport.conversion.convert_options import engine_options
 from freeexport.system.jsonl import InputLine
 from freeexport.system.page import human_bytes
 from freeexport.task_metrics import MetricError, metric_of

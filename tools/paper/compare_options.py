@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from freeexport.conversion.options import ConvertOptions
+from freeexport.conversion.convert_options import ConvertOptions
 from graphs.description import Description
 from runtime.bundle.manifest import Precision, Target
 from runtime.machine.device import Device

@@ -18,7 +18,7 @@ from freeexport.training.losses import (
     hidden_distillation,
     teacher_layers,
 )
-from freeexport.training.options import LayerLoss, TrainedModule
+from freeexport.training.training_options import LayerLoss, TrainedModule
 
 # Which shallow layers learn from which layers of the whole decoder.
 Mapped = Literal["dyn", "unif", "last"]

@@ -24,9 +24,9 @@ from freeexport.checkpoints.transformers_model import torch_device
 from freeexport.system.child import ChildError, run_child
 from freeexport.system.load import wait_quietly
 from freeexport.training.batches import described
-from freeexport.training.options import LAST, BuiltInLoss, LayerLoss, TrainingOptions
 from freeexport.training.run_directory import last_checkpoint, run_directory
 from freeexport.training.train import train
+from freeexport.training.training_options import LAST, BuiltInLoss, LayerLoss, TrainingOptions
 from runtime.errors import FreeExportError
 from runtime.machine.device import Device
 from runtime.machine.machine import usable_cores

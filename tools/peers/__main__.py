@@ -21,6 +21,7 @@ import click
 
 from freeexport.system.output import write_whole
 from freeexport.system.progress import duration
+from freeexport.system.steps import Steps
 from runtime.machine.machine import usable_cores
 from tools.data.splits import run_tool
 from tools.pages import write_pages
@@ -31,7 +32,6 @@ from tools.peers.models import MODELS, models_of
 from tools.peers.plan import STEPS, steps_of
 from tools.peers.run import Conditions, contenders, measure_step
 from tools.peers.worker import PeerError
-from tools.steps import Steps
 
 OPTIONS = "run.json"
 REPORT = "report.json"

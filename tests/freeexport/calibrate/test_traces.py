@@ -17,7 +17,7 @@ from traces import mixed, trace
 
 from freeexport.calibrate.sources import fitting_prompts
 from freeexport.calibrate.traces import TraceCache, Traces, replay, trace_of
-from freeexport.costs.replay import ReplaySession
+from freeexport.costs.measured import ReplaySession
 from freeexport.system.jsonl import InputLine
 from runtime import Session
 from runtime.bundle.costs import Costs, Outside

@@ -18,7 +18,7 @@ from freeexport.checkpoints.eagle import apply_eagle_head, read_eagle_head
 from freeexport.checkpoints.ready_made import open_source
 from freeexport.checkpoints.weight_files import CheckpointError
 from freeexport.conversion.convert import convert
-from freeexport.conversion.options import ConvertOptions
+from freeexport.conversion.convert_options import ConvertOptions
 from graphs.eagle_head import tapped_layers
 from graphs.errors import GraphError
 from runtime.bundle.manifest import Manifest

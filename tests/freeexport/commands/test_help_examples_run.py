@@ -24,7 +24,7 @@ from whisper_case import CAPACITY, write_whisper
 from freeexport import demo
 from freeexport.checkpoints.checkpoint import smollm2
 from freeexport.conversion.convert import convert
-from freeexport.conversion.options import ConvertOptions
+from freeexport.conversion.convert_options import ConvertOptions
 from freeexport.demo import G2P
 from freeexport.serving.service import ServerOptions
 

@@ -313,7 +313,9 @@ def test_a_bad_option_is_refused_before_any_work(
 def test_an_option_of_our_kernels_without_the_library_is_refused_with_what_to_install(
     option: str, checkpoint: Checkpoint, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("freeexport.conversion.options.missing", lambda: "the kernels are not built; install g++")
+    monkeypatch.setattr(
+        "freeexport.conversion.convert_options.missing", lambda: "the kernels are not built; install g++"
+    )
     line = failed(convert(checkpoint(LLAMA), place / "out", "--precision", "int8", *option.split()))
     assert f"{option}: the kernels are not built; install g++; or leave it out" in line
     assert os.listdir(place) == []

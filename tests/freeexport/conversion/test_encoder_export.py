@@ -14,7 +14,7 @@ from fake_device import Machine
 from freeexport.checkpoints.checkpoint import CheckpointError
 from freeexport.conversion import encoder_export
 from freeexport.conversion.convert import convert
-from freeexport.conversion.options import ConvertOptions
+from freeexport.conversion.convert_options import ConvertOptions
 from freeexport.verification.batches import QUICK
 from freeexport.verification.greedy import TIE, compare_greedy
 from freeexport.verification.verification import failure, verify

@@ -17,7 +17,7 @@ from freeexport.checkpoints.checkpoint import open_checkpoint
 from freeexport.checkpoints.gguf_values import KINDS, values_of
 from freeexport.checkpoints.transformers_model import reference_model
 from freeexport.conversion.convert import convert
-from freeexport.conversion.options import ConvertOptions
+from freeexport.conversion.convert_options import ConvertOptions
 from graphs.quantization.panels import BITS
 from runtime.bundle.bundle import Bundle
 from runtime.bundle.manifest import HeadPrecision, Kernels

@@ -27,14 +27,14 @@ from freeexport.checkpoints import packed_exit
 from freeexport.checkpoints import ready_made as ready_made_exits
 from freeexport.checkpoints.checkpoint import Checkpoint, CheckpointError, open_checkpoint, smollm2
 from freeexport.checkpoints.exit_file import EXIT_WEIGHTS, ExitFile, write_exit_file
-from freeexport.checkpoints.packed_exit import MOST_BYTES, add_phrases, pack, read_packed
+from freeexport.checkpoints.packed_exit import MAX_BYTES, add_phrases, pack, read_packed
 from freeexport.checkpoints.ready_made import apply_exit, find_exit, fitting_exits, misfit, ready_made
 from freeexport.conversion.convert import convert
-from freeexport.conversion.options import ConvertOptions
-from freeexport.costs import exit_gain
+from freeexport.conversion.convert_options import ConvertOptions
+from freeexport.costs import timing
 from freeexport.system.output import OutputError
-from freeexport.training.options import TrainingOptions
 from freeexport.training.train import train
+from freeexport.training.training_options import TrainingOptions
 from freeexport.training.tuning import link_or_copy
 from freeexport.verification.exit_agreement import open_with_exit
 from graphs.exit_head import OTHER, OTHER_BIAS, VOCABULARY
@@ -371,7 +371,7 @@ def test_what_cannot_be_packed_is_refused(
     with pytest.raises(CheckpointError, match="has no exit with parameters of its own"):
         pack(str(checkpoint(LLAMA)), out, "x", **FACTS)
     pack(str(trained("layers")), tmp_path / "other.safetensors", "x", **FACTS)
-    monkeypatch.setattr(packed_exit, "MOST_BYTES", 10_000)
+    monkeypatch.setattr(packed_exit, "MAX_BYTES", 10_000)
     with pytest.raises(OutputError, match=r"has 0\.1 MB in 8 bits, at most 0 are packed; train one with fewer"):
         pack(str(trained("layers")), out, "x", **FACTS)
     with pytest.raises(CheckpointError, match="is a LoRA adapter; merge it"):
@@ -418,7 +418,7 @@ def test_the_exits_that_come_along_are_whole_and_fit_their_model() -> None:
     ]
     assert {packed.weights_sha256 for packed in found} == {model.weights_sha256}
     assert all(packed.samples and packed.agreement for packed in found)
-    assert all(path.stat().st_size < MOST_BYTES for path in ready_made())
+    assert all(path.stat().st_size < MAX_BYTES for path in ready_made())
 
 
 def test_convert_names_the_exits_that_fit(
@@ -457,8 +457,8 @@ def test_lossless_leaves_out_an_exit_that_was_measured_not_to_pay(
     out = tmp_path / "out"
     here = Costs(1e-3, 5e-4, {1: 1e-2}, host=host(1))
     monkeypatch.setattr("freeexport.conversion.convert.measured_in_child", lambda directory: here)
-    monkeypatch.setattr(exit_gain, "ROUNDS", 1)
-    monkeypatch.setattr(exit_gain, "TOLERATED", 1e9)
+    monkeypatch.setattr(timing, "GAIN_ROUNDS", 1)
+    monkeypatch.setattr(timing, "TOLERATED", 1e9)
     options = ConvertOptions(exit=str(sampled), precision="int8", capacity=64, verify="none")
     made = convert(str(checkpoint(LLAMA)), out, options)
     record = made.ready_made_exit
@@ -468,9 +468,9 @@ def test_lossless_leaves_out_an_exit_that_was_measured_not_to_pay(
     assert found.prompts == 8
     assert 0 < found.low <= found.value <= found.high
     prompts = [np.array(sample.prompt) for sample in read_packed(sampled).about.samples]
-    assert exit_gain.exit_gain(out, prompts[:1]) is None
-    monkeypatch.setattr(exit_gain, "TOLERATED", -1.0)
-    assert exit_gain.exit_gain(out, prompts) is None
+    assert timing.exit_gain(out, prompts[:1]) is None
+    monkeypatch.setattr(timing, "TOLERATED", -1.0)
+    assert timing.exit_gain(out, prompts) is None
 
     may_exit = list[bool]()
 

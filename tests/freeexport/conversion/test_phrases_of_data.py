@@ -74,7 +74,7 @@ def answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     packed, written = tmp_path / "answers.jsonl.xz", tmp_path / "answers.jsonl"
     for module in (phrases, pack_answers):
         monkeypatch.setattr(module, "READY_MADE", packed)
-    monkeypatch.setattr(phrases, "LEAST_VOCABULARY", 1)
+    monkeypatch.setattr(phrases, "MIN_VOCABULARY", 1)
     lines = [{"target": "word 3 is a word", "complete": True}, {"target": "is a", "complete": False}]
     written.write_text("".join(json.dumps(line) + "\n" for line in [*lines, lines[0]]))
     done = CliRunner().invoke(pack_answers.main, [str(written)])

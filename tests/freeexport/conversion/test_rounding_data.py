@@ -20,7 +20,7 @@ from command_line import error, invoke
 
 from freeexport.checkpoints.checkpoint import open_checkpoint
 from freeexport.conversion import rounding_data
-from freeexport.conversion.options import ConvertOptions, engine_options
+from freeexport.conversion.convert_options import ConvertOptions, engine_options
 from freeexport.conversion.rounding_data import RoundedWeights, round_for_text
 from freeexport.verification.divergence import predictions_on, quality_of
 from graphs.engine_options import EngineOptions
@@ -202,7 +202,7 @@ def test_the_manifest_and_inspect_say_what_for(text: Path, bundle: Bundles) -> N
 def test_long_texts_are_cut_and_late_lines_are_left(
     text: Path, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rounding_data, "MOST_TOKENS", 600)
+    monkeypatch.setattr(rounding_data, "MAX_TOKENS", 600)
     monkeypatch.setattr(rounding_data, "LONGEST", 38)
     data = rounded_for(LLAMA, checkpoint(LLAMA), text).data
     assert 600 <= data.tokens < 638

@@ -21,14 +21,14 @@ from whisper_case import START, write_whisper
 
 from freeexport.checkpoints import packed_exit
 from freeexport.checkpoints.packed_exit import read_packed
-from freeexport.checkpoints.packed_sounds import LONGEST_SOUND, fields_of_sounds
+from freeexport.checkpoints.packed_sounds import MAX_SECONDS, fields_of_sounds
 from freeexport.checkpoints.ready_made import apply_exit
 from freeexport.checkpoints.weight_files import CheckpointError
 from freeexport.conversion.convert import convert
-from freeexport.conversion.options import ConvertOptions
-from freeexport.costs import exit_gain
-from freeexport.training.options import TrainingOptions
+from freeexport.conversion.convert_options import ConvertOptions
+from freeexport.costs import timing
 from freeexport.training.train import train
+from freeexport.training.training_options import TrainingOptions
 from freeexport.verification.exit_agreement import agreement_of, open_with_exit
 from runtime import Session
 from runtime.speech.audio import RATE, read_audio
@@ -102,12 +102,12 @@ def test_other_weights_take_an_exit_that_agrees_with_them(
 def test_convert_measures_the_gain_on_recordings(
     whisper: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(exit_gain, "ROUNDS", 1)
-    monkeypatch.setattr(exit_gain, "TOLERATED", 1e9)
+    monkeypatch.setattr(timing, "GAIN_ROUNDS", 1)
+    monkeypatch.setattr(timing, "TOLERATED", 1e9)
     out = tmp_path / "bundle"
     options = ConvertOptions(precision="int8", exit=str(whisper / "exit.safetensors"), verify="none", measure=False)
     convert(str(whisper / "model"), out, options)
-    gain = exit_gain.exit_gain(out, read_packed(whisper / "exit.safetensors").prompts)
+    gain = timing.exit_gain(out, read_packed(whisper / "exit.safetensors").prompts)
     assert gain is not None
     assert gain.prompts == len(SECONDS)
     with Session(out, threads=1) as session:
@@ -136,7 +136,7 @@ def rewritten(path: Path, out: Path, tensors: dict[str, np.ndarray]) -> Path:
         ({"sound.1": np.ones(9, np.float32)}, r"sound.1 is float32 \[9\], not int8"),
         ({"sound.1": np.ones((3, 3), np.int8)}, r"sound.1 is int8 \[3, 3\], not int8 of one dimension"),
         ({"sound.1": np.ones(0, np.int8)}, r"sound.1 is int8 \[0\]"),
-        ({"sound.2": np.ones(LONGEST_SOUND * RATE + 1, np.int8)}, r"a recording of 30\.0 s, at most 30"),
+        ({"sound.2": np.ones(MAX_SECONDS * RATE + 1, np.int8)}, r"a recording of 30\.0 s, at most 30"),
     ],
 )
 def test_damaged_recordings_are_refused(

@@ -13,7 +13,7 @@ from command_line import invoke, succeed
 from device_cases import EXITS
 
 from freeexport.checkpoints.checkpoint import open_checkpoint
-from freeexport.conversion.options import ConvertOptions, engine_options
+from freeexport.conversion.convert_options import ConvertOptions, engine_options
 from freeexport.verification.batches import QUICK
 from freeexport.verification.verification import failure, verify
 from graphs.errors import GraphError

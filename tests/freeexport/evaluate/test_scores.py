@@ -12,7 +12,7 @@ from handmade_bundle import write_bundle
 
 from freeexport.costs.bytes import Calls
 from freeexport.costs.intervals import speed_interval
-from freeexport.costs.verdict import FEWEST_LINES, setting_verdicts
+from freeexport.costs.verdict import MIN_LINES, setting_verdicts
 from freeexport.evaluate.records import Record
 from freeexport.evaluate.scores import curves_of, rows_of, score
 from freeexport.evaluate.settings import Entry, Setting
@@ -163,7 +163,7 @@ def many(wrong: int, lines: int = 200) -> dict[tuple[str, str], dict[int, list[R
         (25, 5000, FREE.name, "free 0.5 is the fastest that keeps 99 % of full's exact: 1.9"),
         (1, 200, None, "no setting keeps 99 % of full's exact by the lower bound of its interval"),
         (0, 200, FREE.name, "free 0.5 is the fastest"),
-        (0, FEWEST_LINES - 1, None, "no winner: 99 lines are too few"),
+        (0, MIN_LINES - 1, None, "no winner: 99 lines are too few"),
     ],
 )
 def test_a_winner_keeps_the_quality_by_the_lower_bound_of_its_interval(

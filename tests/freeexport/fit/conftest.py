@@ -16,8 +16,8 @@ from checkpoints import BY_NAME, Case
 from freeexport.checkpoints.checkpoint import open_checkpoint
 from freeexport.checkpoints.exit_file import ExitFile, write_exit_file
 from freeexport.costs import bytes as counting
-from freeexport.fit import plan
-from freeexport.fit.options import FitOptions
+from freeexport.fit import fit_plan
+from freeexport.fit.fit_options import FitOptions
 
 STEP = {"step": 0.01, "tokens_per_second": 1000.0}
 # Two conversions, and four seconds of training.
@@ -27,8 +27,8 @@ BUDGET = 95.0
 @pytest.fixture(autouse=True)
 def known_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(counting, "CALL_BYTES", 0)  # which is more than these models weigh
-    monkeypatch.setattr(plan, "bandwidth_of", lambda threads: 1e10)
-    monkeypatch.setattr(plan, "training_speed", lambda *given, **options: STEP)
+    monkeypatch.setattr(fit_plan, "bandwidth_of", lambda threads: 1e10)
+    monkeypatch.setattr(fit_plan, "training_speed", lambda *given, **options: STEP)
 
 
 @pytest.fixture

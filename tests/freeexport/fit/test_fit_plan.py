@@ -14,16 +14,15 @@ from fake_device import Machine
 
 from freeexport.checkpoints.examples import DataError
 from freeexport.fit import exit_choice
-from freeexport.fit import plan as planning
-from freeexport.fit.options import FitOptions
-from freeexport.fit.plan import Texts, make_plan
+from freeexport.fit import fit_plan as planning
+from freeexport.fit.fit_options import FitOptions
+from freeexport.fit.fit_plan import Texts, make_plan
 from freeexport.fit.plan_table import describe_plan
-from freeexport.fit.run import fit
+from freeexport.fit.recipe import fit, steps_of
 from freeexport.fit.splits import read_lines
-from freeexport.fit.steps import Places, steps_of
 from freeexport.task_metrics import MetricError
-from freeexport.training.options import TrainingOptions
 from freeexport.training.train import step_speed
+from freeexport.training.training_options import TrainingOptions
 from runtime.errors import CapacityError, DeviceError, OptionError
 
 Options = Callable[..., FitOptions]
@@ -67,9 +66,7 @@ def test_an_exit_reads_the_feature_where_that_is_fastest(
     assert found.exit is not None
     assert (found.exit.layer, found.exit.input) == (layer, "feature")
     assert "read the deep decoder's feature" in dict(describe_plan(given, found))["exit"]
-    joint, alone = (
-        step.arguments for step in steps_of(given, found, Places.of(given)) if step.name in ("joint", "exit")
-    )
+    joint, alone = (step.arguments for step in steps_of(given, found) if step.name in ("joint", "exit"))
     assert "deep-ce" in joint
     assert "--exit-head-layers" not in joint
     assert alone[1] == joint[2]  # on the weights that were kept
@@ -96,7 +93,7 @@ def test_a_ready_made_exit_that_fits_is_used_where_it_leaves_the_model_as_it_is(
     shown = dict(describe_plan(given, found))
     assert "mode lossless with the ready-made exit general generates" in shown["training"]
     assert shown["ready-made exits"].startswith("extraction, general, other fit these weights; what they gain: ")
-    (step,) = steps_of(given, found, Places.of(given))
+    (step,) = steps_of(given, found)
     assert step.arguments[-2:] == ("--exit", "general")
 
 
@@ -110,8 +107,8 @@ def test_where_prompts_take_the_time_nothing_is_trained(options: Options, monkey
 
 def test_a_request_gains_what_its_prompt_leaves() -> None:
     # SmolLM2 on the extraction task: 2.05x a token was measured as 1.66x a request.
-    assert Texts(144, 92, 128).request(2.05) == pytest.approx(1.7, abs=0.1)
-    assert Texts(0, 92, 128).request(2.05) == pytest.approx(2.05)
+    assert Texts(144, 92, 128, share=planning.PROMPT).request(2.05) == pytest.approx(1.7, abs=0.1)
+    assert Texts(0, 92, 128, share=planning.PROMPT).request(2.05) == pytest.approx(2.05)
 
 
 def test_a_budget_that_is_too_small_has_a_plan_and_says_what_is_missing(options: Options) -> None:
@@ -141,14 +138,14 @@ def test_a_small_budget_gets_smaller_steps(options: Options, monkeypatch: pytest
     assert found.training is not None
     assert asked == [2048, found.training.batch_tokens]
     assert 256 <= found.training.batch_tokens < 1024
-    joint = next(step.arguments for step in steps_of(given, found, Places.of(given)) if step.name == "joint")
+    joint = next(step.arguments for step in steps_of(given, found) if step.name == "joint")
     assert joint[joint.index("--batch-tokens") + 1] == str(found.training.batch_tokens)
     assert planned(options(budget=4000.0)).training.batch_tokens == 2048  # type: ignore[union-attr]
 
 
 def test_threads_reach_training(options: Options) -> None:
     given = options(threads=1)
-    steps = steps_of(given, planned(given), Places.of(given))
+    steps = steps_of(given, planned(given))
     trained = [step.arguments for step in steps if step.arguments[0] == "train"]
     assert len(trained) == 2
     for arguments in trained:
@@ -159,12 +156,12 @@ def test_an_exit_that_is_there_is_evaluated_and_training_goes_on_with_it(with_ex
     given = with_exit(budget=200.0)
     found = planned(given)
     assert found.exit is not None
-    assert (found.exit.layer, found.exit.own, found.exit.begun) == (2, 0, True)
+    assert (found.exit.layer, found.exit.own, found.exit.exists) == (2, 0, True)
     assert sum(found.seconds.values()) == pytest.approx(given.budget)
     shown = dict(describe_plan(given, found))
     assert shown["exit"].startswith("the existing one, trained further: after layer 2")
     assert "only a better one replaces it" in shown["existing exit"]
-    steps = steps_of(given, found, Places.of(given))
+    steps = steps_of(given, found)
     assert [step.name for step in steps] == ["given", "calibrate given", "joint", "trained", "calibrate", "evaluate"]
     assert "given=full,static,free,lossless" in " ".join(steps[-1].arguments)
     joint = steps[2].arguments
@@ -193,7 +190,7 @@ def test_a_model_that_does_not_fit_in_memory_is_trained_at_its_exit_alone(
     monkeypatch.setattr(planning, "ACTIVATIONS", 1 << 60)
     found = planned(options())
     assert found.training is not None
-    assert found.training.tune == ("exit",)
+    assert found.trainings == ("exit",)
     assert "joint" not in found.seconds
 
 
@@ -221,7 +218,7 @@ def test_options_out_of_range_are_refused(options: Options, change: dict[str, ob
 def test_data_of_five_lines_are_refused_before_the_model_is_read(options: Options, task: Path) -> None:
     task.write_text("".join(f"{line}\n" for line in task.read_text().splitlines()[:5]))
     with pytest.raises(DataError, match="has 5 lines"):
-        read_lines(task, planning.least_lines())
+        read_lines(task, planning.min_lines())
 
 
 def test_training_steps_are_timed(options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,7 +247,7 @@ def test_a_bundle_for_a_gpu_is_fp16_and_every_step_names_the_device(
     assert found.exit is not None
     assert found.exit.input == "feature"
     assert "cuda:0" in dict(describe_plan(given, found))["speed"]
-    steps = {step.name: step.command for step in steps_of(given, found, Places.of(given))}
+    steps = {step.name: step.command for step in steps_of(given, found)}
     assert "--target cuda --precision fp16" in steps["trained"]
     assert "--device cuda:0" in steps["calibrate"]
     assert "--device cuda:0" in steps["evaluate"]

@@ -57,11 +57,6 @@ def test_its_progress_and_warnings_go_to_stderr(modules: Path, capfd: pytest.Cap
     assert lines
     assert all(line.startswith("counting: 3 of 4 (75%), ") for line in lines)
     assert last == "warning: hot"
-    shown: list[str] = []
-    assert run_child("counting_module", show=shown.append) == ""
-    assert shown[-1] == last
-    assert len(shown) > 1
-    assert capfd.readouterr() == ("", "")
 
 
 def test_a_child_gives_its_output_and_outlives_other_threads_of_its_parent(modules: Path) -> None:

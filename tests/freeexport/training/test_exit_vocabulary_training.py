@@ -17,7 +17,7 @@ from training_case import LLAMA, T5, Runs, evaluated, frozen_exit, logged, run_o
 from freeexport.checkpoints.checkpoint import CheckpointError, open_checkpoint
 from freeexport.checkpoints.transformers_model import reference_model
 from freeexport.conversion.convert import convert
-from freeexport.conversion.options import ConvertOptions
+from freeexport.conversion.convert_options import ConvertOptions
 from freeexport.training.batches import Collator, described, examples
 from freeexport.training.exit_modules import KnownTokens
 from freeexport.training.exit_start import begin_other, chosen_tokens, observed

@@ -17,8 +17,8 @@ from training_case import LLAMA, T5, frozen_exit
 from freeexport.checkpoints.checkpoint import open_checkpoint
 from freeexport.training import losses
 from freeexport.training.layer_modules import RMSNorm
-from freeexport.training.options import TrainingOptions
 from freeexport.training.shallow_deep import ShallowDeep, SharedHead
+from freeexport.training.training_options import TrainingOptions
 from freeexport.training.tuning import trainable_model
 from graphs.families import describe
 

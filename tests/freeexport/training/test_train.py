@@ -30,10 +30,10 @@ from freeexport.checkpoints.transformers_model import greedy_ids, reference_mode
 from freeexport.training import train as training
 from freeexport.training import tuning
 from freeexport.training.batches import examples
-from freeexport.training.options import TrainingOptions
 from freeexport.training.shallow_deep import IGNORED
 from freeexport.training.train import train
 from freeexport.training.trainer import ExitTrainer, decided_rows, oracle_exits, rate_factor
+from freeexport.training.training_options import TrainingOptions
 from graphs.families import describe
 from runtime.errors import OptionError
 

@@ -21,7 +21,7 @@ from safetensors.numpy import load_file, save_file
 
 from freeexport.checkpoints.checkpoint import open_checkpoint
 from freeexport.conversion.convert import convert
-from freeexport.conversion.options import ConvertOptions
+from freeexport.conversion.convert_options import ConvertOptions
 from freeexport.verification.batches import FULL, QUICK, sample_ids
 from freeexport.verification.checks import Check, greedy_line
 from freeexport.verification.greedy import TIE, Comparison

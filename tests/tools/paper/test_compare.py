@@ -39,7 +39,6 @@ from tools.paper.compare_options import ROWS, CompareOptions
 from tools.paper.compare_plan import bundles_of, measurements_of, settings, trainings_of
 from tools.paper.compare_report import as_page, pooled, rows_by_table, table_of
 from tools.paper.eager import EAGER
-from tools.steps import Steps
 
 T5, UMT5, LLAMA = (BY_NAME[name] for name in ("t5-deep-decoder", "umt5", "llama-tied"))
 Directory = Callable[[Case], Path]
@@ -112,34 +111,6 @@ def test_each_method_has_a_setting_for_each_threshold_that_it_uses() -> None:
     assert names[7:] == ["rollback 0.3", "rollback 0.9", "lossless", "calm-single 0.3", "calm-single 0.9"]
     manifest.rollback_threshold = None
     assert "rollback" not in {one.method for one in settings(free, (0.3,), manifest)}
-
-
-def test_a_finished_step_is_not_repeated_and_an_unfinished_one_leaves_nothing(tmp_path: Path) -> None:
-    done: list[int] = []
-
-    def work(number: int) -> dict[str, int]:
-        done.append(number)
-        if number < 0:
-            raise OptionError("no")
-        return {"number": number}
-
-    out = tmp_path / "out"
-    steps = Steps(out, RUN, {"seed": (0, 1)})
-    assert not out.exists()
-    assert steps.run("one", work, 1) == {"number": 1}
-    with pytest.raises(OptionError, match="no"):
-        steps.run("two", work, -1)
-    again = Steps(out, RUN, {"seed": (0, 1)})
-    assert (again.run("one", work, 7), again.run("two", work, 2)) == ({"number": 1}, {"number": 2})
-    assert done == [1, -1, 2]
-
-
-def test_a_run_resumed_with_other_options_and_a_foreign_directory_are_refused(tmp_path: Path) -> None:
-    Steps(tmp_path / "out", RUN, {"lines": 3, "seed": 0}).run("one", dict)
-    with pytest.raises(OptionError, match="holds another run, with other lines; repeat its options"):
-        Steps(tmp_path / "out", RUN, {"lines": 4, "seed": 0})
-    with pytest.raises(OptionError, match=f"is no output of this command \\(no {RUN}\\)"):
-        Steps(tmp_path, RUN, {})
 
 
 BROKEN = {

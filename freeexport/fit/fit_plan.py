@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import psutil
@@ -16,23 +17,23 @@ import psutil
 from freeexport.calibrate.sources import reference_of
 from freeexport.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from freeexport.checkpoints.examples import Example, encode, text_format, unwritable
-from freeexport.checkpoints.exit_file import Tune
 from freeexport.checkpoints.gguf import GGUFFile
 from freeexport.checkpoints.ready_made import fitting_exits
-from freeexport.conversion.options import ConvertOptions, engine_options
+from freeexport.conversion.convert_options import ConvertOptions, engine_options
 from freeexport.costs.bytes import step_bytes
 from freeexport.costs.measured import bandwidth_of
 from freeexport.costs.verdict import PAYS
+from freeexport.evaluate.settings import EvaluateOptions
 from freeexport.fit.exit_choice import PlannedExit, best_exit
-from freeexport.fit.options import FitOptions
-from freeexport.fit.splits import TRAIN as TRAIN_SPLIT
+from freeexport.fit.fit_options import FitOptions
+from freeexport.fit.splits import TRAIN
 from freeexport.fit.training_speed import training_speed
 from freeexport.system.jsonl import InputLine
 from freeexport.system.load import other_load
 from freeexport.system.machine import multiplies_bfloat16
 from freeexport.system.progress import duration
 from freeexport.task_metrics import MetricError, metric_of
-from graphs.description import Description, EncoderStack
+from graphs.description import Description
 from graphs.families import describe
 from runtime.bundle.manifest import ExitInput, Precision
 from runtime.errors import OptionError
@@ -49,15 +50,13 @@ REACHED = 0.7
 SAMPLE = 5000  # number of lines whose tokens are counted
 # Bits per weight in the layers, including scales. The head has 8.
 LAYER_BITS: dict[Precision, float] = {"int8": 8.0, "int4": 4.5, "fp16": 16.0}
-_TRAININGS: dict[Tune, str] = {"full": "joint", "exit": "exit"}  # names of the training steps
 LONGEST = 0.99  # share of targets that fit the output limit
 
 # Minimum and maximum lines of the splits. The maximum is where more lines bring no benefit.
-# VALIDATION is a maximum, TRAIN a minimum.
 TEST = (100, 400)
 CALIBRATION = (60, 300)
-VALIDATION = 100
-TRAIN = 100
+MAX_VALIDATION = 100
+MIN_TRAIN = 100
 # Cost of a line relative to one decoding by the full model: calibration by quality, calibration by
 # agreement, and evaluation of both bundles and of the original model alone.
 BY_QUALITY = 8.0
@@ -77,9 +76,17 @@ ACTIVATIONS = 2 << 30
 LOGITS = 32
 FEW_STEPS = 100  # fewer steps barely train an exit
 BATCH_TOKENS = 2048  # default batch size
-SPEED_SECONDS = 60  # time limit of the speed measurement without data
-LEAST_BATCH = 256  # minimum batch tokens, for small budgets
+MIN_BATCH = 256  # minimum batch tokens, for small budgets
 RECORDINGS = 6  # recordings per batch
+# Speed measurement without data: prompts, tokens of each, maximum rounds, and approximate seconds.
+SPEED_PROMPTS = 4
+SPEED_TOKENS = 64
+MAX_ROUNDS = 5
+SPEED_SECONDS = 60
+TOKENS_OF_A_ROUND = 2 * SPEED_PROMPTS * SPEED_TOKENS  # in both modes
+# Names of the bundles of the original and of the trained model.
+GIVEN = "given"
+TRAINED = "trained"
 
 
 @dataclass(frozen=True)
@@ -89,27 +96,21 @@ class Texts:
     Attributes:
         prompt: Tokens of an input, or encoder positions if `speech`.
         target: Tokens of a target.
-        most: Maximum tokens of an output.
+        max_output: Maximum tokens of an output.
         share: Cost of an input token relative to a decoded one.
         speech: The inputs are recordings.
     """
 
     prompt: float
     target: float
-    most: int
-    share: float = PROMPT
+    max_output: int
+    share: float
     speech: bool = False
 
     @property
     def read(self) -> float:
         """Return the cost of reading an input, in decoded tokens."""
         return self.share * self.prompt
-
-    @property
-    def batch_tokens(self) -> tuple[int, int]:
-        """Return the tokens of a training batch, and the minimum for small budgets."""
-        one = math.ceil(self.prompt + (self.most if self.speech else self.target))
-        return (RECORDINGS * one, one) if self.speech else (BATCH_TOKENS, max(LEAST_BATCH, one))
 
     def request(self, speed: float) -> float:
         """Return the speedup of a request if a token is `speed` times as fast."""
@@ -121,18 +122,16 @@ class Training:
     """Planned training.
 
     Attributes:
-        tune: The trainings, in order.
         step: Seconds per step of `batch_tokens`.
         tokens_per_second: Measured training speed.
         frozen_lines: Number of lines that train the exit alone.
         batch_tokens: Padded tokens per batch.
     """
 
-    tune: tuple[Tune, ...]
     step: float
     tokens_per_second: float
-    bf16: bool
     learning_rate: float
+    bf16: bool
     frozen_lines: int
     batch_tokens: int
 
@@ -149,7 +148,8 @@ class Plan:
         texts: Lengths of the data.
         lines: Number of lines of each split.
         exit: The exit to train. None: nothing is trained.
-        training: Its training. None: nothing is trained.
+        trainings: Names of its trainings: "joint" of all weights, "exit" of the exit alone.
+        training: Their options. None: nothing is trained.
         has_exit: The checkpoint has a trained exit.
         ready_made: Names of ready-made exits that fit the weights.
         drafting: The ready-made exit that drafts if nothing is trained.
@@ -167,6 +167,7 @@ class Plan:
     texts: Texts | None = None
     lines: dict[str, int] = field(default_factory=dict)
     exit: PlannedExit | None = None
+    trainings: tuple[str, ...] = ()
     training: Training | None = None
     has_exit: bool = False
     ready_made: tuple[str, ...] = ()
@@ -199,11 +200,10 @@ def make_plan(options: FitOptions, lines: Sequence[InputLine]) -> Plan:
         raise OptionError(
             f"{checkpoint.name} has one decoder layer, and an exit needs at least two; use convert"
         )
-    parameters = sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names())
-    converting = CONVERTING + parameters / CONVERTED
-    ready_made = fitting_exits(checkpoint)
+    parameters = _weights(checkpoint)
     if options.target != "cpu":
         _check_for_gpu(options, checkpoint, description, parameters)
+    ready_made = fitting_exits(checkpoint)
     with other_load() as load:
         bandwidth = REACHED * bandwidth_of(options.threads or usable_cores())
         # Decoding on a GPU is in fp16, and faster than this rate, which is that of main memory.
@@ -214,7 +214,7 @@ def make_plan(options: FitOptions, lines: Sequence[InputLine]) -> Plan:
             precision=stored,
             rate=bandwidth / (layers * costs.layer * LAYER_BITS[stored] / 8 + costs.head),
             busy=0.0,
-            seconds={"convert": converting, "speed": SPEED_SECONDS},
+            seconds={"convert": CONVERTING + parameters / CONVERTED},
             has_exit=checkpoint.exit is not None and checkpoint.exit.trained,
             ready_made=tuple(packed.name for packed in ready_made),
         )
@@ -222,27 +222,56 @@ def make_plan(options: FitOptions, lines: Sequence[InputLine]) -> Plan:
             drafting = next(
                 (packed.name for packed in ready_made if not packed.adapter_config), None
             )
-            plan = replace(plan, why="there are no data to train an exit on", drafting=drafting)
+            tokens = speed_options(options, plan).rounds * TOKENS_OF_A_ROUND
+            plan = replace(
+                plan,
+                why="there are no data to train an exit on",
+                drafting=drafting,
+                seconds=plan.seconds | {"speed": tokens / plan.rate},
+            )
         else:
             _check_metric(options.metric, lines)
-            step = max(1, len(lines) // SAMPLE)
+            every = max(1, len(lines) // SAMPLE)
             form = text_format(checkpoint, description, 2048)
-            plan = replace(plan, unwritable=unwritable(lines[::step], form, options.data) or "")
-            examples = encode(lines[::step], form, options.data)[0]
-            texts = replace(_texts(examples), share=PROMPT)
+            examples = encode(lines[::every], form, options.data)[0]
+            texts = _texts(examples)
             if form.speech is not None:
-                share = _encoder_weights(description, checkpoint) / (
-                    layers * costs.layer + costs.head
-                )
+                decoder = layers * costs.layer + costs.head
                 texts = replace(
-                    texts, most=min(texts.most, form.limit), share=PROMPT * share, speech=True
+                    texts,
+                    max_output=min(texts.max_output, form.limit),
+                    share=PROMPT * _weights(checkpoint, "encoder.layers.") / decoder,
+                    speech=True,
                 )
+            plan = replace(
+                plan,
+                texts=texts,
+                exit=best_exit(checkpoint, description, examples),
+                unwritable=unwritable(lines[::every], form, options.data) or "",
+            )
             in_8_bits = bandwidth / (layers * costs.layer + costs.head)
-            found = best_exit(checkpoint, description, examples)
-            plan = replace(plan, texts=texts, exit=found)
-            sizes = parameters, description.vocab_size, len(lines)
-            plan = _with_times(options, plan, converting, in_8_bits, *sizes)
+            plan = _with_training(options, plan, in_8_bits, parameters, description.vocab_size)
+            plan = _with_times(options, plan, parameters, len(lines))
     return replace(plan, busy=load.cores)
+
+
+def speed_options(options: FitOptions, plan: Plan) -> EvaluateOptions:
+    """Return the options for measuring the speed of a bundle that was made without data."""
+    rounds = int(SPEED_SECONDS * plan.rate / TOKENS_OF_A_ROUND)
+    return EvaluateOptions(
+        bundles=((options.out, ("full", "lossless")),),
+        thresholds=(),
+        samples=SPEED_PROMPTS,
+        rounds=max(1, min(MAX_ROUNDS, rounds)),
+        max_new_tokens=SPEED_TOKENS,
+        threads=options.threads,
+        device=options.device,
+    )
+
+
+def min_lines() -> int:
+    """Return the minimum number of lines for a run."""
+    return TEST[0] + CALIBRATION[0] + MAX_VALIDATION // 2 + MIN_TRAIN
 
 
 def _check_for_gpu(
@@ -263,128 +292,6 @@ def _check_for_gpu(
     engine_options(checkpoint.described(), ConvertOptions(target=options.target), layer)
 
 
-def _with_times(
-    options: FitOptions,
-    plan: Plan,
-    converting: float,
-    rate: float,
-    parameters: int,
-    vocabulary: int,
-    lines: int,
-) -> Plan:
-    """Complete a plan with its splits and times. Remove its exit if training cannot pay.
-
-    Args:
-        converting: Seconds per conversion.
-        rate: Tokens per second of the full model in 8 bits, the precision of a trained model.
-        parameters: Number of weights.
-        vocabulary: Size of the vocabulary.
-        lines: Number of lines of data.
-    """
-    texts = plan.texts
-    found = plan.exit
-    assert options.data is not None
-    assert texts is not None
-    assert found is not None
-    # Memory for weights, gradients and both moments of every parameter, and for a batch's
-    # activations, mainly logits.
-    fits = (
-        16 * parameters + ACTIVATIONS + LOGITS * BATCH_TOKENS * vocabulary
-        < psutil.virtual_memory().available
-    )
-    tune = tuple(one for one in found.steps if fits or one == "exit")
-    usual = texts.request(found.speeds["usual"])
-    why = ""
-    if usual < PAYS:
-        why = f"an exit would usually give {usual:.2f}x a request here: training cannot pay"
-    elif not tune:
-        why = f"training {plan.name} takes more memory than there is"
-    if not why and options.target == "cpu":
-        plan = replace(plan, precision="int8", rate=rate)
-    request = (texts.read + texts.target) / plan.rate  # seconds, by the full model
-
-    def count(bounds: tuple[int, int], step: str, each: float) -> int:
-        """Return the lines that fit the step's share of the budget.
-
-        Above the minimum, at most a quarter of all lines.
-        """
-        return int(
-            max(
-                bounds[0],
-                min(bounds[1], SHARES[step] * options.budget / (each * request), lines / 4),
-            )
-        )
-
-    by_rule = BY_AGREEMENT if options.quality is None else BY_QUALITY
-    # An existing exit is calibrated too.
-    again = plan.has_exit
-    each = by_rule * (2 if again and not why else 1)
-    compared = (ALONE if why else COMPARED) + WITH_EXIT * again
-    sizes = {"test": count(TEST, "evaluate", compared)}
-    if not why or again:
-        sizes["calibration"] = count(CALIBRATION, "calibrate", each)
-    seconds = {"given": converting, "evaluate": sizes["test"] * compared * request}
-    if again:
-        seconds["calibrate given"] = sizes["calibration"] * by_rule * request
-    if why:
-        return replace(plan, exit=None, why=why, lines=sizes, seconds=seconds)
-    sizes["validation"] = min(VALIDATION, lines // 10)
-    sizes[TRAIN_SPLIT] = lines - sum(sizes.values())
-    seconds |= {"trained": converting, "calibrate": sizes["calibration"] * by_rule * request}
-    left = options.budget - sum(seconds.values())
-    shares = {_TRAININGS[one]: 1.0 for one in tune}
-    if len(tune) > 1:
-        shares = {"joint": TOGETHER[found.input], "exit": 1 - TOGETHER[found.input]}
-    bf16 = multiplies_bfloat16()
-    learning_rate = 3e-4 if parameters < 3e8 else 1e-4
-    batch, smallest = texts.batch_tokens
-    while True:
-        speed = training_speed(
-            options.model,
-            options.data,
-            texts.prompt + texts.target,
-            batch,
-            **found.training(tune[0]),
-            bf16=bf16,
-            learning_rate=learning_rate,
-            threads=options.threads,
-        )
-        least = FEW_STEPS * speed["step"] / shares[_TRAININGS[tune[0]]]
-        if not 0 < left < least or batch <= smallest:
-            break
-        # At most half, and the largest power of two whose steps should fit.
-        wanted = max(1.0, batch * left / least)
-        batch = max(smallest, min(batch // 2, 1 << int(math.log2(wanted))))
-    missing = ""
-    if left < least:
-        needed = math.ceil((options.budget - left + least) / 60)
-        missing = (
-            f"--budget {duration(options.budget)} leaves {duration(max(0.0, left))} for training, "
-            f"and {FEW_STEPS} steps of {batch} tokens take {duration(least)}; give --budget "
-            f"{needed}min or more, or leave --data out"
-        )
-        left = least
-    seconds |= {name: share * left for name, share in shares.items()}
-    # The frozen model reads its lines once, three times as fast as it trains, in a quarter of the
-    # time.
-    alone = seconds.get("exit", 0.0)
-    frozen = 0.75 * alone * speed["tokens_per_second"] / (texts.prompt + texts.target)
-    training = Training(
-        tune=tune,
-        **speed,
-        bf16=bf16,
-        learning_rate=learning_rate,
-        frozen_lines=max(TRAIN, int(frozen)),
-        batch_tokens=batch,
-    )
-    return replace(plan, lines=sizes, seconds=seconds, training=training, missing=missing)
-
-
-def least_lines() -> int:
-    """Return the minimum number of lines for a run."""
-    return TEST[0] + CALIBRATION[0] + VALIDATION // 2 + TRAIN
-
-
 def _check_metric(name: str, lines: Sequence[InputLine]) -> None:
     metric = metric_of(name)
     references = [reference_of(line) for line in lines[:SAMPLE]]
@@ -397,18 +304,9 @@ def _check_metric(name: str, lines: Sequence[InputLine]) -> None:
         )
 
 
-def _encoder_weights(description: Description, weights: Checkpoint) -> int:
-    """Return the number of weights in the matrix products of an encoder's layers."""
-    layers = description.encoder.layers if isinstance(description.encoder, EncoderStack) else ()
-    linears = [
-        getattr(one.attention, part)
-        for one in layers
-        for part in ("query", "key", "value", "output")
-    ]
-    linears += [
-        linear for one in layers for linear in (one.mlp.up, one.mlp.down, one.mlp.gate) if linear
-    ]
-    return sum(math.prod(weights.shape(linear.weight)) for linear in linears)
+def _weights(checkpoint: Checkpoint, part: str = "") -> int:
+    """Return the number of weights in tensors with `part` in their name."""
+    return sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names() if part in name)
 
 
 def _texts(examples: Sequence[Example]) -> Texts:
@@ -416,7 +314,12 @@ def _texts(examples: Sequence[Example]) -> Texts:
         np.array([len(getattr(one, name)) for one in examples]) for name in ("prompt", "target")
     )
     longest = float(np.quantile(targets, LONGEST))
-    return Texts(float(prompts.mean()), float(targets.mean()), max(16, math.ceil(1.1 * longest)))
+    return Texts(
+        prompt=float(prompts.mean()),
+        target=float(targets.mean()),
+        max_output=max(16, math.ceil(1.1 * longest)),
+        share=PROMPT,
+    )
 
 
 def as_stored(checkpoint: Checkpoint) -> Precision:
@@ -432,3 +335,123 @@ def as_stored(checkpoint: Checkpoint) -> Precision:
         if 2 * blocks > file.nbytes:
             return "int4"
     return "int8"
+
+
+def _with_training(
+    options: FitOptions, plan: Plan, rate: float, parameters: int, vocabulary: int
+) -> Plan:
+    """Decide what to train. Remove the exit if training cannot pay.
+
+    Args:
+        rate: Tokens per second of the full model in 8 bits, the precision of a trained model.
+    """
+    found = plan.exit
+    assert found is not None
+    assert plan.texts is not None
+    # Memory for weights, gradients and both moments of every parameter, and for a batch's
+    # activations, mainly logits.
+    needed = 16 * parameters + ACTIVATIONS + LOGITS * BATCH_TOKENS * vocabulary
+    trainings = found.trainings
+    if needed > psutil.virtual_memory().available:
+        trainings = tuple(name for name in trainings if name == "exit")
+    usual = plan.texts.request(found.speeds["usual"])
+    if usual < PAYS:
+        why = f"an exit would usually give {usual:.2f}x a request here: training cannot pay"
+        return replace(plan, exit=None, why=why)
+    if not trainings:
+        why = f"training {plan.name} takes more memory than there is"
+        return replace(plan, exit=None, why=why)
+    if options.target == "cpu":
+        plan = replace(plan, precision="int8", rate=rate)
+    return replace(plan, trainings=trainings)
+
+
+def _with_times(options: FitOptions, plan: Plan, parameters: int, lines: int) -> Plan:
+    """Divide the lines and the budget among the steps."""
+    texts = plan.texts
+    assert texts is not None
+    trains = plan.exit is not None
+    request = (texts.read + texts.target) / plan.rate  # seconds, by the full model
+    by_rule = request * (BY_AGREEMENT if options.quality is None else BY_QUALITY)
+    compared = request * ((COMPARED if trains else ALONE) + WITH_EXIT * plan.has_exit)
+
+    def count(bounds: tuple[int, int], step: str, each: float) -> int:
+        """Return the lines that fit the step's share of the budget.
+
+        Above the minimum, at most a quarter of all lines.
+        """
+        fitting = min(bounds[1], SHARES[step] * options.budget / each, lines / 4)
+        return int(max(bounds[0], fitting))
+
+    convert = plan.seconds["convert"]
+    sizes = {"test": count(TEST, "evaluate", compared)}
+    seconds = {GIVEN: convert, "evaluate": sizes["test"] * compared}
+    calibrations = trains + plan.has_exit  # an existing exit is calibrated too
+    if calibrations:
+        sizes["calibration"] = count(CALIBRATION, "calibrate", by_rule * calibrations)
+    if plan.has_exit:
+        seconds["calibrate given"] = sizes["calibration"] * by_rule
+    if not trains:
+        return replace(plan, lines=sizes, seconds=seconds)
+    sizes["validation"] = min(MAX_VALIDATION, lines // 10)
+    sizes[TRAIN] = lines - sum(sizes.values())
+    seconds |= {TRAINED: convert, "calibrate": sizes["calibration"] * by_rule}
+    plan = replace(plan, lines=sizes, seconds=seconds)
+    return _with_training_time(options, plan, parameters, texts.prompt + texts.target)
+
+
+def _with_training_time(
+    options: FitOptions, plan: Plan, parameters: int, line_tokens: float
+) -> Plan:
+    """Give the trainings the rest of the budget, and measure how fast they are."""
+    found = plan.exit
+    texts = plan.texts
+    assert found is not None
+    assert texts is not None
+    assert options.data is not None
+    left = options.budget - sum(plan.seconds.values())
+    shares = {plan.trainings[0]: 1.0}
+    if len(plan.trainings) > 1:
+        shares = {"joint": TOGETHER[found.input], "exit": 1 - TOGETHER[found.input]}
+    batch = BATCH_TOKENS
+    min_batch = max(MIN_BATCH, math.ceil(line_tokens))
+    if texts.speech:
+        min_batch = math.ceil(texts.prompt + texts.max_output)
+        batch = RECORDINGS * min_batch
+    settings: dict[str, Any] = {
+        "bf16": multiplies_bfloat16(),
+        "learning_rate": 3e-4 if parameters < 3e8 else 1e-4,
+    }
+    while True:
+        speed = training_speed(
+            options.model,
+            options.data,
+            line_tokens,
+            batch,
+            **found.training(plan.trainings[0]),
+            **settings,
+            threads=options.threads,
+        )
+        needed = FEW_STEPS * speed["step"] / shares[plan.trainings[0]]
+        if not 0 < left < needed or batch <= min_batch:
+            break
+        # At most half, and the largest power of two whose steps should fit.
+        wanted = max(1.0, batch * left / needed)
+        batch = max(min_batch, min(batch // 2, 1 << int(math.log2(wanted))))
+    missing = ""
+    if left < needed:
+        minutes = math.ceil((options.budget - left + needed) / 60)
+        missing = (
+            f"--budget {duration(options.budget)} leaves {duration(max(0.0, left))} for training, "
+            f"and {FEW_STEPS} steps of {batch} tokens take {duration(needed)}; give --budget "
+            f"{minutes}min or more, or leave --data out"
+        )
+        left = needed
+    seconds = plan.seconds | {name: share * left for name, share in shares.items()}
+    # The frozen model reads its lines once, three times as fast as it trains, in a quarter of the
+    # time.
+    frozen = 0.75 * seconds.get("exit", 0.0) * speed["tokens_per_second"] / line_tokens
+    training = Training(
+        **speed, **settings, frozen_lines=max(MIN_TRAIN, int(frozen)), batch_tokens=batch
+    )
+    return replace(plan, seconds=seconds, training=training, missing=missing)

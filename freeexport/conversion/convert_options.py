@@ -82,24 +82,24 @@ class ConvertOptions:
                 f"encoder capacity {self.encoder_capacity} is out of range; choose 1 or more"
             )
 
-    def longest_prompt(self, description: Description) -> int:
+    def max_prompt_tokens(self, description: Description) -> int:
         """Return the longest prompt of an encoder-decoder, in tokens. 0 if it is decoder-only."""
         encoder = description.encoder
         if encoder is None:
             return 0
-        most = None
+        limit = None
         if isinstance(encoder, EncoderStack):
             positions = encoder.embedding.positions
-            most = encoder.max_positions if positions is None else positions.count
+            limit = encoder.max_positions if positions is None else positions.count
         given = self.encoder_capacity
-        if description.spectrogram is not None and given not in (None, most):
+        if description.spectrogram is not None and given not in (None, limit):
             raise GraphError(
-                f"encoder capacity {given} is not the {most} positions of a window of speech; "
+                f"encoder capacity {given} is not the {limit} positions of a window of speech; "
                 "leave it out"
             )
-        if given is not None and most is not None and given > most:
-            raise GraphError(f"encoder capacity {given} is out of range; choose 1 to {most}")
-        return given or min(DEFAULT_ENCODER_CAPACITY, most or DEFAULT_ENCODER_CAPACITY)
+        if given is not None and limit is not None and given > limit:
+            raise GraphError(f"encoder capacity {given} is out of range; choose 1 to {limit}")
+        return given or min(DEFAULT_ENCODER_CAPACITY, limit or DEFAULT_ENCODER_CAPACITY)
 
 
 def _fits_own_floats(description: Description, options: ConvertOptions) -> bool:

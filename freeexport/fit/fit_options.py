@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from freeexport.task_metrics import check_name
+from runtime.bundle.bundle import sha256_of
 from runtime.bundle.manifest import Target
 from runtime.errors import OptionError
 from runtime.machine.device import Device
@@ -56,10 +58,28 @@ class FitOptions:
         """Target of the conversions."""
         return "cpu" if Device.parse(self.device).index is None else "cuda"
 
+    @property
+    def work(self) -> Path:
+        """Directory of intermediate results."""
+        return self._beside("work")
+
+    @property
+    def report(self) -> Path:
+        """Directory of the final report."""
+        return self._beside("report")
+
+    def _beside(self, suffix: str) -> Path:
+        out = Path(os.path.abspath(self.out))
+        return out.with_name(f"{out.name}.{suffix}")
+
+    def split(self, name: str) -> Path:
+        """File with a split of the data."""
+        return self.work / "data" / f"{name}.jsonl"
+
     def recorded(self) -> dict[str, Any]:
-        """Return the options that a resumed run must share with the original, as JSON values."""
+        """Return what a resumed run must share with the original, as JSON values."""
         model = str(Path(self.model).absolute()) if Path(self.model).exists() else self.model
-        data = None if self.data is None else str(self.data.absolute())
+        data = None if self.data is None else [str(self.data.absolute()), sha256_of(self.data)]
         return {
             "model": model,
             "data": data,

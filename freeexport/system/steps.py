@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from freeexport.evaluate.records import check_run
 from freeexport.system.output import write_whole
 from runtime.bundle.json_file import read_object
 from runtime.errors import OptionError
@@ -24,6 +23,7 @@ class Steps:
         file: Name of the file in it that marks the run.
         run: Everything that results depend on, for JSON.
         announce: Called with the name of each step that begins.
+        remedy: What to do about a run with other options, for the error.
 
     Raises:
         OptionError: If the directory holds other files, or a run with other options.
@@ -35,12 +35,13 @@ class Steps:
         file: str,
         run: Mapping[str, Any],
         announce: Callable[[str], object] = lambda name: None,
+        remedy: str = "repeat its options, or choose another --output",
     ) -> None:
         self.output = output
         self._file = output / file
         self._announce = announce
         self._run = json.loads(json.dumps(run, default=str))
-        check_run(self._file, run, "repeat its options, or choose another --output")
+        check_run(self._file, run, remedy)
 
     def begin(self) -> None:
         """Mark the directory as this run's."""
@@ -75,5 +76,30 @@ class Steps:
         """Return the result of a finished step."""
         return read_object(self._path(name), UNREADABLE, OptionError)
 
+    def forget(self, name: str) -> None:
+        """Remove the result of a step, if there is one."""
+        self._path(name).unlink(missing_ok=True)
+
     def _path(self, name: str) -> Path:
         return self.output / STEPS / f"{name}.json"
+
+
+def check_run(file: Path, run: Mapping[str, Any], remedy: str, overwrite: bool = False) -> None:
+    """Check that a directory is missing, empty, or holds this run, which its `file` describes."""
+    output = file.parent
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return
+    if not file.is_file():
+        raise OptionError(
+            f"{output} exists and is no output of this command (no {file.name}); choose another "
+            "directory"
+        )
+    try:
+        before = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        before = None
+    before = before if isinstance(before, dict) else {}
+    same = json.loads(json.dumps(run, default=str))
+    names = sorted(name for name in {*before, *run} if before.get(name) != same.get(name))
+    if names and not overwrite:
+        raise OptionError(f"{output} holds another run, with other {', '.join(names)}; {remedy}")
