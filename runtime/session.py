@@ -403,7 +403,7 @@ class Session:
 
         Args:
             num_return_sequences: Number of continuations, at most MAX_SEQUENCES
-                (runtime/requests/requests.py).
+                (runtime/requests/request.py).
 
         Raises:
             CapacityError: If the caches of beams do not fit into memory.

@@ -29,7 +29,7 @@ DOCS = ROOT / "docs"
 # Tutorials whose commands run here. That of the paper takes hours; tests/tools/paper/test_compare.py runs its command.
 TUTORIALS = sorted(page for page in DOCS.glob("tutorial-*.md") if page.stem != "tutorial-paper")
 # Pages whose links and names of files must exist. CHANGELOG.md also names what was removed.
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted(DOCS.glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted(DOCS.rglob("*.md"))]
 RUN = "<!-- run -->"
 # A server, and requests to it.
 SERVE = "<!-- serve -->"
@@ -139,11 +139,11 @@ def test_programs_that_compare_modes_do_not_draft_from_outputs_of_earlier_modes(
     assert all("draft_memory_mb=0" in text for text in programs)
 
 
-def test_the_table_of_errors_names_every_error_of_the_runtime() -> None:
-    table = (DOCS / "tutorial-application.md").read_text(encoding="utf-8").partition("## Errors")[2]
+def test_the_api_page_lists_every_error_of_the_runtime() -> None:
+    listed = (DOCS / "api.md").read_text(encoding="utf-8").partition("## Errors")[2]
     for name, error in vars(runtime.errors).items():
         if isinstance(error, type) and issubclass(error, FreeExportError):
-            assert f"`{name}`" in table
+            assert f"- `{name}` (" in listed
 
 
 def test_every_make_target_of_the_readme_exists() -> None:

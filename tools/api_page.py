@@ -138,7 +138,8 @@ def _class(kind: type[Any]) -> Iterator[str]:
 def _method(kind: type[Any], name: str) -> Iterator[str]:
     method = getattr(kind, name)
     yield f"### `{kind.__name__}.{name}`"
-    yield _signature(name, method)
+    if len(inspect.signature(method).parameters) > 1 or inspect.ismethod(method):
+        yield _signature(name, method)
     yield _text(method.__doc__ or "")
     yield from _lists(method.__doc__ or "")
 

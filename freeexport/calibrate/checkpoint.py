@@ -39,7 +39,7 @@ from freeexport.checkpoints.examples import (
 from freeexport.checkpoints.special_tokens import forced
 from freeexport.checkpoints.transformers_model import greedy_ids, reference_model
 from freeexport.costs.bytes import step_bytes
-from freeexport.system.jsonl import Request
+from freeexport.system.jsonl import InputLine
 from freeexport.system.progress import duration, progress
 from freeexport.training.batches import Collator
 from freeexport.training.exit_modules import trained_exit
@@ -138,7 +138,7 @@ def calibrate_checkpoint(
     return result, sampled_answers(traces, prompts, choice.threshold)
 
 
-def _fitting(requests: Sequence[Request], form: TextFormat, data: Path) -> dict[int, np.ndarray]:
+def _fitting(requests: Sequence[InputLine], form: TextFormat, data: Path) -> dict[int, np.ndarray]:
     """Return the prompts that leave room for an output, by line.
 
     Raises:

@@ -15,7 +15,7 @@ import numpy as np
 from freeexport.calibrate.traces import TraceCache, Traces, trace_of
 from freeexport.checkpoints.examples import DataError
 from freeexport.costs.replay import ReplaySession
-from freeexport.system.jsonl import Request
+from freeexport.system.jsonl import InputLine
 from freeexport.system.progress import progress
 from freeexport.task_metrics import Reference
 from runtime import Session
@@ -35,7 +35,7 @@ FIRST = 3  # traces after which the remaining time is estimated
 def collect(
     session: ReplaySession,
     data: Path,
-    requests: Sequence[Request],
+    requests: Sequence[InputLine],
     cache: Path,
     most: int,
     estimate: Callable[[float, int], None] = lambda each, left: None,
@@ -72,7 +72,7 @@ def collect(
     return Traces.joined([trace for trace in found if trace is not None])
 
 
-def fitting_prompts(session: Session, requests: Sequence[Request]) -> list[tuple[Request, Any]]:
+def fitting_prompts(session: Session, requests: Sequence[InputLine]) -> list[tuple[InputLine, Any]]:
     """Return the requests that fit, each with its token ids [n] or its window of speech.
 
     Prints a warning if others are left out.
@@ -83,7 +83,7 @@ def fitting_prompts(session: Session, requests: Sequence[Request]) -> list[tuple
     """
     manifest = session.manifest
     limit = manifest.encoder_capacity or session.capacity - 1
-    fitting: list[tuple[Request, Any]] = []
+    fitting: list[tuple[InputLine, Any]] = []
     reasons: list[str] = []
     for request in requests:
         try:
@@ -106,7 +106,7 @@ def fitting_prompts(session: Session, requests: Sequence[Request]) -> list[tuple
     return fitting
 
 
-def _prompt(session: Session, request: Request, limit: int) -> Any:
+def _prompt(session: Session, request: InputLine, limit: int) -> Any:
     if session.manifest.speech is None:
         return encode_prompt(request.text, session.tokenizer, session.manifest.vocab_size, limit)
     if not isinstance(request.input, Path):
@@ -116,7 +116,7 @@ def _prompt(session: Session, request: Request, limit: int) -> Any:
     return session.listen(request.input, request.language or "en")
 
 
-def reference_of(request: Request) -> Reference | None:
+def reference_of(request: InputLine) -> Reference | None:
     """Return the references of a request. None if it has none.
 
     Raises:

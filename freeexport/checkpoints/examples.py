@@ -15,7 +15,7 @@ import numpy as np
 from freeexport.checkpoints.checkpoint import Checkpoint, CheckpointError
 from freeexport.checkpoints.special_tokens import end_ids, forced, speech_of
 from freeexport.checkpoints.tokenizer_files import has_tokenizer, load_tokenizer
-from freeexport.system.jsonl import BrokenLine, Request, read_requests
+from freeexport.system.jsonl import BrokenLine, InputLine, read_requests
 from graphs.description import Description
 from runtime.bundle.json_file import UnreadableError, read_bytes
 from runtime.bundle.manifest import Speech
@@ -166,7 +166,7 @@ def text_format(checkpoint: Checkpoint, description: Description, limit: int) ->
     )
 
 
-def read_examples(path: Path, limit: int | None = None, need_target: str = "") -> list[Request]:
+def read_examples(path: Path, limit: int | None = None, need_target: str = "") -> list[InputLine]:
     """Read the first `limit` lines of a JSONL file. Default: all lines.
 
     Args:
@@ -193,8 +193,8 @@ def read_examples(path: Path, limit: int | None = None, need_target: str = "") -
 
 
 def split(
-    requests: Sequence[Request], share: float, path: Path
-) -> tuple[list[Request], list[Request]]:
+    requests: Sequence[InputLine], share: float, path: Path
+) -> tuple[list[InputLine], list[InputLine]]:
     """Split requests into training and validation by a hash of the input.
 
     About `share` of the inputs are used for validation. An input is always on the same side,
@@ -226,7 +226,7 @@ def split(
 
 
 def encode(
-    requests: Sequence[Request], form: TextFormat, path: Path
+    requests: Sequence[InputLine], form: TextFormat, path: Path
 ) -> tuple[list[Example], str | None]:
     """Return the examples that fit, in order, and a message about those cut or left out, or None.
 
@@ -247,7 +247,7 @@ def encode(
     return fitted(examples, form, path)
 
 
-def unwritable(requests: Sequence[Request], form: TextFormat, path: Path) -> str | None:
+def unwritable(requests: Sequence[InputLine], form: TextFormat, path: Path) -> str | None:
     """Find targets that the tokenizer cannot reproduce, ignoring spaces.
 
     No output can equal such a target. An example is JSON in the vocabulary of T5, which has no
@@ -280,7 +280,7 @@ def unwritable(requests: Sequence[Request], form: TextFormat, path: Path) -> str
     return f"{line}; {remedy}"
 
 
-def _difference(request: Request, text: str, found: str) -> str:
+def _difference(request: InputLine, text: str, found: str) -> str:
     """Show the first difference between a text and the same text after tokenization."""
     same = (a == b for a, b in zip(text, found, strict=False))
     place = next(
@@ -295,7 +295,7 @@ def example_of(
     prompt: np.ndarray | Recording,
     target: Sequence[int] | np.ndarray,
     form: TextFormat,
-    request: Request,
+    request: InputLine,
 ) -> Example:
     """Build an example.
 
@@ -308,7 +308,7 @@ def example_of(
 
 
 def prompts_of(
-    requests: Sequence[Request], form: TextFormat, path: Path
+    requests: Sequence[InputLine], form: TextFormat, path: Path
 ) -> Sequence[np.ndarray | Recording]:
     """Return the recordings, or the ids of each input, int32 [n].
 
@@ -336,7 +336,7 @@ def prompts_of(
     return [np.array(prompt, np.int32) for prompt in prompts]
 
 
-def recording_of(request: Request, speech: Speech, rows: int, path: Path) -> Recording:
+def recording_of(request: InputLine, speech: Speech, rows: int, path: Path) -> Recording:
     """Return the WAV file of a line, for an encoder with `rows` positions.
 
     Raises:

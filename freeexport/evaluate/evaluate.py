@@ -17,7 +17,7 @@ from freeexport.evaluate.records import Lines, Records, busiest
 from freeexport.evaluate.scores import curves_of, rows_of
 from freeexport.evaluate.settings import METHODS, WITHOUT_EXIT, Entry, EvaluateOptions, entries_of
 from freeexport.system.environment import environment
-from freeexport.system.jsonl import Request
+from freeexport.system.jsonl import InputLine
 from freeexport.system.load import load_note
 from freeexport.task_metrics import Metric, Reference, metric_of
 from runtime import Session
@@ -45,7 +45,7 @@ class Evaluation:
     options: EvaluateOptions
     entries: list[Entry]
     metrics: list[Metric]
-    requests: dict[int, Request]
+    requests: dict[int, InputLine]
     references: dict[int, Reference]
     records: Mapping[tuple[str, str], Lines]
     report: dict[str, Any]
@@ -136,7 +136,7 @@ def evaluate(
 
 
 def _references(
-    data: Path, requests: Sequence[Request], metrics: Sequence[Metric]
+    data: Path, requests: Sequence[InputLine], metrics: Sequence[Metric]
 ) -> dict[int, Reference]:
     """Return the references by line. Empty if no line has any.
 

@@ -27,7 +27,7 @@ from freeexport.fit.exit_choice import PlannedExit, best_exit
 from freeexport.fit.options import FitOptions
 from freeexport.fit.splits import TRAIN as TRAIN_SPLIT
 from freeexport.fit.training_speed import training_speed
-from freeexport.system.jsonl import Request
+from freeexport.system.jsonl import InputLine
 from freeexport.system.load import other_load
 from freeexport.system.machine import multiplies_bfloat16
 from freeexport.system.progress import duration
@@ -175,7 +175,7 @@ class Plan:
     unwritable: str = ""
 
 
-def make_plan(options: FitOptions, lines: Sequence[Request]) -> Plan:
+def make_plan(options: FitOptions, lines: Sequence[InputLine]) -> Plan:
     """Plan a run over `lines` of data.
 
     Reads no weights before the timed steps, unless a ready-made exit may fit them. If the budget is
@@ -385,7 +385,7 @@ def least_lines() -> int:
     return TEST[0] + CALIBRATION[0] + VALIDATION // 2 + TRAIN
 
 
-def _check_metric(name: str, lines: Sequence[Request]) -> None:
+def _check_metric(name: str, lines: Sequence[InputLine]) -> None:
     metric = metric_of(name)
     references = [reference_of(line) for line in lines[:SAMPLE]]
     known = [one for one in references if one is not None]

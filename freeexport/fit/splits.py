@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from freeexport.checkpoints.examples import TARGETS_WANTED, DataError, read_examples
-from freeexport.system.jsonl import Request, encoded, input_field
+from freeexport.system.jsonl import InputLine, encoded, input_field
 
 TRAIN = "train"
 # Words per shingle, and shingles per sketch. A sketch has the shingles with the smallest hashes.
@@ -39,7 +39,7 @@ def normalised(text: str) -> str:
     return " ".join(text.casefold().split())
 
 
-def read_lines(data: Path, least: int) -> list[Request]:
+def read_lines(data: Path, least: int) -> list[InputLine]:
     """Read the lines of a JSONL file, which must all have a target."""
     lines = read_examples(data, need_target=TARGETS_WANTED)
     if len(lines) < least:
@@ -51,8 +51,8 @@ def read_lines(data: Path, least: int) -> list[Request]:
 
 
 def split_lines(
-    lines: Sequence[Request], sizes: Mapping[str, int], data: Path
-) -> dict[str, list[Request]]:
+    lines: Sequence[InputLine], sizes: Mapping[str, int], data: Path
+) -> dict[str, list[InputLine]]:
     """Split lines by size.
 
     Returns splits of at most the given `sizes`, in this order, and TRAIN with all other lines. The
@@ -68,7 +68,7 @@ def split_lines(
     members: dict[int, list[int]] = {}
     for place in sorted(range(len(lines)), key=hashes.__getitem__):
         members.setdefault(int(family[place]), []).append(place)
-    found: dict[str, list[Request]] = {name: [] for name in (*sizes, TRAIN)}
+    found: dict[str, list[InputLine]] = {name: [] for name in (*sizes, TRAIN)}
     for places in members.values():
         fits = (name for name, size in sizes.items() if len(found[name]) + len(places) <= size)
         found[next(fits, TRAIN)] += [lines[place] for place in places]
@@ -83,7 +83,7 @@ def split_lines(
     return found
 
 
-def write_splits(splits: Mapping[str, Sequence[Request]], directory: Path) -> None:
+def write_splits(splits: Mapping[str, Sequence[InputLine]], directory: Path) -> None:
     """Write each split to NAME.jsonl in `directory`."""
     for name, lines in splits.items():
         fields = ("target", "references", "language")

@@ -20,7 +20,7 @@ import click
 from freeexport.system.jsonl import (
     STANDARD,
     BrokenLine,
-    Request,
+    InputLine,
     append_lines,
     encoded,
     input_field,
@@ -32,7 +32,7 @@ from freeexport.system.output import check_writable
 from freeexport.system.progress import progress
 from runtime import FreeExportError, GenerationResult, OptionError, PromptError
 
-Line = Request | BrokenLine
+Line = InputLine | BrokenLine
 Answer = list[GenerationResult] | Exception
 # Returns the results of a prompt, best first. Setting the event cancels it.
 Ask = Callable[[Any, threading.Event], list[GenerationResult]]
@@ -228,9 +228,11 @@ class ResultFile:
         Raises:
             FreeExportError: If the line cannot be written, for instance because the disk is full.
         """
-        question = input_field(line) if isinstance(line, Request) else {}
+        question = input_field(line) if isinstance(line, InputLine) else {}
         target = (
-            {"target": line.target} if isinstance(line, Request) and line.target is not None else {}
+            {"target": line.target}
+            if isinstance(line, InputLine) and line.target is not None
+            else {}
         )
         record = {**_name(line), **question, **result, **target}
         if self._stream is not None:

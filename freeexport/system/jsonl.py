@@ -29,7 +29,7 @@ _OTHER_NAMES = ("text", "prompt", "messages", "instruction", "source")
 
 
 @dataclass(frozen=True)
-class Request:
+class InputLine:
     """A line of an input file.
 
     Attributes:
@@ -65,7 +65,7 @@ class BrokenLine:
     id: str | int | None = None
 
 
-def read_requests(path: Path) -> Iterator[Request | BrokenLine]:
+def read_requests(path: Path) -> Iterator[InputLine | BrokenLine]:
     """Yield the lines of a JSONL file, a pipe, or standard input (`-`), in order.
 
     Blank lines are skipped.
@@ -82,7 +82,7 @@ def read_requests(path: Path) -> Iterator[Request | BrokenLine]:
     except OSError as error:
         raise _unreadable(path, error) from None
 
-    def lines() -> Iterator[Request | BrokenLine]:
+    def lines() -> Iterator[InputLine | BrokenLine]:
         with file:
             for number in count(1):
                 line = _read_line(file, path, number)
@@ -139,7 +139,7 @@ def _unreadable(path: Path, error: OSError) -> OptionError:
     return OptionError(f"{path} cannot be read ({error.strerror}); give a JSONL file")
 
 
-def input_field(request: Request) -> dict[str, Any]:
+def input_field(request: InputLine) -> dict[str, Any]:
     """Return the input as a JSON field for another file."""
     audio = isinstance(request.input, Path)
     return {"audio": str(request.input)} if audio else {"input": request.input}
@@ -190,7 +190,7 @@ def _read_line(file: BinaryIO, path: Path, number: int) -> bytes | None:
     return None
 
 
-def _parse(number: int, line: bytes, folder: Path) -> Request | BrokenLine:
+def _parse(number: int, line: bytes, folder: Path) -> InputLine | BrokenLine:
     try:
         record = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -213,7 +213,7 @@ def _parse(number: int, line: bytes, folder: Path) -> Request | BrokenLine:
     if problem is not None:
         return BrokenLine(number, problem, identity)
     given = folder / record["audio"] if "audio" in record else record["input"]
-    return Request(
+    return InputLine(
         number,
         given,
         target,

@@ -17,8 +17,6 @@ from runtime.errors import OptionError, shown
 if TYPE_CHECKING:
     import torch
 
-    from freeexport.training.shallow_deep import ShallowDeep
-
 # linear falls from the end of the warmup on, as transformers' default does. hold stays at the peak
 # first, since agreement rises most while the rate falls. `fit` uses it.
 Schedule = Literal["linear", "hold"]
@@ -43,6 +41,35 @@ MEASURED = ("loss", "agreement", "oracle-exits", LAST)
 _FREE_ON_RESUME = ("time_limit", "patience", "resume", "overwrite", "threads")
 
 
+class LogitsHead(Protocol):
+    """The head that a model's exits share."""
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Compute logits [N, V] of states [N, d] before the final norm."""
+
+    def normed(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Apply the final norm and dropout to states [N, d]."""
+
+    def read(self, normed: torch.Tensor) -> torch.Tensor:
+        """Compute logits [N, V] of the output of `normed`."""
+
+
+class TrainedModule(Protocol):
+    """The trained model with two exits, as a LayerLoss sees it."""
+
+    @property
+    def head(self) -> LogitsHead:
+        """LogitsHead of both exits."""
+
+    @property
+    def exit_layer(self) -> int:
+        """Number of layers before the exit."""
+
+    @property
+    def layers(self) -> int:
+        """Number of all decoder layers."""
+
+
 class LayerLoss(Protocol):
     """A loss that a caller of `train` gives as `TrainingOptions.loss`, in place of a name.
 
@@ -57,12 +84,12 @@ class LayerLoss(Protocol):
         """Return the layers, from 1 to `layers`, whose hidden states the loss reads."""
 
     def total(
-        self, module: ShallowDeep, hidden: Mapping[int, torch.Tensor], targets: torch.Tensor
+        self, module: TrainedModule, hidden: Mapping[int, torch.Tensor], targets: torch.Tensor
     ) -> torch.Tensor:
         """Return the loss of a batch, summed over its rows.
 
         Args:
-            module: The trained module. `module.head` computes logits [N, V] of a state.
+            module: The trained module.
             hidden: States [N, d] before the final norm, of the layers in `layers`, the exit layer
                 and the last layer.
             targets: Next tokens, int64 [N].

@@ -14,7 +14,7 @@ import numpy as np
 
 from freeexport.checkpoints.checkpoint import Checkpoint
 from freeexport.checkpoints.examples import Example, Recording, TextFormat, example_of, prompts_of
-from freeexport.system.jsonl import Request, append_lines, input_field, whole_lines
+from freeexport.system.jsonl import InputLine, append_lines, input_field, whole_lines
 from freeexport.system.output import OutputError
 from freeexport.system.progress import progress
 from runtime.bundle.json_file import read_object
@@ -27,7 +27,7 @@ ABOUT = "outputs.json"
 
 
 def own_examples(
-    sets: Sequence[tuple[Path, Sequence[Request]]],
+    sets: Sequence[tuple[Path, Sequence[InputLine]]],
     checkpoint: Checkpoint,
     form: TextFormat,
     new_tokens: int,
@@ -59,7 +59,7 @@ def own_examples(
         ]
         for pair in zip((requests for _, requests in sets), prompts, strict=True)
     ]
-    missing: dict[str, tuple[Request, np.ndarray | Recording]] = {}
+    missing: dict[str, tuple[InputLine, np.ndarray | Recording]] = {}
     for (_, requests), found, named in zip(sets, prompts, keys, strict=True):
         for request, prompt, key in zip(requests, found, named, strict=True):
             fits = form.speech is not None or len(prompt) + (not form.seq2seq) <= form.limit

@@ -61,6 +61,20 @@ class Sequence:
         follows: True for all but the first sequence of a list.
     """
 
+    waits: Waiting = None
+    since = 0
+    abandoned = False
+    started = False
+    ended = False
+    error: BaseException | None = None
+    deliver: Callable[[Token], None] | None = None
+    on_end: Callable[[], None] | None = None
+    follow: Callable[[], Sequence | None] | None = None
+    follows = False
+    _delivered = False  # a token has been delivered
+    _decoder: Decoder | None = None
+    _coroutine: Loop | None = None
+
     def __init__(self, state: SessionState, request: Request) -> None:
         options = request.options
         ids = request.ids
@@ -72,19 +86,6 @@ class Sequence:
         self.token_times: list[list[float]] = []
         self.observer = state.observer
         self.number = state.observer.next_number()
-        self.waits: Waiting = None
-        self.since = 0
-        self.abandoned = False
-        self.started = False
-        self.ended = False
-        self.error: BaseException | None = None
-        self.deliver: Callable[[Token], None] | None = None
-        self.on_end: Callable[[], None] | None = None
-        self.follow: Callable[[], Sequence | None] | None = None
-        self.follows = False
-        self._delivered = False  # a token has been delivered
-        self._decoder: Decoder | None = None
-        self._coroutine: Loop | None = None
         self._first: Prediction | None = None  # the deep prediction after the prompt
         self._beams: tuple[Hypothesis, ...] = ()
 
@@ -381,7 +382,7 @@ class Sequence:
         if by_request:
             exit_rate = state.thresholds.exit_rate(self._threshold) or 0.5
             acceptance = Acceptance(exit_draft=1 / max(1 - exit_rate, 1 / self._max_pending))
-            costs = CallCosts(state.manifest.costs or _costs_by_layers(state.manifest))
+            costs = CallCosts(_fixed_costs(state.manifest))
         else:
             acceptance = state.learned.acceptance(self._threshold, options.samples)
             reads_exit = self._exits or not state.own_layers
@@ -486,8 +487,10 @@ class Sequence:
         return cross
 
 
-def _costs_by_layers(manifest: Manifest) -> Costs:
-    """Return costs in layers, for a bundle whose costs were not measured."""
+def _fixed_costs(manifest: Manifest) -> Costs:
+    """Return the costs in the bundle. In layers, if they were not measured on an idle machine."""
+    if manifest.costs is not None and manifest.costs.trusted:
+        return manifest.costs
     deep = manifest.layers - manifest.exit_layer
     # A head, and a further row of a pass, cost about a tenth of the model.
     further = 0.1 * manifest.layers

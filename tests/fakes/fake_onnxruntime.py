@@ -131,7 +131,7 @@ class _Session:
         runtime = self._runtime
         assert options.entries["disable_synchronize_execution_providers"] == "1"
         assert ("gpu_graph_id" in options.entries) == self._captures
-        runtime.engines.cuda.check_undisturbing("a run, which may allocate,")
+        runtime.cuda.check_undisturbing("a run, which may allocate,")
         if runtime.fails:
             raise RuntimeError("[ONNXRuntimeError] : 1 : FAIL : CUDA failure 700\nand more")
         graph = options.entries.get("gpu_graph_id", "-1")
@@ -157,7 +157,7 @@ class _Session:
         self._graphs[key] = kept
         for _ in range(2):
             self._enqueue(kept)
-        with runtime.engines.cuda.captured():
+        with runtime.cuda.captured():
             pass
         self._enqueue(kept)
 

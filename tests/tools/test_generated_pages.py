@@ -39,7 +39,7 @@ def test_documentation_names_every_option_of_the_command(name: str) -> None:
 
 def test_every_option_is_shown_and_a_change_by_hand_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "docs").mkdir()
-    (tmp_path / "runtime").mkdir()
+    (tmp_path / "runtime" / "options").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     assert CliRunner().invoke(pages.main, []).exit_code == 0
     page = tmp_path / "docs" / "options.md"

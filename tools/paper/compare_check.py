@@ -17,7 +17,7 @@ from freeexport.checkpoints.checkpoint import open_checkpoint
 from freeexport.checkpoints.examples import DataError, read_examples
 from freeexport.checkpoints.transformers_model import torch_device
 from freeexport.conversion.options import engine_options
-from freeexport.system.jsonl import Request
+from freeexport.system.jsonl import InputLine
 from freeexport.system.page import human_bytes
 from freeexport.task_metrics import MetricError, metric_of
 from graphs.engine_options import TARGETS
@@ -172,7 +172,7 @@ def _check_numbers(options: CompareOptions) -> None:
         raise OptionError("--steps and --epochs contradict each other; choose one")
 
 
-def _check_data(options: CompareOptions) -> tuple[dict[str, Path], list[Request]]:
+def _check_data(options: CompareOptions) -> tuple[dict[str, Path], list[InputLine]]:
     """Return the files of the data set by split, and the test lines."""
     files = {name: options.data / f"{name}.jsonl" for name in SPLITS}
     files |= {"calibration": options.calibration, "validation": options.validation}
@@ -197,7 +197,7 @@ def _check_data(options: CompareOptions) -> tuple[dict[str, Path], list[Request]
     return files, test
 
 
-def _metrics(options: CompareOptions, test: Sequence[Request]) -> tuple[str, ...]:
+def _metrics(options: CompareOptions, test: Sequence[InputLine]) -> tuple[str, ...]:
     """Return the metrics: those given, or else those of the task."""
     texts = [str(request.input) for request in test]
     asks = all(text.startswith(QUESTION) for text in texts)

@@ -18,8 +18,7 @@ from freeexport.training.losses import (
     hidden_distillation,
     teacher_layers,
 )
-from freeexport.training.options import LayerLoss
-from freeexport.training.shallow_deep import ShallowDeep
+from freeexport.training.options import LayerLoss, TrainedModule
 
 # Which shallow layers learn from which layers of the whole decoder.
 Mapped = Literal["dyn", "unif", "last"]
@@ -40,7 +39,7 @@ class WeightedCrossEntropy:
         return range(1, layers + 1)
 
     def total(
-        self, module: ShallowDeep, hidden: Mapping[int, torch.Tensor], targets: torch.Tensor
+        self, module: TrainedModule, hidden: Mapping[int, torch.Tensor], targets: torch.Tensor
     ) -> torch.Tensor:
         """Return the loss summed over rows, for states [N, d] by layer and targets int64 [N]."""
 
@@ -100,7 +99,7 @@ class HiddenDistillation:
         return pairs
 
     def total(
-        self, module: ShallowDeep, hidden: Mapping[int, torch.Tensor], targets: torch.Tensor
+        self, module: TrainedModule, hidden: Mapping[int, torch.Tensor], targets: torch.Tensor
     ) -> torch.Tensor:
         """Return the loss summed over rows, for states [N, d] by layer and targets int64 [N]."""
         exit_layer = module.exit_layer

@@ -122,14 +122,14 @@ def measure_all(
         click.echo(f"{step.name}: {duration(time.perf_counter() - began)}")
         found = {name: run.read(name) for name in STEPS if run.finished(name)}
         write_whole(output / REPORT, pages.report_text(found))
-        for line in pages.section(found[step.name], found.values()):
+        for line in pages.section(found[step.name]):
             click.echo(line)
 
 
 @main.command("pages")
 @click.option("--check", is_flag=True, help="Write nothing; fail where a page differs.")
 def make_pages(check: bool) -> None:
-    """Write the pages of other decoders, and the README's table, from docs/benchmarks/*.json."""
+    """Write the pages of other decoders from docs/benchmarks/*.json."""
     write_pages(pages.pages(Path()), check, "python -m tools.peers pages")
 
 

@@ -1,4 +1,4 @@
-"""Generates docs/benchmarks.md, docs/results/peers.md and the README's table of other decoders.
+"""Generates docs/benchmarks.md and docs/results/peers.md.
 
 Each file of docs/benchmarks is the report of a run of `python -m tools.peers all`.
 """
@@ -15,35 +15,39 @@ import click
 
 from freeexport.system.load import load_note
 from freeexport.system.page import human_bytes
-from freeexport.system.sheet import markdown, sheet
+from freeexport.system.sheet import Sheet, markdown, sheet
 
 SCHEMA = 3
 BENCHMARKS = """# Benchmarks
 
 Generated from docs/benchmarks/*.json by `python -m tools.peers pages`; do not edit. Tokens that \
 freeexport and
-other decoders generate, in mode `full`. [How they are measured, and what the columns \
-mean](benchmarking.md).
-[Prompts and encoder-decoders](results/peers.md) are on a page of their own.
+other decoders generate, in mode `full`. [Benchmarking](benchmarking.md#other-decoders) explains \
+the steps and the
+columns. [Prompts and encoder-decoders](results/peers.md) have a page of their own.
+
+Tokens/s of requests of 64 tokens to SmolLM2-135M, from one GGUF file in 4 bits. In fp32 and 16 \
+bits, the others read
+widened weights, and freeexport those of the file. In brackets: the spread between rounds, and the \
+share of tokens equal
+to those of the fp32 model.
 """
 PEERS = """# Other decoders: prompts and encoder-decoders
 
-Generated from docs/benchmarks/*.json by `python -m tools.peers pages`; do not edit. [How they \
-are measured, and what
-the columns mean](../benchmarking.md). [Benchmarks](../benchmarks.md) compares the generation of \
-tokens.
+Generated from docs/benchmarks/*.json by `python -m tools.peers pages`; do not edit.
+[Benchmarking](../benchmarking.md#other-decoders) explains the steps and the columns. \
+[Benchmarks](../benchmarks.md)
+compares the generation of tokens.
 
-Prompts are random tokens, so no figure depends on a test split. Models of Marian's and \
-NLLB-600M's sizes have random
-weights, which cost as much as the published ones.
+Prompts are random tokens. Models of Marian's and NLLB-600M's sizes have random weights, which \
+cost as much as the
+published ones.
 """
 PAGES = {
     "docs/benchmarks.md": ("benchmarks", BENCHMARKS),
     "docs/results/peers.md": ("peers", PEERS),
 }
-BEGIN = "<!-- other decoders, by python -m tools.peers pages -->"
-END = "<!-- end of other decoders -->"
-# Columns of the README's table: libraries and the beginning of their rows' names.
+# Columns of the overview: libraries and the beginning of their rows' names.
 LIBRARIES = {
     "CTranslate2": "ctranslate2",
     "llama.cpp": "llama-cpp",
@@ -53,7 +57,7 @@ LIBRARIES = {
 }
 # Instructions that name a processor.
 FEATURES = {"amx_int8": "AMX", "avx512f": "AVX-512", "avx2": "AVX2", "neon": "NEON"}
-README_STEPS = {
+OVERVIEW_STEPS = {
     "decode-fp32": "fp32",
     "decode-fp16": "16 bits",
     "decode-int8": "8 bits",
@@ -73,18 +77,15 @@ def pages(root: Path) -> dict[Path, str]:
     found = {}
     for name, (page, head) in PAGES.items():
         parts = [head]
+        if page == "benchmarks":
+            parts.append("\n".join([*_overview(runs), ""]))
         for path, steps in runs.items():
             shown = [step for step in steps.values() if step["page"] == page]
             if shown:
                 parts.append(f"## {path.stem.partition('-')[2].replace('-', ' ')}\n")
-                parts += ["\n".join(section(step, steps.values())) for step in shown]
+                parts += ["\n".join(_table_lines(step)) for step in shown]
+                parts.append("\n".join([*_listed(_conditions(shown)), ""]))
         found[root / name] = "\n".join(parts)
-    readme = root / "README.md"
-    before, begin, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not end:
-        raise click.ClickException(f"{readme} lacks {BEGIN} or {END}")
-    found[readme] = before + "\n".join([begin, *_readme(runs), end]) + after
     return found
 
 
@@ -115,96 +116,126 @@ def _report(path: Path) -> dict[str, Row]:
     return found
 
 
-def _shares(step: Row, steps: Iterable[Row]) -> dict[str, float]:
-    """Return the shares of tokens that equal fp32's, by decoder, for a step of whole requests."""
-    if (step["kind"], step["figure"]) != ("requests", "request"):
-        return {}
-    return {
-        row["name"]: row["same"]
-        for one in steps
-        if one["kind"] == "fidelity" and one["model"] == step["model"]
-        for row in one["rows"]
-    }
-
-
-def section(step: Row, steps: Iterable[Row]) -> list[str]:
+def section(step: Row) -> list[str]:
     """Return the lines of a step of a report: its heading, table and conditions."""
-    shown = _table(step, _shares(step, steps))
-    lines = [f"{name}: {value}" for name, value in shown.facts]
-    lines += [f"{peer}: not run: {reason}" for peer, reason in step["failed"].items()]
-    lines += _conditions(step)
-    filled = (
+    return [*_table_lines(step), *_listed(_conditions([step])), ""]
+
+
+def _table_lines(step: Row) -> list[str]:
+    workloads = {_workload(row) for row in step["rows"]}
+    if len(workloads) > 1:
+        shown, caption = _by_workload(step)
+    else:
+        shown, caption = _by_decoder(step), ""
+    missing = [f"not run: {peer} ({reason})" for peer, reason in step["failed"].items()]
+    notes = [*filter(None, [step.get("note"), load_note(step["busy"])]), *missing]
+    lines = [f"### {step['title']}", "", markdown(shown), ""]
+    if caption:
+        lines += [caption, ""]
+    for note in notes:
+        sentence = f"{note[0].upper()}{note[1:]}."
+        lines += [textwrap.fill(sentence, 120, break_on_hyphens=False), ""]
+    return lines
+
+
+def _listed(texts: Iterable[str]) -> list[str]:
+    return [
         textwrap.fill(f"- {text}", 120, subsequent_indent="  ", break_on_hyphens=False)
-        for text in lines
-    )
-    return [f"### {step['title']}", "", markdown(shown), "", *filled, ""]
+        for text in texts
+    ]
 
 
-def _table(step: Row, shares: Mapping[str, float]) -> Any:
+def _workload(row: Row) -> tuple[int, ...]:
+    return tuple(row.get(name) or 0 for name in ("read", "written", "beams", "rows"))
+
+
+def _by_workload(step: Row) -> tuple[Sheet, str]:
+    """Return a table with a column per workload, and a sentence about its cells."""
+    figure = step["figure"]
+    workloads = list(dict.fromkeys(_workload(row) for row in step["rows"]))
+    varying = [len(set(values)) > 1 for values in zip(*workloads, strict=True)]
+
+    def heading(workload: tuple[int, ...]) -> str:
+        read, written, beams, rows = workload
+        words = (f"{read:,} read", f"{written} written", f"{beams} beams", f"{rows} rows")
+        shown = [word for word, differs in zip(words, varying, strict=True) if differs]
+        return ", ".join(shown).replace("1 beams", "1 beam").replace("1 rows", "1 row")
+
+    rows: dict[str, dict[tuple[int, ...], Row]] = {}
+    for row in step["rows"]:
+        rows.setdefault(row["name"], {})[_workload(row)] = row
+
+    def cell(workload: tuple[int, ...]) -> Callable[[str], str]:
+        def text(name: str) -> str:
+            row = rows[name].get(workload)
+            if row is None:
+                return ""
+            seconds = row[figure]["seconds"]
+            value = row["rows"] / seconds if figure == "token" else 1e3 * seconds
+            return f"{value:,.{0 if value >= 100 else 1}f}{_spread(row[figure])}"
+
+        return text
+
+    columns: dict[str, Callable[[str], str]] = {"decoder": lambda name: name}
+    columns |= {f"{heading(workload)}#": cell(workload) for workload in workloads}
+    unit = {
+        "token": "tokens/s after the first token",
+        "first": "ms to the first token",
+        "request": "ms of a request",
+    }[figure]
+    bracket = any(_spread(row[figure]) for row in step["rows"])
+    spread = ", and in brackets the spread between rounds" if bracket else ""
+    every = {name.rstrip("#") for name in columns}
+    return sheet("", columns, rows, keep=every), f"Cells: {unit}{spread}."
+
+
+def _spread(figure: Row) -> str:
+    return "" if figure.get("spread") is None else f" ({figure['spread']:.0%})"
+
+
+def _by_decoder(step: Row) -> Sheet:
+    """Return a table with a row per decoder."""
     figure = step["figure"]
 
     def speed(row: Row) -> str:
-        tokens = {"first": row.get("read", 0), "token": row.get("rows", 0)}
-        count = tokens.get(figure, row.get("written", 0) * row.get("rows", 0))
-        return f"{count / row[figure]['seconds']:,.1f}" if count else ""
+        if step["kind"] not in ("requests", "schema"):
+            return ""
+        tokens = row["rows"] if figure == "token" else row["written"] * row["rows"]
+        return f"{tokens / row[figure]['seconds']:,.1f}{_spread(row[figure])}"
 
     def differing(name: str) -> Callable[[Row], str]:
         return lambda row: (
             f"{row[name]['differing_outputs']} of {row[name]['outputs']}" if name in row else ""
         )
 
-    def number(name: str) -> Callable[[Row], str]:
-        plain = {row.get(name, 0) for row in step["rows"]} <= {0, 1}
-        return lambda row: "" if plain else f"{row[name]:,}"
-
     def memory(name: str) -> Callable[[Row], str]:
         return lambda row: human_bytes(row[name]) if row.get(name) else ""
 
     def same(row: Row) -> str:
         if step["kind"] != "fidelity":
-            return f"{shares[row['name']]:.0%}" if row["name"] in shares else ""
+            return ""
         return f"{row['same']:.0%} ({100 * row['same_low']:.0f} to {100 * row['same_high']:.0f})"
 
-    def share(name: str) -> Callable[[Row], str]:
-        return lambda row: "" if row.get(name) is None else f"{row[name]:.0%}"
-
-    def milliseconds(name: str) -> Callable[[Row], str]:
-        return lambda row: f"{1e3 * row[name]['seconds']:,.1f}" if row.get(name) else ""
+    def milliseconds(row: Row) -> str:
+        return f"{1e3 * row['first']['seconds']:,.1f}" if row.get("first") else ""
 
     columns: dict[str, Callable[[Row], str]] = {
-        "read#": number("read"),
-        "written#": number("written"),
-        "beams#": number("beams"),
-        "rows#": number("rows"),
         "decoder": lambda row: row["name"],
-        "precision": lambda row: row["precision"],
         "tokens/s#": speed,
-        "ms#": milliseconds(figure),
-        "spread#": lambda row: share("spread")(row.get(figure, {})),
+        "first ms#": milliseconds,
         "freeexport#": lambda row: _ratio(row.get(figure)),
-        "first ms#": milliseconds("first") if figure != "first" else lambda row: "",
-        "token ms#": milliseconds("token") if figure != "token" else lambda row: "",
         "peak memory#": memory("peak_bytes"),
-        "memory#": memory("resident_bytes"),
         "own#": memory("own_bytes"),
         "peak after#": memory("peak_bytes_after"),
-        "memory after#": memory("resident_bytes_after"),
         "own after#": memory("own_bytes_after"),
         "same#": same,
         "next#": lambda row: f"{row['next']:.1%}" if "next" in row else "",
-        "differs#": _differs,
-        "equal#": lambda row: (
-            f"{row['equal_outputs']} of {row['outputs']}" if "equal_outputs" in row else ""
-        ),
-        "bandwidth#": share("bandwidth"),
-        "valid#": share("valid"),
-        "forced#": share("forced"),
-        "grammar#": share("grammar"),
-        "differ again#": differing("greedy_again"),
+        "valid#": lambda row: "" if row.get("valid") is None else f"{row['valid']:.0%}",
+        "greedy again#": differing("greedy_again"),
         "with drafts#": differing("with_drafts"),
     }
-    keep = ("decoder", "precision", "tokens/s", "ms", "spread", "freeexport", "same")
-    return sheet("", columns, step["rows"], keep=keep)
+    every = {name.rstrip("#") for name in columns}
+    return sheet("", columns, step["rows"], keep=every)
 
 
 def _ratio(figure: Row | None) -> str:
@@ -217,31 +248,38 @@ def _ratio(figure: Row | None) -> str:
     return f"{figure['ratio']:.2f}x ({figure['ratio_low']:.2f} to {figure['ratio_high']:.2f})"
 
 
-def _differs(row: Row) -> str:
-    if "next" not in row:
-        return ""
-    return "never" if row.get("differs") is None else f"at {row['differs']:.0f}"
-
-
-def _conditions(step: Row) -> list[str]:
-    """Return sentences about the machine, the rounds and the versions of a step."""
-    machine = step["machine"]
-    reads = f", which reads {step['bandwidth'] / 1e9:.1f} GB/s" if step.get("bandwidth") else ""
-    listed = ", ".join(f"{name} {version}" for name, version in sorted(step["versions"].items()))
-    rounds = f", medians of {step['rounds']} interleaved rounds" if step["rounds"] > 1 else ""
-    threads = "thread" if step["threads"] == 1 else "threads"
-    commit = step["commit"] or "not recorded"
-    lines = [
-        f"{step['model']}, {step['threads']} {threads}{rounds}; {machine['processor']}, "
-        f"{machine['cores']} cores ({' '.join(machine['features'])}){reads}",
-        f"{step['made'][:10]}, commit {commit}; {listed}",
+def _conditions(steps: Iterable[Row]) -> list[str]:
+    """Return sentences about machine, commits, versions and flags that steps share."""
+    machines: dict[str, None] = {}
+    settings: dict[str, None] = {}
+    commits: dict[str, None] = {}
+    versions: dict[str, str] = {}
+    names: dict[str, list[str]] = {}
+    flagged = set()
+    for step in steps:
+        machine = step["machine"]
+        features = " ".join(machine["features"])
+        machines[f"{machine['processor']}, {machine['cores']} cores ({features})"] = None
+        threads = "1 thread" if step["threads"] == 1 else f"{step['threads']} threads"
+        rounds = f", medians of {step['rounds']} interleaved rounds" if step["rounds"] > 1 else ""
+        settings[f"{step['model']}, {threads}{rounds}"] = None
+        commits[f"{step['made'][:10]}, commit {step['commit'] or 'not recorded'}"] = None
+        versions |= step["versions"]
+        for name, text in step["flags"].items():
+            if name not in flagged:
+                names.setdefault(text, []).append(name)
+                flagged.add(name)
+    return [
+        *machines,
+        "; ".join(settings),
+        "; ".join(commits),
+        ", ".join(f"{name} {version}" for name, version in sorted(versions.items())),
+        *(f"{', '.join(listed)}: {text}" for text, listed in names.items()),
     ]
-    lines += [f"{name}: {text}" for name, text in step["flags"].items()]
-    return [*lines, *filter(None, [step.get("note"), load_note(step["busy"])])]
 
 
-def _readme(runs: Mapping[Path, Mapping[str, Row]]) -> list[str]:
-    """Return the README's table: the newest run of each precision on each kind of processor."""
+def _overview(runs: Mapping[Path, Mapping[str, Row]]) -> list[str]:
+    """Return the newest whole requests of each precision on each kind of processor."""
     newest: dict[tuple[str, str], Row] = {}
     for run in runs.values():
         for name, step in run.items():
@@ -253,18 +291,18 @@ def _readme(runs: Mapping[Path, Mapping[str, Row]]) -> list[str]:
         "| SmolLM2-135M | " + " | ".join(LIBRARIES) + " |",
         "|---" * (len(LIBRARIES) + 1) + "|",
     ]
-    for name, title in README_STEPS.items():
+    for name, title in OVERVIEW_STEPS.items():
         for kind in FEATURES.values():
             if (name, kind) not in newest:
                 continue
-            step = newest[name, kind]
-            rows = step["rows"]
+            rows = newest[name, kind]["rows"]
             shown = [
                 next((row for row in rows if row["name"].startswith(start)), None)
                 for start in LIBRARIES.values()
             ]
             best = min(row["request"]["seconds"] for row in shown if row)
-            shares = _shares(step, [one for (_, its), one in newest.items() if its == kind])
+            fidelity = newest.get(("fidelity", kind), {"rows": ()})
+            shares = {row["name"]: row["same"] for row in fidelity["rows"]}
             cells = [f"{title}, {kind}"]
             cells += [_cell(row, best, shares.get(row["name"])) if row else "" for row in shown]
             lines.append("| " + " | ".join(cells) + " |")

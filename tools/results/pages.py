@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from freeexport.system.sheet import plus_minus
+from freeexport.system.sheet import markdown, plus_minus, sheet
 from freeexport.task_metrics import metric_of
 from tools.results.published import RESULTS, USES, Line, changed_since, read_lines
-from tools.results.rows import ROWS, ResultRow
+from tools.results.rows import ROWS
 
 README = re.compile(
     r"(<!-- results, by python -m tools.results pages -->\n).*?(?=\n<!-- end of results -->)", re.S
@@ -19,36 +19,39 @@ TABLES = re.compile(
     r"(<!-- results: ([\w. -]+), by tools.results -->\n).*?(?=<!-- end of results -->)", re.S
 )
 # Methods whose output may differ from that of full.
-FREE = ("published", "free")
-SHOWN = ("full", "published", "free", "rollback", "lookup", "phrases", "lossless")
-NAMES = {"lookup": "text drafts alone", "phrases": "text drafts and phrases"}
-FIGURES = "result | mode | tokens/s | per token | byte model | per request | quality | same"
+FREE = ("free", "published")
+# Columns of speeds, by method.
+NAMES = {
+    "lookup": "text drafts",
+    "phrases": "text and phrases",
+    "rollback": "`rollback`",
+    "lossless": "`lossless`",
+    "free": "`free`",
+    "published": "`free`, as published",
+}
 INDEX = """# Results
 
 Made from [results.jsonl](results.jsonl) by `python -m tools.results pages`; do not edit.
-[Measurements](#measurements) lists how each result was measured.
 
-Speeds are multiples of mode `full` of the same bundle: of time per token after the first, and of
-whole requests. ± is half a 95 % interval of a paired bootstrap over lines. "Byte model" is the
-speed per token that the bytes read predict. FREE rows have the threshold of `calibrate`, and
-quality is relative to that of `full`. "Same" is the share of lines whose tokens equal those of
+Speeds are those of whole requests, as multiples of mode `full` of the same bundle. ± is half a
+95 % interval of a paired bootstrap over lines. "Text drafts" are drafts from the prompt and the
+output alone. `free` has the threshold of `calibrate`, and its quality is relative to that of
 `full`.
 """
 MEASUREMENTS = """
 ## Measurements
 
-The commit is the one that was measured. "-dirty" means that tracked files had changes. Older
-results did not record it, so the table names the commit that added the result. Their commands are
-written from the settings in their reports. The figures of a result with a link are on that page
-only. `report` in results.jsonl names the full report, and
-`git show REPORT` prints it.
+A line of [results.jsonl](results.jsonl) has the command of a result, its test lines, commit,
+processor, hashes of data and bundle, and more figures. `git show REPORT` prints the full report
+that its `report` names. "-dirty" means that tracked files had changes. Older results did not record
+their commit, and have that which added them.
 """
 TEST_SETS = """
 ## Uses of test sets
 
-Every measurement on test lines is a line of [test_set_uses.jsonl](test_set_uses.jsonl). The last
-column names the shipped files behind the result that have changed since: the exit or model, the
-phrases, or constants of the draft rule. The next figure then needs a [new version of the
+Every measurement on test lines is a line of [test_set_uses.jsonl](test_set_uses.jsonl), with hashes
+of the shipped files behind it. The last column names those that changed since the last use: an
+exit, the phrases, or constants of the draft rule. The next figure then needs a [new version of the
 split](../data.md#versions-of-a-test-split).
 """
 
@@ -69,66 +72,101 @@ def pages(root: Path) -> dict[Path, str]:
 
 def index(lines: Sequence[Line], uses: Sequence[Line]) -> str:
     """Return the page of all results."""
-    names = dict.fromkeys(line["result"] for line in lines)
-    rows = [
-        (
-            *(use["date"], _commit(use), use["test_lines"], str(use["n"]), use["result"]),
-            ", ".join(changed_since(use)) or "nothing",
-        )
-        for use in sorted(uses, key=lambda use: use["date"], reverse=True)
-    ]
-    columns = "date | commit | test lines | n | result | changed since"
-    parts = [INDEX, figures(lines, names), MEASUREMENTS, _measurements(lines), TEST_SETS]
-    return "\n".join([*parts, _table(columns, rows), ""])
+    names = dict.fromkeys(line["result"] for line in lines if "page" not in line)
+    parts = [INDEX, figures(lines, names), MEASUREMENTS, _measurements(lines)]
+    return "\n".join([*parts, TEST_SETS, _test_sets(uses), ""])
 
 
 def figures(lines: Sequence[Line], names: Iterable[str]) -> str:
-    """Return the table of results' figures, without thresholds that were not calibrated."""
-    rows = []
+    """Return the table of results' speeds, without thresholds that were not calibrated."""
+    rows: list[tuple[str, dict[str, Line]]] = []
     for name in names:
-        for number, line in enumerate(_shown(lines, name)):
-            bundle = f", {line['bundle']}" if "bundle" in line else ""
-            rows.append(
-                (
-                    "" if number else name,
-                    f"{NAMES.get(line['method'], line['setting'])}, {line['precision']}{bundle}",
-                    f"{line['tokens_per_second']:.0f}",
-                    _times(line["per_token"]),
-                    "" if line["byte_model"] is None else f"{line['byte_model']:.2f}x",
-                    _times(line["per_request"]),
-                    "" if line["method"] == "full" else _quality(line),
-                    f"{line['same']:.0%}",
-                )
-            )
-    return _table(FIGURES, rows)
+        bundles: dict[str, dict[str, Line]] = {}
+        for line in _shown(lines, name):
+            bundles.setdefault(line.get("bundle", ""), {})[line["method"]] = line
+        rows += [(f"{name} {bundle}".strip(), found) for bundle, found in bundles.items()]
+
+    def speed(method: str) -> Callable[[tuple[str, dict[str, Line]]], str]:
+        return lambda row: _times(row[1][method]["per_request"]) if method in row[1] else ""
+
+    def quality(row: tuple[str, dict[str, Line]]) -> str:
+        return next((_quality(row[1][method]) for method in FREE if method in row[1]), "")
+
+    def full(row: tuple[str, dict[str, Line]]) -> str:
+        return f"{row[1]['full']['tokens_per_second']:.0f}" if "full" in row[1] else ""
+
+    columns: dict[str, Callable[[tuple[str, dict[str, Line]]], str]] = {
+        "result": lambda row: row[0],
+        "`full`, tokens/s#": full,
+        **{f"{name}#": speed(method) for method, name in NAMES.items()},
+        "quality of `free`": quality,
+    }
+    every = {name.rstrip("#") for name in columns}
+    shown = [line for _, found in rows for line in found.values()]
+    return f"{markdown(sheet('', columns, rows, keep=every))}\n\n{_equality(shown)}"
 
 
 def _shown(lines: Iterable[Line], name: str) -> list[Line]:
-    some = [line for line in lines if line["result"] == name and line.get("method") in SHOWN]
+    some = [
+        line for line in lines if line["result"] == name and line.get("method") in ("full", *NAMES)
+    ]
     return [line for line in some if line["method"] not in FREE or "calibrated" in line["setting"]]
 
 
+def _equality(lines: Sequence[Line]) -> str:
+    """Return a sentence about the tokens of modes that promise those of `full`."""
+    others = (
+        "In all modes but `free`, every"
+        if any(line["method"] in FREE for line in lines)
+        else "Every"
+    )
+    differing = [line for line in lines if line["method"] not in FREE and line["same"] < 1]
+    if not differing:
+        return f"{others} token equals that of `full`."
+    listed = ", ".join(
+        f"{line['result']}, {NAMES[line['method']]} ({line['same']:.1%} of lines)"
+        for line in differing
+    )
+    return f"Tokens of `full` in fewer than all lines: {listed}."
+
+
 def _measurements(lines: Iterable[Line]) -> str:
-    """Return the table of how each result was measured, once per result and its test lines."""
+    """Return the table of how results were measured, and links to those of other pages."""
     rows = {}
+    others = {}
     for line in lines:
         name = line["result"]
         if "page" in line:
-            name = f"[{name}](../{line['page'].removeprefix('docs/')})"
-        rows[line["result"], line["test_lines"]] = (
+            others[name] = f"[{name}](../{line['page'].removeprefix('docs/')})"
+            continue
+        rounds = f", {line['rounds']} rounds" if line["rounds"] > 1 else ""
+        rows[name] = (
             name,
-            f"`{line['command']}`",
-            f"{line['test_lines']}, n = {line['n']}" if line["test_lines"] else "",
-            str(line.get("rounds", "")),
-            ", ".join(filter(None, (line["processor"], line.get("kernels")))),
-            f"{line['date']}, {_commit(line)}",
+            f"{line['test_lines']}, n = {line['n']}{rounds}",
+            line.get("kernels") or line["processor"],
+            line["date"],
+            line["commit"] or line["added_in"],
         )
-    columns = "result | command | test lines | rounds | processor, kernels | date, commit"
-    return _table(columns, rows.values())
+    table = _table("result | test lines | kernels | date | commit", rows.values())
+    if not others:
+        return table
+    return f"{table}\n\nFigures of these results are on other pages:\n" + ",\n".join(
+        others.values()
+    )
 
 
-def _commit(line: Line) -> str:
-    return line["commit"] or f"not recorded, added in {line['added_in']}"
+def _test_sets(uses: Iterable[Line]) -> str:
+    by_lines: dict[str, list[Line]] = {}
+    for use in sorted(uses, key=lambda use: use["date"]):
+        by_lines.setdefault(use["test_lines"], []).append(use)
+    rows = [
+        (
+            *(name, str(len(found)), found[-1]["date"]),
+            ", ".join(changed_since(found[-1])) or "nothing",
+        )
+        for name, found in sorted(by_lines.items())
+    ]
+    return _table("test lines | uses | last | changed since", rows)
 
 
 def _times(speed: Sequence[float | None]) -> str:
@@ -139,8 +177,6 @@ def _times(speed: Sequence[float | None]) -> str:
 
 def _quality(line: Line) -> str:
     metric, (_, share, low, high) = next(iter(line["scores"].items()))
-    if line["method"] not in FREE:
-        return "every token equal" if line["same"] == 1 else f"{line['same']:.1%} of lines equal"
     bounds = (None, None) if low is None else (100 * low, 100 * high)
     return f"{plus_minus(100 * share, *bounds)} % of {metric_of(metric).shown}"
 
@@ -155,44 +191,48 @@ def readme_table(lines: Sequence[Line]) -> str:
     found = {row.name: shown for row in ROWS.values() if (shown := _shown(lines, row.name))}
     cells = []
     for task in dict.fromkeys(ROWS[name].task for name in found):
-        rows = [ROWS[name] for name in found if ROWS[name].task == task]
-        by_column = zip(*(_readme_cells(row, found[row.name]) for row in rows), strict=True)
+        names = [name for name in found if ROWS[name].task == task]
+        by_column = zip(
+            *(_readme_cells(ROWS[name].precision, found[name]) for name in names), strict=True
+        )
         cells.append((task, *("<br>".join(filter(None, column)) for column in by_column)))
-    columns = "task | `lossless` (text alone) | `free` (as published) | quality"
+    columns = "task | `lossless` (text drafts) | `free` (as published) | quality of `free`"
     every = [line for shown in found.values() for line in shown]
+    measured = [line for line in every if line["method"] != "full"]
     machines = sorted({f"{line['processor']} ({line['kernels']} kernels)" for line in every})
     threads = " or ".join(sorted({str(line["threads"]) for line in every}))
-    counts = ", ".join(map(str, sorted({line["n"] for line in every})))
+    numbers = sorted({line["n"] for line in every})
+    counts = " to ".join(map(str, dict.fromkeys((numbers[0], numbers[-1]))))
+    bounds = [line["per_request"] for line in measured]
+    half = max((high - low) / 2 for _, low, high in bounds)
     speeds = sorted(
         (
             round(line["per_request"][0], 2),
-            f"{NAMES.get(line['method'], line['method'])} on {line['result']}",
+            f"{NAMES[line['method']]} on {line['result']}",
         )
-        for line in every
-        if line["method"] != "full"
+        for line in measured
     )
     losing = [pair for pair in speeds if pair[0] < 1] or speeds[:1]
     title = "Slower than `full`" if losing[0][0] < 1 else "The least gain"
     return (
         f"{_table(columns, cells)}\n\n"
-        f"{'; '.join(machines)}, {threads} threads, {counts} test lines per row.\n"
+        f"{'; '.join(machines)}, {threads} threads, {counts} test lines per "
+        f"row. Half a 95 % interval is at most ±{half:.2f}.\n"
+        f"{_equality(every)}\n"
         f"{title}: {', '.join(f'{name} ({speed:.2f}x)' for speed, name in losing)}."
     )
 
 
-def _readme_cells(row: ResultRow, lines: Sequence[Line]) -> tuple[str, str, str]:
+def _readme_cells(precision: str, lines: Sequence[Line]) -> tuple[str, str, str]:
     by_method = {line["method"]: line for line in lines}
-    lossless = by_method["lossless"]
-    rate = f"{lossless['tokens_per_second']:.0f} tokens/s"
-    alone = f"{by_method['lookup']['per_request'][0]:.2f}x"
-    first = f"{row.precision} **{_times(lossless['per_request'])}** ({alone}), {rate}"
-    quality = f"{row.precision}: {_quality(lossless)}"
-    published = by_method.get("published")
-    if published is None:
-        second = f"{row.precision}: no threshold keeps the risk" if row.calibrated else ""
-        return first, second, quality
-    free = by_method.get("free", published)
-    rate = f"{free['tokens_per_second']:.0f} tokens/s"
-    as_published = f"{published['per_request'][0]:.2f}x"
-    second = f"{row.precision} **{_times(free['per_request'])}** ({as_published}), {rate}"
-    return first, second, f"{quality}; `free` {_quality(free)}"
+
+    def speed(method: str) -> str:
+        return f"{by_method[method]['per_request'][0]:.2f}x"
+
+    first = f"{precision} **{speed('lossless')}** ({speed('lookup')})"
+    shown = [f"**{speed('free')}**"] if "free" in by_method else []
+    shown += [f"({speed('published')})"] if "published" in by_method else []
+    if not shown:
+        return first, "", ""
+    quality = _quality(by_method["free" if "free" in by_method else "published"])
+    return first, " ".join([precision, *shown]), f"{precision} {quality}"

@@ -21,11 +21,8 @@ CALIBRATION = f"--rule risk --risk {RISK} --samples {CALIBRATION_LINES}"
 RECORDS_VERSION = 4
 PROMPTS_VERSION = 7
 PRONUNCIATIONS_VERSION = 4
-# Versions of the ordinary prompts. The rows measure the last one.
-ORDINARY = tuple(
-    Path(__file__).parents[1] / "data" / f"ordinary_prompts{end}.jsonl"
-    for end in ("", "_2", "_3", "_4", "_5", "_6", "_7")
-)
+# Prompts that people typed. A new version has another file name.
+ORDINARY = Path(__file__).parents[1] / "data" / "ordinary_prompts_7.jsonl"
 ORDINARY_LINES = 278
 # Chat services sample, often at about this temperature.
 TEMPERATURE = 0.7
@@ -100,7 +97,7 @@ TEMPLATED = Data(
     f"tools.data.prompts OUT --test-version {PROMPTS_VERSION} --index OTHERS/debian "
     "--dictionaries OTHERS/dictionaries",
 )
-ORDINARY_PROMPTS = Data("ordinary-prompts", ORDINARY[-1].name, file=ORDINARY[-1])
+ORDINARY_PROMPTS = Data("ordinary-prompts", ORDINARY.name, file=ORDINARY)
 PHRASES = Data(
     "phrases",
     f"g2p phrases, seed {PRONUNCIATIONS_VERSION}",

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import numpy as np
 
 
-class Stream(Protocol):
+class CopyStream(Protocol):
     """The part of a CudaStream (driver.py) that arrays need."""
 
     cuda: Any
@@ -28,7 +28,7 @@ class Memory:
 
     __slots__ = ("address", "size", "stream")
 
-    def __init__(self, address: int, size: int, stream: Stream) -> None:
+    def __init__(self, address: int, size: int, stream: CopyStream) -> None:
         self.address = address
         self.size = size
         self.stream = stream

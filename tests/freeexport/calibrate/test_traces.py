@@ -18,7 +18,7 @@ from traces import mixed, trace
 from freeexport.calibrate.sources import fitting_prompts
 from freeexport.calibrate.traces import TraceCache, Traces, replay, trace_of
 from freeexport.costs.replay import ReplaySession
-from freeexport.system.jsonl import Request
+from freeexport.system.jsonl import InputLine
 from runtime import Session
 from runtime.bundle.costs import Costs, Outside
 from runtime.errors import OptionError
@@ -165,7 +165,7 @@ EXITS = with_exit_layers("llama-tied"), *(replace(case, model=model_with_vocabul
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("case", [T5, LLAMA, *EXITS], ids=lambda case: case.name)
 def test_traces_are_those_of_transformers(case: Case, bundle: Bundles, source_model: Model) -> None:
-    requests = [Request(number, text) for number, text in enumerate(TEXTS[:10], start=1)]
+    requests = [InputLine(number, text) for number, text in enumerate(TEXTS[:10], start=1)]
     layer, model = case.exit_layers[0], source_model(case)
     with ReplaySession(bundle(case, layer)) as session:
         first, ends = int(not session.manifest.encoder_decoder), session.manifest.eos_token_ids

@@ -21,7 +21,7 @@ from safetensors.numpy import save
 from freeexport.checkpoints.checkpoint import open_checkpoint
 from freeexport.checkpoints.gguf import GGUFFile
 from freeexport.checkpoints.weight_files import SafetensorsFile
-from freeexport.system.jsonl import BrokenLine, Request, read_requests
+from freeexport.system.jsonl import BrokenLine, InputLine, read_requests
 from graphs.families import describe
 from runtime.errors import FreeExportError
 
@@ -95,7 +95,7 @@ def test_jsonl(place: Callable[[bytes], Path]) -> None:
 
     def read(example: bytes) -> None:
         for line in read_requests(place(example)):
-            assert isinstance(line, Request) or (isinstance(line, BrokenLine) and line.reason)
+            assert isinstance(line, InputLine) or (isinstance(line, BrokenLine) and line.reason)
 
     fuzz(mutated_bytes(content) | st.binary(max_size=200), FreeExportError)(read)()
 

@@ -22,7 +22,7 @@ from freeexport.checkpoints.examples import (
     unwritable,
 )
 from freeexport.checkpoints.tokenizer_files import load_tokenizer
-from freeexport.system.jsonl import Request
+from freeexport.system.jsonl import InputLine
 from freeexport.training.batches import Collator, LengthBatches
 
 T5, LLAMA = (BY_NAME[name] for name in ("t5-deep-decoder", "llama-tied"))
@@ -59,21 +59,21 @@ def test_broken_data_is_refused_with_its_line(tmp_path: Path, lines: list[Any], 
 
 
 def test_split_is_stable_keeps_equal_inputs_together_and_has_both_parts(tmp_path: Path) -> None:
-    requests = [Request(n, f"text {n % 500}", "x") for n in range(1000)]
+    requests = [InputLine(n, f"text {n % 500}", "x") for n in range(1000)]
     training, validation = split(requests, 0.1, tmp_path)
     assert {r.input for r in training}.isdisjoint(r.input for r in validation)
     assert 20 < len({str(r.input) for r in validation}) < 90
     _, half = split(requests[::2], 0.1, tmp_path)
     assert {r.input for r in half} <= {r.input for r in validation}
-    training, validation = split([Request(1, "a", "x"), Request(2, "b", "x")], 0.02, tmp_path)
+    training, validation = split([InputLine(1, "a", "x"), InputLine(2, "b", "x")], 0.02, tmp_path)
     assert len(training) == len(validation) == 1
     with pytest.raises(DataError, match="one distinct input"):
-        split([Request(1, "a", "x"), Request(2, "a", "y")], 0.02, tmp_path)
+        split([InputLine(1, "a", "x"), InputLine(2, "a", "y")], 0.02, tmp_path)
 
 
 def test_too_long_examples_are_left_out_or_cut_on_request_and_counted(form: Any, tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
-    requests = [Request(4, "ab", "c"), Request(5, "a", "d" * 20), Request(9, "efghijklmnopqrstuvwxyz", "f")]
+    requests = [InputLine(4, "ab", "c"), InputLine(5, "a", "d" * 20), InputLine(9, "efghijklmnopqrstuvwxyz", "f")]
     for case in (T5, LLAMA):
         whole, none = encode(requests, form(case, 100), path)
         assert none is None
@@ -102,7 +102,7 @@ def test_too_long_examples_are_left_out_or_cut_on_request_and_counted(form: Any,
 
 
 def test_limit_is_for_both_parts_together_in_a_decoder_only_model(form: Any, tmp_path: Path) -> None:
-    requests = [Request(1, "abcdef", "ghijkl")]
+    requests = [InputLine(1, "abcdef", "ghijkl")]
     assert encode(requests, form(T5, 7), tmp_path)[1] is None  # 7 tokens each, with their end
     assert encode(requests, form(LLAMA, 14), tmp_path)[1] is None
     with pytest.raises(DataError):
@@ -111,14 +111,14 @@ def test_limit_is_for_both_parts_together_in_a_decoder_only_model(form: Any, tmp
 
 def test_encoding_is_what_the_runtime_feeds(form: Any, tmp_path: Path) -> None:
     messages = [{"role": "user", "content": "hi"}]
-    text, chat = encode([Request(1, "ab", "c"), Request(2, messages, "d")], form(LLAMA, 99), tmp_path)[0]
+    text, chat = encode([InputLine(1, "ab", "c"), InputLine(2, messages, "d")], form(LLAMA, 99), tmp_path)[0]
     tokenizer = form(LLAMA, 99).tokenizer
     assert text.prompt.tolist() == tokenizer("ab")["input_ids"]
     assert text.target.tolist() == [*tokenizer("c", add_special_tokens=False)["input_ids"], 2]
     rendered = "<user>hi</user>\n<assistant>"
     assert chat.prompt.tolist() == tokenizer(rendered, add_special_tokens=False)["input_ids"]
     with pytest.raises(DataError, match="chat template"):
-        encode([Request(1, messages, "c")], form(T5, 99), tmp_path)
+        encode([InputLine(1, messages, "c")], form(T5, 99), tmp_path)
 
 
 def example(prompt: list[int], target: list[int]) -> Example:
@@ -176,8 +176,8 @@ def phonemes() -> TextFormat:
     return TextFormat(tokenizer, tokenizer.eos_token_id, 64, True)
 
 
-def requests_of(*targets: str) -> list[Request]:
-    return [Request(line, "a word", target) for line, target in enumerate(targets, 1)]
+def requests_of(*targets: str) -> list[InputLine]:
+    return [InputLine(line, "a word", target) for line, target in enumerate(targets, 1)]
 
 
 def test_targets_that_the_tokenizer_cannot_write_are_counted(phonemes: TextFormat, tmp_path: Path) -> None:

@@ -229,9 +229,12 @@ def test_first_line_is_the_mode_that_runs(generate: Run) -> None:
         (("--mode", "lossless"), f"{drafting} the text and the exit\n"),
         (("-o", "drafts=lookup"), f"{drafting} the text\n"),
         (("-o", "drafts=none"), "mode full: no token exits\n"),
-        (("--threshold", "0.5"), "mode free, threshold 0.5: speedup unknown\n"),
+        (
+            ("--threshold", "0.5"),
+            "mode free, threshold 0.5: speedup unknown, with verified drafts from the text and the exit\n",
+        ),
         (("--threshold", "0.5", "-o", "drafts=exit"), "mode free, threshold 0.5: speedup unknown\n"),
-        (("--mode", "free"), "mode full: no token exits\n"),
+        (("--mode", "free"), f"{drafting} the text\n"),
         (("--mode", "shallow"), "mode shallow: every token exits\n"),
     ):
         result = generate("Hi", "--max-new-tokens", "3", *more)

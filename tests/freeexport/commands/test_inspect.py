@@ -52,7 +52,9 @@ def test_the_first_line_is_the_mode_and_what_it_gives(tmp_path: Path) -> None:
     assert result.stdout.splitlines()[0].startswith("mode lossless: the tokens of mode full, with drafts")
     assert row(result, "threshold") == "1 (not calibrated)"
     result = inspect(write_bundle(tmp_path / "calibrated", threshold=0.8125))
-    assert result.stdout.splitlines()[0] == "mode free, threshold 0.812: speedup unknown"
+    assert result.stdout.splitlines()[0] == (
+        "mode free, threshold 0.812: speedup unknown, with verified drafts from the text and the exit"
+    )
 
 
 def test_calibrated_threshold_and_break_even(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,10 +28,11 @@ from freeexport.evaluate.records import OUTPUTS, RUN
 from freeexport.evaluate.settings import METHODS
 from freeexport.system.environment import commit_of
 from freeexport.task_metrics import metric_of
-from runtime import Session, kernels
+from runtime import Session
 from runtime.bundle.bundle import Bundle, sha256_of
 from runtime.bundle.manifest import MANIFEST
 from runtime.decoding import drafts
+from runtime.engines import kernels
 
 CASE = BY_NAME["t5-relu-tied"]
 Run = Callable[..., Result]

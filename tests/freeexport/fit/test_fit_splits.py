@@ -9,7 +9,7 @@ import pytest
 
 from freeexport.checkpoints.examples import DataError
 from freeexport.fit.splits import TRAIN, families, read_lines, split_lines, write_splits
-from freeexport.system.jsonl import Request
+from freeexport.system.jsonl import InputLine
 
 WORDS = ("amber", "birch", "cedar", "delta", "ember", "frost", "grove", "haven", "inlet", "jetty", "knoll", "larch",
          "maple", "north", "ocean", "plain", "quill")  # fmt: skip
@@ -21,8 +21,8 @@ def record(number: int) -> str:
     return f"please write the following record as one line of json : {' '.join(words)} and write nothing else"
 
 
-def lines_of(texts: list[str]) -> list[Request]:
-    return [Request(number, text, "target") for number, text in enumerate(texts, 1)]
+def lines_of(texts: list[str]) -> list[InputLine]:
+    return [InputLine(number, text, "target") for number, text in enumerate(texts, 1)]
 
 
 def test_texts_that_share_most_of_what_is_their_own_are_one_family() -> None:
@@ -51,7 +51,7 @@ def test_splits_have_their_sizes_and_no_family_is_in_two() -> None:
 
 
 def test_written_splits_are_read_back(tmp_path: Path) -> None:
-    lines = [Request(1, "a\u2028b", "ä", references=["c"]), Request(2, [{"role": "user", "content": "hi"}], "x")]
+    lines = [InputLine(1, "a\u2028b", "ä", references=["c"]), InputLine(2, [{"role": "user", "content": "hi"}], "x")]
     write_splits({TRAIN: lines}, tmp_path)
     found = read_lines(tmp_path / "train.jsonl", 2)
     assert [(one.input, one.target, one.references) for one in found] == [

@@ -21,7 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from freeexport.system.answers import AHEAD, Line, ResultFile, answer_file, answers, fields_of
-from freeexport.system.jsonl import BrokenLine, Request
+from freeexport.system.jsonl import BrokenLine, InputLine
 from runtime import FreeExportError, GenerationResult, OptionError, PromptError
 from runtime.result import Stats
 
@@ -98,7 +98,7 @@ def test_lines_are_answered_as_soon_as_those_before_them_and_not_too_far_ahead()
         assert text != "2" or hold.wait(20)
         return [result_of(text)]
 
-    going = answers(ask, (Request(number, str(number)) for number in range(100)), 2)
+    going = answers(ask, (InputLine(number, str(number)) for number in range(100)), 2)
     assert [next(going)[0].line_number for _ in range(2)] == [0, 1]
     reader = threading.Thread(target=lambda: next(going))
     reader.start()
@@ -122,7 +122,7 @@ def test_an_error_of_one_line_is_its_own_and_one_of_the_options_ends_the_run() -
             raise errors[text]
         return [] if text == "late" else [result_of(text)]
 
-    going = answers(ask, [Request(number, text) for number, text in enumerate(("a", "b", "c", "late", "d", "e"))], 3)
+    going = answers(ask, [InputLine(number, text) for number, text in enumerate(("a", "b", "c", "late", "d", "e"))], 3)
     found = [next(going)[1] for _ in range(4)]
     assert found[:2] == [errors["a"], errors["b"]]
     assert isinstance(found[2], list)
@@ -172,7 +172,7 @@ def records(path: Path) -> list[dict[str, Any]]:
 
 def test_a_line_has_its_name_input_result_and_target(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
-    answered(path, [Request(3, "x", "y", "a"), BrokenLine(4, "bad"), Request(5, "\ud800", "", "\ud800é")])
+    answered(path, [InputLine(3, "x", "y", "a"), BrokenLine(4, "bad"), InputLine(5, "\ud800", "", "\ud800é")])
     assert path.read_text(encoding="utf-8").splitlines()[0] == (
         '{"id": "a", "input": "x", "text": "é", "token_ids": [1], "exited": [false], "finish_reason": "eos", '
         '"seconds": 0.0, "exit_rate": 0.0, "target": "y"}'
@@ -186,10 +186,10 @@ def test_an_output_with_content_is_refused_or_emptied_at_the_first_result(tmp_pa
     path = tmp_path / "out.jsonl"
     path.write_text("precious")
     with pytest.raises(OptionError, match="exists; continue with --resume, replace with --overwrite"):
-        answered(path, [Request(1, "x")])
+        answered(path, [InputLine(1, "x")])
     answered(path, [], overwrite=True)
     assert path.read_text() == "precious"
-    answered(path, [Request(1, "x"), Request(2, "x")], overwrite=True)
+    answered(path, [InputLine(1, "x"), InputLine(2, "x")], overwrite=True)
     assert [record["line"] for record in records(path)] == [1, 2]
 
 
@@ -208,9 +208,14 @@ def test_a_run_that_fails_before_its_first_result_leaves_no_file(tmp_path: Path)
 
 def test_resuming_goes_on_after_what_is_done(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
-    done: list[Line] = [Request(1, "x"), Request(2, "x", id=5), Request(3, "x", id="5"), BrokenLine(4, "bad")]
+    done: list[Line] = [InputLine(1, "x"), InputLine(2, "x", id=5), InputLine(3, "x", id="5"), BrokenLine(4, "bad")]
     answered(path, done, resume=True)  # nothing to resume is no error
-    others: list[Line] = [Request(5, "x"), Request(6, "x", id=1), Request(7, "x", id="x"), Request(8, "x", id=5)]
+    others: list[Line] = [
+        InputLine(5, "x"),
+        InputLine(6, "x", id=1),
+        InputLine(7, "x", id="x"),
+        InputLine(8, "x", id=5),
+    ]
     with ResultFile(path) as results:
         assert results.resume([*done, *others]) == others
         assert (results.count, results.failures) == (4, 1)
@@ -222,7 +227,7 @@ def test_a_file_cut_anywhere_is_resumed_to_the_same_results(
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "cut.jsonl"
     path.unlink(missing_ok=True)
-    lines = [Request(1, "x", id="é"), Request(2, "x"), Request(3, "x", id=3), Request(4, "x", id=3)]
+    lines = [InputLine(1, "x", id="é"), InputLine(2, "x"), InputLine(3, "x", id=3), InputLine(4, "x", id=3)]
     answered(path, lines)
     whole = path.read_bytes()
     path.write_bytes(whole[: data.draw(st.integers(0, len(whole)))])
@@ -249,7 +254,7 @@ def test_resuming_on_a_file_that_holds_something_else_is_refused_untouched(tmp_p
     path = tmp_path / "out.jsonl"
     path.write_text(content)
     with pytest.raises(OptionError, match=r"line \d is not the result of that input line"):
-        answered(path, [Request(1, "x"), Request(2, "x")], resume=True)
+        answered(path, [InputLine(1, "x"), InputLine(2, "x")], resume=True)
     assert path.read_text() == content
 
 
@@ -258,7 +263,7 @@ def test_a_full_disk_leaves_whole_lines(tmp_path: Path) -> None:
     code = """
         import resource, signal, sys
         from pathlib import Path
-        from freeexport.system.jsonl import Request
+        from freeexport.system.jsonl import InputLine
         from freeexport.system.answers import ResultFile
         from runtime.errors import FreeExportError
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -266,7 +271,7 @@ def test_a_full_disk_leaves_whole_lines(tmp_path: Path) -> None:
         with ResultFile(Path(sys.argv[1])) as results:
             try:
                 for number in range(9):
-                    results.write(Request(number, "x"), text="y" * 90, token_ids=[], exited=[])
+                    results.write(InputLine(number, "x"), text="y" * 90, token_ids=[], exited=[])
             except FreeExportError as error:
                 print(error)
     """

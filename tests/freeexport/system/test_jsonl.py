@@ -12,20 +12,20 @@ from typing import Any
 
 import pytest
 
-from freeexport.system.jsonl import BrokenLine, Request, open_pipe, read_requests
+from freeexport.system.jsonl import BrokenLine, InputLine, open_pipe, read_requests
 from runtime.errors import OptionError
 
 CHAT = [{"role": "user", "content": "hi"}]
 
 
 @pytest.fixture
-def requests(tmp_path: Path) -> Callable[..., list[Request | BrokenLine]]:
+def requests(tmp_path: Path) -> Callable[..., list[InputLine | BrokenLine]]:
     """The requests in a file of these lines; what is no bytes or string is written as JSON."""
 
     def content(line: Any) -> bytes:
         return line if isinstance(line, bytes) else (line if isinstance(line, str) else json.dumps(line)).encode()
 
-    def read(*lines: Any) -> list[Request | BrokenLine]:
+    def read(*lines: Any) -> list[InputLine | BrokenLine]:
         path = tmp_path / "input.jsonl"
         path.write_bytes(b"\n".join(map(content, lines)))
         return list(read_requests(path))
@@ -40,7 +40,7 @@ def test_a_line_has_input_and_perhaps_target_and_id(requests: Callable[..., list
         {"input": CHAT, "target": "yo", "id": "a", "more": [1]},
         {"input": "é\u2028x", "id": 7, "target": None},
         "",
-    ) == [Request(1, "after a byte order mark"), Request(3, CHAT, "yo", "a"), Request(4, "é\u2028x", None, 7)]
+    ) == [InputLine(1, "after a byte order mark"), InputLine(3, CHAT, "yo", "a"), InputLine(4, "é\u2028x", None, 7)]
     assert requests({"id": "x"}) == [BrokenLine(1, "'input' is missing", "x")]
 
 
@@ -75,7 +75,7 @@ def test_a_broken_line_is_named_and_the_others_go_on(
     requests: Callable[..., list[Any]], line: Any, reason: str
 ) -> None:
     first, broken, last = requests({"input": "a"}, line, {"input": "b"})
-    assert (first, last) == (Request(1, "a"), Request(3, "b"))
+    assert (first, last) == (InputLine(1, "a"), InputLine(3, "b"))
     assert isinstance(broken, BrokenLine)
     assert broken.line_number == 2
     assert re.search(reason, broken.reason)
@@ -117,7 +117,7 @@ def test_a_pipe_is_read_and_one_that_nobody_writes_to_is_refused(
     path = tmp_path / "pipe"
     os.mkfifo(path)
     with subprocess.Popen(["sh", "-c", f'echo \'{{"input": "a"}}\' > "{path}"']):
-        assert list(read_requests(path)) == [Request(1, "a")]
+        assert list(read_requests(path)) == [InputLine(1, "a")]
     monkeypatch.setattr("freeexport.system.jsonl.PIPE_SECONDS", 0.05)
     for mode, nobody in (("rb", "nothing writes to"), ("wb", "nothing reads")):
         os.mkfifo(path := tmp_path / mode)

@@ -18,7 +18,7 @@ from runtime.bundle.bundle import Bundle
 from runtime.decoding import decoder
 from runtime.engines.kernels import supported
 from runtime.errors import OptionError
-from runtime.requests.session_state import Model
+from runtime.requests.session_state import SessionState
 
 LLAMA, EXIT_LAYERS, T5 = "llama-tied", "llama-tied-exit-layers", "t5-wide-heads"  # heads that our attention takes
 CASES = {**BY_NAME, **{case.name: case for case in EXIT_CASES}}
@@ -70,13 +70,13 @@ def test_a_difference_is_counted_shown_and_ends_with_1(bundle: Bundles, monkeypa
     """Generated tokens that are stored where a prompt has other bits, as before."""
     path = bundle(BY_NAME[LLAMA], precision="int8", capacity=256)
     monkeypatch.setenv("FREEEXPORT_INSTRUCTIONS", "scalar-bf16")
-    begin = Model.__post_init__
+    begin = SessionState.__post_init__
 
-    def always(model: Model) -> None:
+    def always(model: SessionState) -> None:
         begin(model)
         model.generated_limit = model.manifest.capacity
 
-    monkeypatch.setattr(Model, "__post_init__", always)
+    monkeypatch.setattr(SessionState, "__post_init__", always)
     used = [setting for setting in all_settings() if setting.name in ("full, 2 threads", "full, warm cache")]
     monkeypatch.setattr(equality, "all_settings", lambda: used)
     done = ran(path, "--equal", 2 * 9 * 20, "--json")

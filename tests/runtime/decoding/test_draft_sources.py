@@ -15,7 +15,7 @@ from recording_engine import DEEP_TOKEN, LENGTH, alone, decoded, prompt_of
 from test_decode import decoder_of, drafted, full
 
 from runtime.decoding.acceptance import Acceptance
-from runtime.decoding.draft_sources import HOPELESS, MAX_CHECKED, MAX_INDEXED, Own, Predicted, Proposal, TextSource
+from runtime.decoding.draft_sources import MAX_CHECKED, MAX_INDEXED, MIN_REACH, Own, Predicted, Proposal, TextSource
 from runtime.decoding.loops import Policy
 from runtime.decoding.phrases import PhraseTable
 from runtime.decoding.text_index import ORDERS, TextMemory
@@ -67,7 +67,7 @@ def test_a_repeated_text_is_proposed_until_it_becomes_unlikely() -> None:
     found = source.propose((), 90)
     assert found.source == "lookup"
     assert found.tokens == list(range(8, 8 + len(found.tokens)))
-    assert np.prod(found.probabilities) <= HOPELESS < np.prod(found.probabilities[:-1])
+    assert np.prod(found.probabilities) <= MIN_REACH < np.prod(found.probabilities[:-1])
     for _ in range(50):  # now such tokens are known to be accepted
         for evidence in found.evidence:
             acceptance.of(evidence).observe(1.0)

@@ -9,7 +9,6 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -163,9 +162,12 @@ class Job(Request):
     """A request that decodes as an Ask says; `came` are the tokens that were delivered."""
 
     def __init__(self, ask: Ask) -> None:
-        response = Response(np.array(ask.prompt, np.int64), ask.tokens)
-        generation: Any = SimpleNamespace(response=response, run=ask.run, results=[], token_times=[])
-        super().__init__(generation, Observer(None))
+        self.response = Response(np.array(ask.prompt, np.int64), ask.tokens)
+        self.observer = Observer(None)
+        self.number = self.observer.next_number()
+        self.results = []
+        self.token_times = []
+        self._run = ask.run  # type: ignore[method-assign]
         self.came: list[Token] = []
         self.deliver = self.came.append
 

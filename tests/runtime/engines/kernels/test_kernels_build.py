@@ -14,7 +14,7 @@ import pytest
 from kernel_builds import check_program, run
 from kernel_cases import INSTRUCTIONS, here
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[4]
 LIBRARY = "runtime/engines/kernels/libfreeexport_kernels.so"
 
 Distribution = pytest.importorskip("setuptools").Distribution
