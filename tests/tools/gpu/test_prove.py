@@ -104,12 +104,16 @@ def test_graphs_and_overlap_do_not_change_tokens_and_calls_are_counted(on_gpu: S
 
 @pytest.mark.slow
 def test_sync_every_is_recommended_by_what_was_measured(on_gpu: StepContext, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prove_speed, "_speed_of", lambda runs: 100.0)
+    speeds = dict.fromkeys(("0", "1", "2", "4", "8"), 100.0)
+
+    def measured(context: StepContext, session: Session, ways: dict[str, Any]) -> dict[str, float]:
+        return dict(zip(ways, speeds.values(), strict=True))
+
+    monkeypatch.setattr(prove_speed, "_speeds", measured)
     outcome = prove_speed.sync_every(on_gpu)
     assert outcome.line == "recommended: sync_every 4; 4 is 1.00x as fast as 1"
     assert len(outcome.rows) == 2
-    speeds = iter([10.0, 20.0, 10.0, 10.0, 10.0] * 2)
-    monkeypatch.setattr(prove_speed, "_speed_of", lambda runs: next(speeds))
+    speeds["1"] = 200.0
     assert prove_speed.sync_every(on_gpu).line == "recommended: sync_every 1; 4 is 0.50x as fast as 1"
 
 
