@@ -63,22 +63,24 @@ def fetch_index(target: Path) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.partial-") as name:
         work = Path(name)
         work.chmod(0o755)
-        configuration = private_configuration(work / "apt")
+        apt = work / "apt"
+        own = {"APT_CONFIG": str(private_configuration(apt))}
         # By default apt reports success even if files could not be fetched.
-        _apt(configuration, "apt-get", "-q", "-o", "APT::Update::Error-Mode=any", "update")
+        update = ("apt-get", "-q", "-o", "APT::Update::Error-Mode=any", "update")
+        run_debian(apt, *update, **own)
         out = work / "index"
         out.mkdir()
-        releases = [_release(path) for path in sorted((work / "apt" / "lists").glob("*Release"))]
+        releases = [_release(path) for path in sorted((apt / "lists").glob("*Release"))]
         (out / RELEASES).write_text(json.dumps(releases, indent=2) + "\n", encoding="utf-8")
         for kind in TEXTS:
-            files = sorted((work / "apt" / "lists").iterdir())
+            files = sorted((apt / "lists").iterdir())
             found = [path for path in files if re.search(rf"_(i18n_)?{kind}(\.\w+)?$", path.name)]
             if not found:
                 raise DataError(
                     f"the sources of apt have no {kind}; check that they name a Debian mirror"
                 )
             texts = (
-                _apt(configuration, "/usr/lib/apt/apt-helper", "cat-file", str(path))
+                run_debian(apt, "/usr/lib/apt/apt-helper", "cat-file", str(path), **own)
                 for path in found
             )
             (out / kind).write_bytes(b"".join(text + b"\n" for text in texts))
@@ -146,12 +148,15 @@ def private_configuration(directory: Path) -> Path:
     return path
 
 
-def _apt(configuration: Path, *command: str) -> bytes:
-    environment = {**os.environ, "APT_CONFIG": str(configuration), "LC_ALL": "C"}
+def run_debian(folder: Path, *command: str, **variables: str) -> bytes:
+    """Run a command of Debian in a folder, and return its output.
+
+    Raises:
+        DataError: If it is missing, or fails.
+    """
+    environment = {**os.environ, **variables, "LC_ALL": "C"}
     try:
-        done = subprocess.run(
-            command, cwd=configuration.parent, env=environment, capture_output=True, check=True
-        )
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, check=True)
     except FileNotFoundError:
         raise DataError(f"{command[0]} is not on this machine; run on Debian") from None
     except subprocess.CalledProcessError as error:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import gzip
 import re
-import subprocess
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from tools.data.debian_index import (
     PackageDescription,
     package_families,
     read_index,
+    run_debian,
     snapshot,
     splits_of,
 )
@@ -35,7 +35,6 @@ from tools.data.debian_index import sources as source_packages
 from tools.data.splits import (
     OVERWRITE,
     SHARES,
-    DataError,
     Line,
     check_version,
     normalised,
@@ -345,21 +344,13 @@ def _line(kind: str, source: Subject, other: Subject | None) -> Line | None:
 
 def fetch_packages(directory: Path) -> None:
     """Download PACKAGES with apt and unpack them in a directory."""
+    directory = directory.absolute()  # commands run in another
     directory.mkdir(parents=True, exist_ok=True)
-    try:
-        with tempfile.TemporaryDirectory(dir=directory) as work:
-            subprocess.run(
-                ["apt-get", "-q", "download", *PACKAGES], cwd=work, capture_output=True, check=True
-            )
-            for path in Path(work).glob("*.deb"):
-                subprocess.run(
-                    ["dpkg-deb", "-x", str(path), str(directory)], capture_output=True, check=True
-                )
-    except FileNotFoundError as error:
-        raise DataError(f"{error.filename} is not on this machine; run on Debian") from None
-    except subprocess.CalledProcessError as error:
-        last = (error.stderr.decode(errors="replace").strip().splitlines() or ["no message"])[-1]
-        raise DataError(f"{error.cmd[0]} failed ({last}); try: apt-get update") from None
+    with tempfile.TemporaryDirectory(dir=directory) as name:
+        work = Path(name)
+        run_debian(work, "apt-get", "-q", "download", *PACKAGES)
+        for path in work.glob("*.deb"):
+            run_debian(work, "dpkg-deb", "-x", str(path), str(directory))
 
 
 @click.command(context_settings={"show_default": True})

@@ -1,14 +1,15 @@
-"""Prove on a GPU what can be proved only there, and write one file to commit.
+"""Prove on a GPU what can be proved only there, and write a page to commit.
 
-    python -m tools.gpu.prove --output gpu.md
-    python -m tools.gpu.prove --output cpu.md --device cpu --tokens 12 --rounds 1
+    python -m tools.gpu.prove --output gpu
+    python -m tools.gpu.prove --output cpu --device cpu --tokens 12 --rounds 1
 
 The steps are those of `PLAN`: ONNX Runtime's CUDA provider and TensorRT with a model in fp32, fp16,
 bf16, int8, int4 and fp8, a training step, calibrations, and rows of the paper's comparison.
 
-Each step runs in its own process. The file is written after each, so it exists however far the run
-gets. A step that fails is recorded with its last lines, and the next ones go on. After --minutes no
-further step begins, and a running one ends. Exits with code 1 if a step fails.
+Each step runs in its own process. The page, gpu.md in --output, is written after each, so it exists
+however far the run gets. A step that fails is recorded with its last lines, and the next ones go
+on. After --minutes no further step begins, and a running one ends. The same command continues with
+these. Exits with code 1 if a step fails.
 
 With --device cpu the same steps run on the CPU provider: everything but CUDA itself.
 """
@@ -25,7 +26,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from time import monotonic
 from typing import Any
 
@@ -35,15 +35,20 @@ from freeexport.checkpoints.checkpoint import smollm2
 from freeexport.demo import G2P
 from freeexport.system.child import PACKAGES
 from freeexport.system.environment import environment
-from freeexport.system.output import OutputError, write_whole
+from freeexport.system.output import write_whole
 from runtime.errors import FreeExportError, OptionError
 from runtime.machine.device import Device
 from runtime.requests.load_engines import check_device
 from tools.data.splits import run_tool
 from tools.gpu.prove_report import BAD, report_text
 from tools.gpu.prove_steps import PLAN, STEPS, WITHOUT_BUNDLE, WITHOUT_MODEL, StepContext
+from tools.steps import Steps
 
 LAST_LINES = 20
+RUN = "prove.json"
+PAGE = "gpu.md"
+# States of steps that the next run begins again.
+UNFINISHED = ("not run", "timed out")
 
 
 def default_model() -> Path:
@@ -80,20 +85,19 @@ def planned(
                 yield step, context
 
 
-def run_step(name: str, context: StepContext, folder: Path, limit: float) -> dict[str, Any]:
+def run_step(name: str, context: StepContext, limit: float) -> dict[str, Any]:
     """Run a step in a child process. Returns its entry in the report."""
     entry: dict[str, Any] = {
         **{"model": context.name, "precision": context.precision, "step": name},
-        **{"state": "error", "line": "", "seconds": 0.0},
+        **{"state": "not run", "line": "", "seconds": 0.0},
         **{"columns": (), "rows": [], "values": {}, "last_lines": []},
     }
     if limit <= 0:
-        return entry | {"state": "not run", "line": "the time was over; give more --minutes"}
+        return entry | {"line": "the time was over; repeat the command to continue"}
     if name not in WITHOUT_BUNDLE and not context.bundle.exists():
-        return entry | {"state": "not run", "line": "the conversion wrote no bundle"}
-    given = folder / "context.json"
-    result = folder / "result.json"
-    log = folder / "log.txt"
+        return entry | {"line": "the conversion wrote no bundle"}
+    folder = Path(context.work)
+    given, result, log = (folder / name for name in ("context.json", "result.json", "log.txt"))
     given.write_text(json.dumps(asdict(context)), encoding="utf-8")
     result.unlink(missing_ok=True)
     path = os.pathsep.join(filter(None, [PACKAGES, os.environ.get("PYTHONPATH")]))
@@ -111,48 +115,62 @@ def run_step(name: str, context: StepContext, folder: Path, limit: float) -> dic
         )
         try:
             process.wait(limit)
+            timed_out = False
         except subprocess.TimeoutExpired:
-            entry |= {"state": "timed out", "line": f"more than the {limit:.0f} s that were left"}
+            timed_out = True
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            code = process.wait()
     entry["seconds"] = monotonic() - began
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-    if entry["state"] != "timed out" and process.returncode == 0 and result.is_file():
+    if not timed_out and code == 0 and result.is_file():
         return entry | json.loads(result.read_text(encoding="utf-8"))
-    if entry["state"] != "timed out":
-        code = process.returncode
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    if timed_out:
+        entry |= {"state": "timed out", "line": f"more than the {limit:.0f} s that were left"}
+    else:
         ended = f"signal {-code}" if code < 0 else f"exit code {code}"
-        entry["line"] = f"{ended}: {lines[-1].strip()[:300] if lines else 'no output'}"
+        line = lines[-1].strip()[:300] if lines else "no output"
+        entry |= {"state": "error", "line": f"{ended}: {line}"}
     return entry | {"last_lines": lines[-LAST_LINES:]}
 
 
 def prove(
     base: StepContext, output: Path, models: Sequence[Path], steps: Sequence[str], minutes: float
 ) -> dict[str, Any]:
-    """Run the steps and write the report after each. Returns the report."""
-    report: dict[str, Any] = {
-        **environment(),
+    """Run the steps that have no result in `output`, and write the page after each.
+
+    Returns the report.
+
+    Raises:
+        OptionError: If `output` holds other files, or a run of another commit or other options.
+    """
+    made = environment()
+    facts = {
+        "commit": made["commit"],
         "device": base.device,
         "models": [model.name for model in models],
         "tokens": base.tokens,
         "rounds": base.rounds,
-        "complete": False,
-        "steps": [],
+        "exit_layer": base.exit_layer,
     }
+    run = Steps(output, RUN, facts)
+    run.begin()
+    report: dict[str, Any] = {**made, **facts, "complete": False, "steps": []}
     end = monotonic() + 60 * minutes
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix="prove-", dir=output.parent) as work:
-        for name, context in planned(replace(base, work=work), models, steps):
-            where = " ".join(filter(None, (name, context.name, context.precision)))
-            click.echo(where, err=True)
-            entry = run_step(name, context, Path(work), end - monotonic())
-            click.echo(f"  {entry['state']}, {entry['seconds']:.0f} s: {entry['line']}", err=True)
-            report["steps"].append(entry)
-            write_whole(output, report_text(report))
+    for name, context in planned(replace(base, work=str(output)), models, steps):
+        where = " ".join(filter(None, (name, context.name, context.precision)))
+        key = where.replace(" ", "-")
+        click.echo(where, err=True)
+        done = run.finished(key)
+        entry = run.read(key) if done else run_step(name, context, end - monotonic())
+        if entry["state"] not in UNFINISHED:
+            run.run(key, dict, entry)
+        click.echo(f"  {entry['state']}, {entry['seconds']:.0f} s: {entry['line']}", err=True)
+        report["steps"].append(entry)
+        write_whole(output / PAGE, report_text(report))
     report["complete"] = True
-    write_whole(output, report_text(report))
+    write_whole(output / PAGE, report_text(report))
     return report
 
 
@@ -167,7 +185,10 @@ def _chosen(ctx: click.Context, parameter: click.Parameter, value: str | None) -
 
 @click.command(help=__doc__, context_settings={"show_default": True})
 @click.option(
-    "--output", type=click.Path(path_type=Path), required=True, help="Markdown file to write."
+    "--output",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Directory of the page, the bundles and the results of steps.",
 )
 @click.option(
     "--model",
@@ -188,7 +209,6 @@ def _chosen(ctx: click.Context, parameter: click.Parameter, value: str | None) -
 @click.option(
     "--minutes", type=click.FloatRange(0, min_open=True), default=10.0, help="Time of all steps."
 )
-@click.option("--overwrite", is_flag=True, help="Replace --output.")
 def command(
     output: Path,
     models: tuple[Path, ...],
@@ -198,17 +218,14 @@ def command(
     tokens: int,
     rounds: int,
     minutes: float,
-    overwrite: bool,
 ) -> None:
     place = Device.parse(device)
     check_device(place)
     if importlib.util.find_spec("torch") is None:
         raise OptionError("torch is not installed; run: pip install 'freeexport[convert]'")
-    if output.exists() and not overwrite:
-        raise OutputError(f"{output} exists; choose another --output, or --overwrite")
     base = StepContext(str(place), "", tokens, rounds, exit_layer=exit_layer)
     report = prove(base, output, models or [default_model()], steps, minutes)
-    click.echo(f"{output}: commit this file")
+    click.echo(f"{output / PAGE}: commit this page")
     if any(step["state"] in BAD for step in report["steps"]):
         raise SystemExit(1)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from importlib.resources import files
 from pathlib import Path
 from time import perf_counter
@@ -16,6 +17,8 @@ from tools.gpu.prove_context import StepContext, StepOutcome
 def training(context: StepContext) -> StepOutcome:
     """Train one step, and calibrate the checkpoint on the device."""
     out = Path(context.work) / "trained"
+    for left in (out, out.with_name("trained.training")):  # of an interrupted run
+        shutil.rmtree(left, ignore_errors=True)
     checkpoint = open_checkpoint(context.model)
     third = max(1, round(len(checkpoint.described().decoder.layers) / 3))
     layer = context.exit_layer or (third if checkpoint.exit is None else checkpoint.exit.exit_layer)
@@ -44,7 +47,7 @@ def training(context: StepContext) -> StepOutcome:
 def comparison(context: StepContext) -> StepOutcome:
     """Run rows of the paper's comparison, on the pronunciation model of this package."""
     data = Path(context.work) / "words"
-    data.mkdir()
+    data.mkdir(exist_ok=True)
     lines = (G2P / "test.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     for name, part in {"train": lines[:60], "validation": lines[60:80], "test": lines[80:]}.items():
         (data / f"{name}.jsonl").write_text("".join(part), encoding="utf-8")

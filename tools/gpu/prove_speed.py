@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -113,13 +113,8 @@ def eager(context: StepContext) -> StepOutcome:
 
 def speed(context: StepContext) -> StepOutcome:
     """Measure all modes, interleaved, relative to mode full and to eager PyTorch."""
-    names = list(METHODS)
-    measured: dict[str, list[list[float]]] = {name: [] for name in names}
     with context.session(draft_memory_mb=0) as session:
-        for turn in _interleaved(context, session, [METHODS[name] for name in names]):
-            for name, result in zip(names, turn, strict=True):
-                measured[name].append([result.stats.tokens, result.stats.seconds])
-    speeds = {name: _speed_of(runs) for name, runs in measured.items()}
+        speeds = _speeds(context, session, METHODS)
     file = context.file("eager")
     torch = json.loads(file.read_text())["tokens_per_second"] if file.is_file() else None
     rows = [
@@ -154,15 +149,10 @@ def sync_every(context: StepContext) -> StepOutcome:
     thresholds = {"free at 0.5": FREE, "free at 0": EVERY}
     rows = list[Sequence[Any]]()
     found = dict[str, dict[str, float]]()
-    given: dict[str, Any] = {"overlap": True} if context.on_gpu else {}
-    with context.session(**given) as session:
+    with context.session(**({"overlap": True} if context.on_gpu else {})) as session:
         for name, options in thresholds.items():
-            ways = [{**options, **lane} for lane in lanes.values()]
-            measured: dict[str, list[list[float]]] = {lane: [] for lane in lanes}
-            for turn in _interleaved(context, session, ways):
-                for lane, result in zip(lanes, turn, strict=True):
-                    measured[lane].append([result.stats.tokens, result.stats.seconds])
-            found[name] = {lane: _speed_of(runs) for lane, runs in measured.items()}
+            ways = {lane: {**options, **given} for lane, given in lanes.items()}
+            found[name] = _speeds(context, session, ways)
             rows.append((name, *(round(value, 1) for value in found[name].values())))
     if context.on_gpu:
         means = {
@@ -218,13 +208,9 @@ def tensorrt(context: StepContext) -> StepOutcome:
     prompts = context.prompts(bundle=path)
     with Session(path, device=context.device, slots=max(BATCHES)) as session:
         report = compare_up_to_ties(session, prompts, context.tokens)
-        ways = list(METHODS.values())
-        runs = [list(turn) for turn in _interleaved(context, session, ways, prompts)]
+        speeds = _speeds(context, session, METHODS, prompts)
     shutil.rmtree(path)
-    rows = list[Sequence[Any]]()
-    for number, name in enumerate(METHODS):
-        pairs = [[turn[number].stats.tokens, turn[number].stats.seconds] for turn in runs]
-        rows.append((name, round(_speed_of(pairs), 1)))
+    rows: list[Sequence[Any]] = [(name, round(value, 1)) for name, value in speeds.items()]
     return StepOutcome(
         f"{version_of('tensorrt')}: {report.line}",
         "done" if report.passed else "failed",
@@ -246,8 +232,7 @@ def _lanes(context: StepContext, lanes: dict[str, dict[str, Any]]) -> StepOutcom
             found = []
             for way in ways:
                 runs = [session.generate(prompt, **way, **plain) for _ in range(context.rounds + 2)]
-                pairs = [(run.stats.tokens, run.stats.seconds) for run in runs[2:]]
-                found.append((round(_speed_of(pairs), 1), runs[-1].token_ids))
+                found.append((round(_speed_of(runs[2:]), 1), runs[-1].token_ids))
         rows.append((name, *(value for value, _ in found)))
         tokens.append([ids for _, ids in found])
     same = all(each == tokens[0] for each in tokens)
@@ -260,26 +245,27 @@ def _lanes(context: StepContext, lanes: dict[str, dict[str, Any]]) -> StepOutcom
     )
 
 
-def _interleaved(
+def _speeds(
     context: StepContext,
     session: Session,
-    ways: Sequence[dict[str, Any]],
+    ways: Mapping[str, dict[str, Any]],
     prompts: Sequence[list[int]] | None = None,
-) -> Iterator[list[GenerationResult]]:
-    """Yield the results of all ways for each prompt and round."""
+) -> dict[str, float]:
+    """Return the tokens per second of each way, measured in turn for each prompt and round."""
     plain: dict[str, Any] = {"max_new_tokens": context.tokens, "ignore_eos": True}
 
     def decode(way: dict[str, Any], prompt: list[int]) -> GenerationResult:
         result: GenerationResult = session.generate(prompt, **way, **plain)
         return result
 
-    for turn in interleave(ways, prompts or context.prompts(), context.rounds, decode):
-        yield turn.runs
+    turns = interleave(list(ways.values()), prompts or context.prompts(), context.rounds, decode)
+    by_way = zip(*(turn.runs for turn in turns), strict=True)
+    return {name: _speed_of(runs) for name, runs in zip(ways, by_way, strict=True)}
 
 
-def _speed_of(runs: Sequence[Sequence[float]]) -> float:
-    """Return the median of tokens per second of pairs of tokens and seconds."""
-    return median(tokens / seconds for tokens, seconds in runs)
+def _speed_of(runs: Sequence[GenerationResult]) -> float:
+    """Return the median of tokens per second."""
+    return median(run.stats.tokens / run.stats.seconds for run in runs)
 
 
 def _middle(calls: Sequence[tuple[float, float]]) -> float:

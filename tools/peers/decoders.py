@@ -10,7 +10,7 @@ Those that need this project are in own_decoders.py.
         -> {"versions": {}, "flags": text}
     {"op": "generate", "prompts": [[ids]], "tokens": n, "beams": n}
         -> {"tokens": [[ids]], "first": s, "last": s, "seconds": s, "peak_bytes": n,
-            "resident_bytes": n, "own_bytes": n, ...}
+            "own_bytes": n, ...}
 
 `prompts` has a prompt for each row, which are decoded together. `first` is when the first token of
 every row is known, `last` when all tokens are, in seconds from the start of the request. Failed
@@ -104,12 +104,12 @@ def _generate(
 def memory(process: int | str = "self") -> dict[str, int]:
     """Return the memory of a process in bytes, as Linux counts it.
 
-    `resident_bytes` is its resident set, `peak_bytes` the largest so far. `own_bytes` is the part
-    of the resident set that is no mapped file, such as weights that are read where they are.
+    `peak_bytes` is the largest resident set so far, and `own_bytes` the part of the present one
+    that is no mapped file, such as weights that are read where they are.
     """
     lines = Path(f"/proc/{process}/status").read_text(encoding="utf-8").splitlines()
     fields = {name: text for name, _, text in (line.partition(":") for line in lines)}
-    names = {"resident_bytes": "VmRSS", "peak_bytes": "VmHWM", "own_bytes": "RssAnon"}
+    names = {"peak_bytes": "VmHWM", "own_bytes": "RssAnon"}
     return {name: int(fields[field].split()[0]) * 1024 for name, field in names.items()}
 
 

@@ -1,4 +1,5 @@
-"""Compares the greedy tokens of decoders with those of the checkpoint in fp32.
+"""Compares greedy tokens: those of decoders with those of the checkpoint in fp32 (`fidelity`), and
+those of a decoder with and without drafts from the prompt (`equality`).
 
 Only token ids are compared, so the machine need not be idle.
 """
@@ -7,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -17,10 +17,12 @@ from runtime.bundle.bundle import Bundle
 from runtime.errors import OptionError
 from runtime.text.prompt import encode_prompt
 from runtime.text.tokenizer import Tokenizer
-from tools.peers.measure import Contender, Decoders
+from tools.peers.measure import Contender, Decoders, with_options
 from tools.quality import chat_prompts
 
 RESAMPLES = 2000
+# Tokens that peers draft at once, as in the documentation of llama-cpp-python.
+LOOKUP = 10
 Outputs = Sequence[Sequence[int]]
 
 
@@ -57,9 +59,6 @@ def agreement(outputs: Outputs, reference: Outputs, ends: Collection[int]) -> di
         - `same`: Share of positions with the reference's token. `same_low` and `same_high` are a
           95 % interval of a bootstrap over prompts.
         - `next`: Share of tokens that equal the reference's if all before them do.
-        - `differs`: Median position of the first difference over all prompts, counted from 0. None
-          if at least half of the outputs have no difference.
-        - `equal_outputs`: Number of outputs without a difference, of `outputs`.
     """
     pairs = []
     for ours, truth in zip(outputs, reference, strict=True):
@@ -69,18 +68,14 @@ def agreement(outputs: Outputs, reference: Outputs, ends: Collection[int]) -> di
     lengths = np.array([len(pair) for pair in pairs])
     draws = np.random.default_rng(0).integers(0, len(pairs), (RESAMPLES, len(pairs)))
     low, high = np.quantile(equal[draws].sum(1) / lengths[draws].sum(1), (0.025, 0.975))
-    firsts = [float("inf") if pair.all() else float(pair.argmin()) for pair in pairs]
-    differing = int(np.isfinite(firsts).sum())
-    before = int(np.minimum(firsts, lengths).sum())
-    middle = median(firsts)
+    # Tokens before the first difference of each answer, and answers with one.
+    before = [len(pair) if pair.all() else int(pair.argmin()) for pair in pairs]
+    differing = sum(not pair.all() for pair in pairs)
     return {
         "same": float(equal.sum() / lengths.sum()),
         "same_low": float(low),
         "same_high": float(high),
-        "next": before / (before + differing),
-        "differs": middle if np.isfinite(middle) else None,
-        "equal_outputs": len(pairs) - differing,
-        "outputs": len(pairs),
+        "next": sum(before) / (sum(before) + differing),
     }
 
 
@@ -127,3 +122,40 @@ def fidelity(
         if one.name not in failed
     ]
     return rows, failed
+
+
+def equality(
+    contenders: Sequence[Contender], prompts: Sequence[list[int]], tokens: int, threads: int
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """Count outputs that change with drafts. Returns a row a decoder, and why others have none.
+
+    Every decoder repeats its greedy output, so that nondeterminism is not counted as an effect of
+    drafts. Our bundles decode in mode full, then in mode lossless with drafts from the text.
+    """
+    rows = []
+    failed: dict[str, str] = {}
+    for one in contenders:
+        found = []
+        for variant in (one, one, with_options(one, lookup=LOOKUP)):
+            with Decoders([variant], threads) as running:
+                answers = running.answers(one.name, [[prompt] for prompt in prompts], tokens)
+                found.append([answer["tokens"][0] for answer in answers or []])
+                failed.update(running.failed)
+        if one.name in failed:
+            continue
+        greedy, again, drafted = found
+        row = {
+            "name": one.name,
+            "precision": one.precision,
+            "greedy_again": differences(greedy, again),
+            "with_drafts": differences(greedy, drafted),
+            **running.facts[one.name],
+        }
+        rows.append(row)
+    return rows, failed
+
+
+def differences(reference: Outputs, outputs: Outputs) -> dict[str, int]:
+    """Count the outputs that differ."""
+    differing = sum(one != other for one, other in zip(reference, outputs, strict=True))
+    return {"outputs": len(reference), "differing_outputs": differing}

@@ -11,10 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from freeexport.costs.bytes import ByteModel, Calls
 from freeexport.costs.timing import interleave, spread
 from freeexport.system.child import PACKAGES
-from freeexport.system.machine import kernel_instructions
 from runtime.bundle.bundle import Bundle
 from runtime.errors import FreeExportError
 from tools.peers.worker import PeerError, Worker
@@ -25,7 +23,7 @@ LIMIT = 600.0
 # work: CTranslate2's for 0.2 s.
 SETTLE = 0.3
 
-MEMORY = ("peak_bytes", "resident_bytes", "own_bytes")
+MEMORY = ("peak_bytes", "own_bytes")
 
 # Prompts of a request, one for each row, and requests of a decoder's turn. A prompt is token ids,
 # or the path of a recording.
@@ -181,7 +179,6 @@ class Decoders:
         self,
         cell: Cell,
         blocks: Sequence[Block],
-        rate: float,
         describe: Describe | None = None,
         settle: float = SETTLE,
     ) -> list[dict[str, Any]]:
@@ -190,7 +187,6 @@ class Decoders:
         Args:
             cell: The kind of request.
             blocks: The requests of each round.
-            rate: Memory bandwidth in bytes per second.
             describe: Returns further fields of a decoder's row from its answers of the first round.
             settle: Pause before a decoder's turn, in seconds.
         """
@@ -218,11 +214,6 @@ class Decoders:
                 **(describe(answers[0]) if describe else {}),
                 **self.facts[name],
             }
-            calls = [Calls.read(one["calls"]) for done in answers for one in done if "calls" in one]
-            if contender.bundle is not None and calls and "token" in row:
-                model = ByteModel(contender.bundle, kernel_instructions())
-                row["token_bytes"] = round(model.token(calls))
-                row["bandwidth"] = row["token_bytes"] / row["token"]["seconds"] / rate
             rows.append(row)
         return rows
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +18,13 @@ def load_ours(path: str, threads: int, options: dict[str, Any]) -> Loaded:
     """Load a bundle.
 
     `options` may have `rows`, the maximum number of rows at once, `context`, the positions of a
-    row, `calls` to return the engine calls, `lookup` to draft from the text, and `schema`, a JSON
-    schema of the output.
+    row, `lookup` to draft from the text, and `schema`, a JSON schema of the output.
     """
     # Only what an application imports: the time of imports is in the first token of a process.
     from runtime import Session
     from runtime.engines import kernels
     from runtime.requests.stream import Stream
 
-    if options.get("calls"):
-        from freeexport.costs.bytes import calls_of
     given: dict[str, Any] = {"mode": "full", "ignore_eos": True}
     if options.get("lookup"):
         given.update(mode="lossless", drafts="lookup")
@@ -58,14 +54,7 @@ def load_ours(path: str, threads: int, options: dict[str, Any]) -> Loaded:
 
         if len(streams) == 1:
             follow(0, streams[0])
-            result = streams[0].result
-            if schema:
-                return {
-                    "ended": result.finish_reason == "eos",
-                    "forced": result.stats.forced_tokens,
-                    "grammar": result.stats.grammar_seconds,
-                }
-            return {"calls": asdict(calls_of(result))} if options.get("calls") else {}
+            return {"ended": streams[0].result.finish_reason == "eos"} if schema else {}
         with ThreadPoolExecutor(len(streams)) as pool:
             list(pool.map(follow, range(len(streams)), streams))
         return {}

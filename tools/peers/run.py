@@ -10,7 +10,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from freeexport.costs.measured import bandwidth_of
 from freeexport.evaluate.speed import speed_prompts
 from freeexport.system.environment import environment
 from freeexport.system.load import other_load
@@ -19,8 +18,7 @@ from runtime.bundle.bundle import Bundle
 from runtime.errors import OptionError
 from runtime.text.tokenizer import Tokenizer
 from tools.peers.catalog import OURS, PEERS, VARIABLES, peer_model
-from tools.peers.equality import equality
-from tools.peers.fidelity import chat_ids, fidelity
+from tools.peers.fidelity import chat_ids, equality, fidelity
 from tools.peers.measure import (
     Answer,
     Cell,
@@ -117,7 +115,6 @@ def measure_step(step: PeerStep, conditions: Conditions) -> dict[str, Any]:
     assert bundle is not None
     timed = step.kind not in ("server", "fidelity", "equality")
     threads = conditions.threads
-    bandwidth = bandwidth_of(threads) if timed else 0.0
     tokens = conditions.short(COMPARED).written
     with other_load() as load:
         if step.kind == "opening":
@@ -134,7 +131,7 @@ def measure_step(step: PeerStep, conditions: Conditions) -> dict[str, Any]:
             prompts = [every[number * len(every) // count] for number in range(count)]
             rows, more = equality(found, prompts, tokens, threads)
         else:
-            rows, more = _requests(step, conditions, found, bundle, bandwidth)
+            rows, more = _requests(step, conditions, found, bundle)
     versions = made.pop("versions")
     flags = {}
     for row in rows:
@@ -149,7 +146,6 @@ def measure_step(step: PeerStep, conditions: Conditions) -> dict[str, Any]:
         "rounds": conditions.rounds if timed else 1,
         "trial": conditions.trial,
         "busy": load.cores if timed else 0.0,
-        "bandwidth": bandwidth,
         **made,
         "versions": versions,
         "flags": flags,
@@ -163,7 +159,6 @@ def _requests(
     conditions: Conditions,
     found: Sequence[Contender],
     bundle: Bundle,
-    bandwidth: float,
 ) -> tuple[Rows, dict[str, str]]:
     manifest = bundle.manifest
     texts = [[ids] for ids in speed_prompts(bundle, None, SAMPLE_TEXTS)]
@@ -182,38 +177,28 @@ def _requests(
                 with_options(replace(plain, name=f"{plain.name}, schema"), schema=schema),
             )
         ]
-        describe = partial(grammar_fields, tokenizer)
+        describe = partial(valid_share, tokenizer)
     end = manifest.eos_token_ids[0] if manifest.encoder_decoder else None
     cells = {
         cell: cell.blocks(texts, conditions.rounds, manifest.vocab_size, end)
         for cell in dict.fromkeys(map(conditions.short, step.cells))
     }
-    options: dict[str, Any] = {"calls": True, "rows": max(cell.rows for cell in cells)}
+    options: dict[str, Any] = {"rows": max(cell.rows for cell in cells)}
     if not manifest.encoder_decoder:
         longest = max(len(ids) for blocks in cells.values() for (ids, *_) in blocks[-1])
         options["context"] = longest + max(cell.written for cell in cells)
     ready = [with_options(one, **options) for one in found]
     with Decoders(ready, conditions.threads) as decoders:
         rows = [
-            row
-            for cell, blocks in cells.items()
-            for row in decoders.rows(cell, blocks, bandwidth, describe)
+            row for cell, blocks in cells.items() for row in decoders.rows(cell, blocks, describe)
         ]
     return rows, decoders.failed
 
 
-def grammar_fields(tokenizer: Tokenizer, answers: Sequence[Answer]) -> dict[str, Any]:
-    """Return the share of complete outputs that fit JSON_SCHEMA, and the grammar's cost in ours."""
-    found: dict[str, Any] = {}
+def valid_share(tokenizer: Tokenizer, answers: Sequence[Answer]) -> dict[str, Any]:
+    """Return the share of complete outputs that fit JSON_SCHEMA."""
     texts = [tokenizer.decode(one["tokens"][0]) for one in answers if one.get("ended")]
-    if texts:
-        found["valid"] = fmean(_valid(text) for text in texts)
-    if all("forced" in one for one in answers):
-        count = sum(len(one["tokens"][0]) for one in answers)
-        found["forced"] = sum(one["forced"] for one in answers) / count
-        spent = sum(one["last"] - one["first"] for one in answers)
-        found["grammar"] = sum(one["grammar"] for one in answers) / spent
-    return found
+    return {"valid": fmean(_valid(text) for text in texts)} if texts else {}
 
 
 def _valid(text: str) -> bool:

@@ -3,11 +3,11 @@
     python -m tools.peers speech test.jsonl --bundle int8=whisper-int8 --peer int8=ct2-model
     python -m tools.peers speech test.jsonl --bundle exit=trained-int8 --modes full,lossless
 
-The lines are those of tools/data/speech.py. A peer is a CTranslate2 model that faster-whisper
-decodes in a process of its own. Settings are the same as for bundles: one thread, one beam, no
-timestamps, English, and no fallback temperatures. All decoders take turns at each line, in rotating
-order. Words are compared without case and punctuation. All tokens of lossless are compared with
-full.
+A line of the data has `audio`, a path relative to the file, and `target`, its text. A peer is a
+CTranslate2 model that faster-whisper decodes in a process of its own. Settings are the same as for
+bundles: one thread, one beam, no timestamps, English, and no fallback temperatures. All decoders
+take turns at each line, in rotating order. Words are compared without case and punctuation. All
+tokens of lossless are compared with full.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -33,76 +32,51 @@ from runtime.speech.audio import read_audio
 from tools.peers.catalog import PEERS, chosen
 from tools.peers.measure import Contender, ask
 
+Run = Mapping[str, Any]
 OURS: dict[str, Any] = {"language": "en", "max_new_tokens": 224, "fallback_temperatures": ()}
 
 
-def run(session: Session, mode: Mode, path: Path) -> dict[str, Any]:
+def run(session: Session, mode: Mode, path: Path) -> Run:
     """Transcribe a clip with a bundle. Seconds include the spectrogram."""
     samples = read_audio(path)
     began = time.perf_counter()
     result = session.generate(samples, mode=mode, **OURS)
-    stats = result.stats
-    return {
-        "text": result.text,
-        "seconds": time.perf_counter() - began,
-        "encode": stats.encode_seconds,
-        "decode": stats.seconds - stats.encode_seconds,
-        "ids": result.token_ids,
-        "tokens": stats.tokens,
-    }
+    seconds = time.perf_counter() - began
+    return {"text": result.text, "seconds": seconds, "ids": result.token_ids}
 
 
 def words(text: str) -> str:
     return " ".join(re.sub(r"[^a-z0-9' ]", " ", text.lower().replace("-", " ")).split())
 
 
-def ratio(pairs: list[list[tuple[dict[str, Any], dict[str, Any]]]], field: str) -> float:
-    """Return the median ratio of a field of two runs, over rounds and then over lines."""
-    return round(
-        float(np.median([np.median([a[field] / b[field] for a, b in line]) for line in pairs])), 3
-    )
-
-
-def table(
-    runs: dict[str, list[list[dict[str, Any]]]], lines: list[dict[str, Any]], first: str
-) -> dict[str, Any]:
-    """Return word error rates and median times by group of lines and by decoder.
+def figures(
+    runs: Mapping[str, Sequence[Sequence[Run]]], targets: Sequence[str]
+) -> dict[str, dict[str, float]]:
+    """Return word error rate, median seconds, and speed relative to the first, by decoder.
 
     Args:
         runs: `runs[name][line][round]`.
-        lines: Lines of the data.
-        first: Decoder that speeds are relative to.
+        targets: Text of each line.
     """
-    found: dict[str, Any] = {}
-    groups = defaultdict(list)
-    for place, line in enumerate(lines):
-        for group in {line.get("length", "all"), line.get("voice", "all"), "all"}:
-            groups[group].append(place)
-    for group, places in sorted(groups.items()):
-        texts = [words(lines[place]["target"]) for place in places]
-        found[group] = {"clips": len(places)}
-        for name, rounds in runs.items():
-            clips = [rounds[place] for place in places]
-            seconds = [np.median([one["seconds"] for one in clip]) for clip in clips]
-            pairs = [list(zip(runs[first][place], rounds[place], strict=True)) for place in places]
-            row = {
-                "wer": round(jiwer.wer(texts, [words(clip[0]["text"]) for clip in clips]), 4),
-                "seconds": round(float(np.median(seconds)), 4),
-                f"times_as_fast_as_{first}": ratio(pairs, "seconds"),
-            }
-            if "encode" in clips[0][0]:
-                if "decode" in runs[first][0][0]:
-                    row[f"decoding_times_as_fast_as_{first}"] = ratio(pairs, "decode")
-                shares = [
-                    np.median([one["encode"] / one["seconds"] for one in clip]) for clip in clips
-                ]
-                row["encoder_share"] = round(float(np.median(shares)), 3)
-                row["tokens"] = float(np.median([clip[0]["tokens"] for clip in clips]))
-            found[group][name] = row
+    texts = [words(target) for target in targets]
+    base = next(iter(runs.values()))
+    found = {}
+    for name, clips in runs.items():
+        # Medians over the rounds of a clip, and then over clips.
+        seconds = [np.median([one["seconds"] for one in clip]) for clip in clips]
+        speeds = [
+            np.median([a["seconds"] / b["seconds"] for a, b in zip(ours, clip, strict=True)])
+            for ours, clip in zip(base, clips, strict=True)
+        ]
+        found[name] = {
+            "wer": round(jiwer.wer(texts, [words(clip[0]["text"]) for clip in clips]), 4),
+            "seconds": round(float(np.median(seconds)), 4),
+            "speed": round(float(np.median(speeds)), 3),
+        }
     return found
 
 
-def check_equality(runs: Mapping[str, list[list[dict[str, Any]]]]) -> None:
+def check_equality(runs: Mapping[str, Sequence[Sequence[Run]]]) -> None:
     """Check that lossless generates the tokens of full.
 
     Raises:
@@ -159,15 +133,16 @@ def main(
             stack.callback(worker.close)
             decoders[name] = lambda path, worker=worker: ask(worker, [str(path)], 0)
         names = list(decoders)
-        runs: dict[str, list[list[dict[str, Any]]]] = {name: [[] for _ in lines] for name in names}
+        runs: dict[str, list[list[Run]]] = {name: [[] for _ in lines] for name in names}
         for turn in range(rounds):
             for place, line in enumerate(lines):
                 shift = (turn + place) % len(names)
                 for name in names[shift:] + names[:shift]:
                     runs[name][place].append(decoders[name](data.parent / line["audio"]))
     check_equality(runs)
-    groups = table(runs, lines, names[0])
-    text = json.dumps({**environment(), "rounds": rounds, "groups": groups}, indent=1)
+    rows = figures(runs, [line["target"] for line in lines])
+    content = {**environment(), "rounds": rounds, "clips": len(lines), "rows": rows}
+    text = json.dumps(content, indent=1)
     click.echo(text)
     if save is not None:
         write_whole(save, text + "\n")

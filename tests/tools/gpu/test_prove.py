@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from fake_device import Machine
 
 from runtime import GenerationResult, Session
-from runtime.errors import EngineError
+from runtime.errors import EngineError, OptionError
 from tools.gpu import prove, prove_commands, prove_speed, prove_steps
 from tools.gpu.prove_context import METHODS, NotApplicable, StepContext
 from tools.gpu.prove_report import CPU_NOTE, report_text
@@ -104,12 +104,16 @@ def test_graphs_and_overlap_do_not_change_tokens_and_calls_are_counted(on_gpu: S
 
 @pytest.mark.slow
 def test_sync_every_is_recommended_by_what_was_measured(on_gpu: StepContext, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prove_speed, "_speed_of", lambda runs: 100.0)
+    speeds = dict.fromkeys(("0", "1", "2", "4", "8"), 100.0)
+
+    def measured(context: StepContext, session: Session, ways: dict[str, Any]) -> dict[str, float]:
+        return dict(zip(ways, speeds.values(), strict=True))
+
+    monkeypatch.setattr(prove_speed, "_speeds", measured)
     outcome = prove_speed.sync_every(on_gpu)
     assert outcome.line == "recommended: sync_every 4; 4 is 1.00x as fast as 1"
     assert len(outcome.rows) == 2
-    speeds = iter([10.0, 20.0, 10.0, 10.0, 10.0] * 2)
-    monkeypatch.setattr(prove_speed, "_speed_of", lambda runs: next(speeds))
+    speeds["1"] = 200.0
     assert prove_speed.sync_every(on_gpu).line == "recommended: sync_every 1; 4 is 0.50x as fast as 1"
 
 
@@ -148,20 +152,20 @@ def test_on_the_cpu_calls_are_timed_by_the_host_and_tensorrt_does_not_apply(conv
 
 def test_a_step_that_breaks_or_takes_too_long_is_recorded_and_the_report_written(tmp_path: Path) -> None:
     base = StepContext("cpu", "", 8, 1)
-    report = prove.prove(base, tmp_path / "out.md", [Path("m")], ("providers", "conversion"), minutes=0.0005)
+    out = tmp_path / "out"
+    report = prove.prove(base, out, [Path("m")], ("providers", "conversion"), minutes=0.0005)
     assert [entry["state"] for entry in report["steps"]] == ["timed out"] + ["not run"] * (len(report["steps"]) - 1)
     assert "more than the 0 s that were left" in report["steps"][0]["line"]
-    assert report["steps"][1]["line"] == "the time was over; give more --minutes"
-    assert [path.name for path in tmp_path.iterdir()] == ["out.md"]
-    broken = prove.run_step("no-such-step", replace(base, work=str(tmp_path)), tmp_path, limit=60)
+    assert report["steps"][1]["line"] == "the time was over; repeat the command to continue"
+    broken = prove.run_step("no-such-step", replace(base, work=str(tmp_path)), limit=60)
     assert broken["line"] == "the conversion wrote no bundle"
     (tmp_path / "m-fp16").mkdir()
     context = replace(base, model="m", name="m", precision="fp16", work=str(tmp_path))
-    broken = prove.run_step("no-such-step", context, tmp_path, limit=60)
+    broken = prove.run_step("no-such-step", context, limit=60)
     assert broken["state"] == "error"
     assert broken["line"] == "exit code 1: KeyError: 'no-such-step'"
     assert broken["last_lines"][0].startswith("Traceback")
-    text = (tmp_path / "out.md").read_text()
+    text = (out / prove.PAGE).read_text()
     assert CPU_NOTE in text
     assert "**providers**, timed out: more than the 0 s" in text
     values = json.loads(text[text.index("```json\n") + 8 : text.rindex("```")])
@@ -169,6 +173,27 @@ def test_a_step_that_breaks_or_takes_too_long_is_recorded_and_the_report_written
     assert values["commit"]
     report["steps"].append(broken)
     assert "KeyError" in report_text(report)
+
+
+def test_interrupted_run_continues_with_the_steps_without_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran = []
+
+    def run_step(name: str, context: StepContext, limit: float) -> dict[str, Any]:
+        ran.append(name)
+        state = "timed out" if ran.count(name) == 1 and name == "training" else "done"
+        entry = {"model": "m", "precision": "", "step": name, "state": state, "line": "", "seconds": 0.0}
+        return {**entry, "columns": (), "rows": [], "values": {}, "last_lines": []}
+
+    monkeypatch.setattr(prove, "run_step", run_step)
+    base = StepContext("cpu", "", 8, 1)
+    for _ in range(2):
+        report = prove.prove(base, tmp_path / "out", [Path("m")], ("providers", "training"), minutes=1)
+    assert ran == ["providers", "training", "training"]
+    assert [entry["state"] for entry in report["steps"]] == ["done", "done"]
+    with pytest.raises(OptionError, match="other tokens"):
+        prove.prove(replace(base, tokens=9), tmp_path / "out", [Path("m")], ("providers",), minutes=1)
 
 
 def test_bundles_are_converted_once_and_important_steps_come_first() -> None:
@@ -194,8 +219,9 @@ def test_what_cannot_run_is_refused_before_any_work(tmp_path: Path, monkeypatch:
     assert "needs ONNX Runtime with CUDA" in str(refused.exception)
     assert not (tmp_path / "out").exists()
     assert "'modez' is no step" in invoke("--output", tmp_path / "out", "--steps", "modez").output
-    (tmp_path / "out.md").write_text("")
-    assert "--overwrite" in str(invoke("--output", tmp_path / "out.md", "--device", "cpu").exception)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes").write_text("")
+    assert "choose another --output" in str(invoke("--output", tmp_path / "out", "--device", "cpu").exception)
 
 
 def test_a_bar_in_an_outcome_is_escaped_once() -> None:
