@@ -30,6 +30,7 @@ from time import monotonic
 from typing import Any
 
 import click
+from tools.steps import Steps
 
 from freeexport.checkpoints.checkpoint import smollm2
 from freeexport.demo import G2P
@@ -42,7 +43,6 @@ from runtime.requests.load_engines import check_device
 from tools.data.splits import run_tool
 from tools.gpu.prove_report import BAD, report_text
 from tools.gpu.prove_steps import PLAN, STEPS, WITHOUT_BUNDLE, WITHOUT_MODEL, StepContext
-from tools.steps import Steps
 
 LAST_LINES = 20
 RUN = "prove.json"
