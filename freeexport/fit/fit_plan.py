@@ -452,6 +452,10 @@ def _with_training_time(
     # time.
     frozen = 0.75 * seconds.get("exit", 0.0) * speed["tokens_per_second"] / line_tokens
     training = Training(
-        **speed, **settings, frozen_lines=max(MIN_TRAIN, int(frozen)), batch_tokens=batch
+        **settings,
+        step=speed["step"],
+        tokens_per_second=speed["tokens_per_second"],
+        frozen_lines=max(MIN_TRAIN, int(frozen)),
+        batch_tokens=batch,
     )
     return replace(plan, seconds=seconds, training=training, missing=missing)
