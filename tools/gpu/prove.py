@@ -30,13 +30,13 @@ from time import monotonic
 from typing import Any
 
 import click
-from tools.steps import Steps
 
 from freeexport.checkpoints.checkpoint import smollm2
 from freeexport.demo import G2P
 from freeexport.system.child import PACKAGES
 from freeexport.system.environment import environment
 from freeexport.system.output import write_whole
+from freeexport.system.steps import Steps
 from runtime.errors import FreeExportError, OptionError
 from runtime.machine.device import Device
 from runtime.requests.load_engines import check_device

@@ -221,7 +221,7 @@ def test_what_cannot_run_is_refused_before_any_work(tmp_path: Path, monkeypatch:
     assert "'modez' is no step" in invoke("--output", tmp_path / "out", "--steps", "modez").output
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes").write_text("")
-    assert "choose another --output" in str(invoke("--output", tmp_path / "out", "--device", "cpu").exception)
+    assert "choose another directory" in str(invoke("--output", tmp_path / "out", "--device", "cpu").exception)
 
 
 def test_a_bar_in_an_outcome_is_escaped_once() -> None:
