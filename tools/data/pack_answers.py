@@ -2,8 +2,8 @@
 
     python -m tools.data.pack_answers answers.jsonl more.jsonl
 
-Reads what tools.data.answers writes, and replaces the package's answers.jsonl.xz. A text that
-occurs twice is kept once.
+Reads what `freeexport generate --output` writes, and replaces the package's answers.jsonl.xz. A
+text that occurs twice is kept once. Lines that failed are left out.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ def main(answers: tuple[Path, ...]) -> None:
     texts: dict[str, bool] = {}
     for path in answers:
         for line in map(json.loads, whole_lines(path)):
-            texts.setdefault(line["target"], line["complete"])
+            if "text" in line:
+                texts.setdefault(line["text"], line["finish_reason"] in ("eos", "stop"))
     lines = [
         json.dumps({"target": text, "complete": complete}, ensure_ascii=False) + "\n"
         for text, complete in texts.items()
