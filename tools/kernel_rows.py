@@ -30,7 +30,7 @@ import numpy as np
 
 from freeexport.system.environment import environment
 from freeexport.system.load import load_note, other_load
-from freeexport.system.output import write_whole
+from freeexport.system.output import check_writable, write_whole
 from runtime.engines.kernels import LIBRARY, instructions
 from runtime.errors import EngineError
 from tools.data.splits import run_tool
@@ -312,6 +312,7 @@ def main(
     floats: bool,
     save: Path | None,
 ) -> None:
+    check_writable(save, "--save")
     libraries = {"this": LIBRARY} | ({"other": against} if against else {})
     with other_load() as other:
         found = measure(

@@ -15,9 +15,8 @@ from pathlib import Path
 import click
 
 from freeexport.conversion.phrases import READY_MADE
-from freeexport.system.jsonl import whole_lines
 from freeexport.system.output import replacing
-from tools.data.splits import run_tool
+from tools.data.splits import DataError, json_lines, run_tool
 
 
 @click.command(help=__doc__)
@@ -25,9 +24,11 @@ from tools.data.splits import run_tool
 def main(answers: tuple[Path, ...]) -> None:
     texts: dict[str, bool] = {}
     for path in answers:
-        for line in map(json.loads, whole_lines(path)):
+        for line in json_lines(path):
             if "text" in line:
-                texts.setdefault(line["text"], line["finish_reason"] in ("eos", "stop"))
+                texts.setdefault(line["text"], line.get("finish_reason") in ("eos", "stop"))
+    if not texts:
+        raise DataError("no line has a 'text'; give the output of freeexport generate")
     lines = [
         json.dumps({"target": text, "complete": complete}, ensure_ascii=False) + "\n"
         for text, complete in texts.items()
