@@ -5,11 +5,10 @@
 Times the layers' products and the head of SmolLM2-135M with 1 to 8 rows, or up to 64 (--rows). The
 weights are random and do not fit the processor's caches. --against names a library of another
 build: the two take turns, and their results must have the same bits. --activations also times
-activations in int16 or fp32. --floats times weights in bfloat16 and fp32 instead. With --threads,
-each thread has its share of the outputs of every product, and no thread waits for another. Times
-are the processor time of the slowest thread, 10 % quantiles, because other processes only make
-calls slower. "stream" is the time in which as many threads read as many bytes with numpy. Run from
-the root of the repository.
+activations in int16 or fp32. With --threads, each thread has its share of the outputs of every
+product, and no thread waits for another. Times are the processor time of the slowest thread, 10 %
+quantiles, because other processes only make calls slower. "stream" is the time in which as many
+threads read as many bytes with numpy. Run from the root of the repository.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ import numpy as np
 
 from freeexport.system.environment import environment
 from freeexport.system.load import load_note, other_load
-from freeexport.system.output import write_whole
+from freeexport.system.output import check_writable, write_whole
 from runtime.engines.kernels import LIBRARY, instructions
 from runtime.errors import EngineError
 from tools.data.splits import run_tool
@@ -114,20 +113,11 @@ class Pages:
 def part(
     pages: Pages, name: str, bits: int, shapes: Iterable[tuple[int, int, int, bool]]
 ) -> ModelPart:
-    """Return a part with random weights: 4 bits in blocks of 32 with offsets, 8 bits of 64, floats.
-
-    16 bits are bfloat16.
-    """
+    """Return a part with random weights: 4 bits in blocks of 32 with offsets, or 8 bits of 64."""
     rng = np.random.default_rng(bits)
     began = pages.used
 
     def weight(outputs: int, inputs: int) -> PackedWeight:
-        if bits >= 16:
-            values = rng.standard_normal(outputs * inputs, np.float32).view(np.uint32)
-            floats = (values >> 16).astype(np.uint16) if bits == 16 else values
-            made = PackedWeight(outputs, inputs, bits, 32, bfloat16=int(bits == 16))
-            made.data = pages.add(floats.view(np.uint8))
-            return made
         block = 32 if bits == 4 else 64
         scales = rng.random((2, outputs * inputs // block), np.float32).astype(np.float16)
         made = PackedWeight(outputs, inputs, bits, block)
@@ -211,12 +201,10 @@ def measure(
     max_rows: int,
     threads: int = 1,
     activations: Sequence[str] = (),
-    floats: bool = False,
 ) -> list[dict[str, Any]]:
     """Return a row for each part and library, with milliseconds by number of rows up to `max_rows`.
 
-    Also for each part with `activations` in other types. With `floats`, for layers in bfloat16 and
-    in fp32 instead.
+    Also for each part with `activations` in other types.
 
     Raises:
         EngineError: If libraries return different results.
@@ -228,9 +216,6 @@ def measure(
         part(pages, "int8 head", 8, HEAD),
     ]
     parts += [widened(item, type_) for type_ in activations for item in parts]
-    if floats:
-        parts = [part(pages, "bf16 layers", 16, LAYER * LAYERS)]
-        parts.append(part(pages, "fp32 layers", 32, LAYER * LAYERS))
     calls = {name: load(path) for name, path in libraries.items()}
     shapes = (*LAYER, *HEAD)
     inputs = max(shape[1] for shape in shapes)
@@ -301,7 +286,6 @@ def measure(
     type=click.Choice(("int16", "fp32")),
     help="Also time activations of this type.",
 )
-@click.option("--floats", is_flag=True, help="Time weights in bfloat16 and fp32 instead.")
 @click.option("--save", type=click.Path(path_type=Path), help="JSON file to write.")
 def main(
     against: Path | None,
@@ -309,14 +293,12 @@ def main(
     rows: int,
     threads: int,
     activations: tuple[str, ...],
-    floats: bool,
     save: Path | None,
 ) -> None:
+    check_writable(save, "--save")
     libraries = {"this": LIBRARY} | ({"other": against} if against else {})
     with other_load() as other:
-        found = measure(
-            libraries, rounds, rows, threads=threads, activations=activations, floats=floats
-        )
+        found = measure(libraries, rounds, rows, threads=threads, activations=activations)
     for row in found:
         one = row["milliseconds"][1]
         each = [f"{taken:.2f} ({taken / one:.2f})" for taken in row["milliseconds"].values()]
@@ -330,7 +312,6 @@ def main(
         command = "python -m tools.kernel_rows" + (" --against OTHER" if against else "")
         command += f" --rounds {rounds} --rows {rows} --threads {threads}"
         command += "".join(f" --activations {type_}" for type_ in activations)
-        command += " --floats" if floats else ""
         content = {
             "command": command,
             "environment": environment(),

@@ -20,8 +20,9 @@ import click
 import numpy as np
 
 from freeexport.system.environment import environment
-from freeexport.system.output import write_whole
+from freeexport.system.output import check_writable, write_whole
 from runtime import Bundle, GenerationResult, Session
+from runtime.errors import OptionError
 from tools.data.splits import run_tool
 
 PROMPTS = Path(__file__).with_name("chat_prompts.jsonl")
@@ -153,6 +154,15 @@ def main(
     threads: int,
     output: Path | None,
 ) -> None:
+    check_writable(output, "--output")
+    manifests = [Bundle.open(path).manifest for path in bundles]
+    if manifests[0].precision != "fp32":
+        raise OptionError(
+            f"{bundles[0]} is in {manifests[0].precision}; name the fp32 bundle first"
+        )
+    for path, manifest in zip(bundles, manifests, strict=True):
+        if manifest.source_sha256 != manifests[0].source_sha256:
+            raise OptionError(f"{path} is not of the checkpoint of {bundles[0]}; name one model's")
     rows = quality_rows(bundles, samples, tokens, slots, threads)
     click.echo(
         "| precision | same answers | log-likelihood a token | same next token |\n|---|---|---|---|"
@@ -165,7 +175,7 @@ def main(
         click.echo(f"| {row['precision']}{wide} | {figures} |")
     if output is not None:
         facts = {
-            "model": Bundle.open(bundles[0]).manifest.source,
+            "model": manifests[0].source,
             "prompts": samples,
             "tokens": tokens,
         }

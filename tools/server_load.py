@@ -32,8 +32,8 @@ import httpx
 import numpy as np
 
 from freeexport.system.machine import detect_machine
-from freeexport.system.output import write_whole
-from runtime.errors import EngineError
+from freeexport.system.output import check_writable, write_whole
+from runtime.errors import EngineError, one_line
 from tools.data.splits import run_tool
 
 PROMPTS = (
@@ -124,13 +124,19 @@ def format_percentiles(seconds: Sequence[float]) -> str:
     return " ".join(f"{1e3 * value:8.1f}" for value in np.percentile(seconds, (50, 95, 99)))
 
 
+def url_of(command: str) -> str:
+    """Return the URL of the server that a command with --port starts."""
+    parts = shlex.split(command)
+    if "--port" not in parts[:-1]:
+        raise click.UsageError(f"--against {command!r} names no --port; add one that is free")
+    return f"http://127.0.0.1:{parts[parts.index('--port') + 1]}"
+
+
 @contextmanager
 def other_server(command: str) -> Iterator[str]:
     """Context manager: start the server of a command with --port, and yield its URL."""
     parts = shlex.split(command)
-    if "--port" not in parts[:-1]:
-        raise click.UsageError(f"--against {command!r} names no --port; add one that is free")
-    url = f"http://127.0.0.1:{parts[parts.index('--port') + 1]}"
+    url = url_of(command)
     with subprocess.Popen(parts, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         try:
             for _ in range(10 * START_SECONDS):
@@ -175,13 +181,21 @@ def latency(url: str, clients: int, seconds: float, tokens: int, name: str) -> d
 
 @click.command(context_settings={"show_default": True})
 @click.argument("bundle", type=click.Path(path_type=Path, exists=True))
-@click.option("--threads", type=int, default=2)
-@click.option("--slots", type=int, default=16)
-@click.option("--seconds", type=float, default=20, help="For each number of clients.")
-@click.option("--max-new-tokens", "tokens", type=int, default=64)
-@click.option("--rounds", type=int, default=1)
+@click.option("--threads", type=click.IntRange(1), default=2)
+@click.option("--slots", type=click.IntRange(1), default=16)
 @click.option(
-    "--clients", type=int, multiple=True, help="Numbers of clients.  [default: 1, 4, 16, 64]"
+    "--seconds",
+    type=click.FloatRange(0, min_open=True),
+    default=20,
+    help="For each number of clients.",
+)
+@click.option("--max-new-tokens", "tokens", type=click.IntRange(2), default=64)
+@click.option("--rounds", type=click.IntRange(1), default=1)
+@click.option(
+    "--clients",
+    type=click.IntRange(1),
+    multiple=True,
+    help="Numbers of clients.  [default: 1, 4, 16, 64]",
 )
 @click.option("--against", help="The command of another server, with its --port.")
 @click.option("--save", type=click.Path(path_type=Path), help="Write what clients see as JSON.")
@@ -197,6 +211,9 @@ def main(
     save: Path | None,
 ) -> None:
     """Measure the server of BUNDLE."""
+    check_writable(save, "--save")
+    if against is not None:
+        url_of(against)
     click.echo(
         f"{detect_machine().cpu}, {threads} threads; load average before: {os.getloadavg()[0]:.1f}"
     )
@@ -211,7 +228,10 @@ def main(
     for number, turn in itertools.product(clients or CLIENTS, range(rounds)):
         for name in list(servers)[:: 1 if turn % 2 == 0 else -1]:
             with servers[name]() as url:
-                rows.append(latency(url, number, seconds, tokens, name))
+                try:
+                    rows.append(latency(url, number, seconds, tokens, name))
+                except httpx.HTTPError as error:
+                    raise EngineError(f"{name} at {url} failed ({one_line(error)})") from None
     if save is not None:
         facts = {
             "processor": detect_machine().cpu,

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import click
+import httpx
 import pytest
 from click.testing import CliRunner
 
@@ -55,3 +56,26 @@ def test_another_server_that_never_answers_is_refused_and_ended(
     with pytest.raises((click.UsageError, EngineError), match=problem), server_load.other_server(command):
         pass
     assert time.monotonic() - began < 30
+
+
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [(["--against", "llama-server"], "names no --port"), (["--save", "none/rows.json"], "--save: directory none")],
+)
+def test_what_cannot_be_measured_or_saved_is_refused_before_a_server_starts(
+    given: list[str], problem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server_load, "served", lambda *arguments: pytest.fail("a server started"))
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(server_load.main, [str(tmp_path), *given])
+    assert problem in result.output + str(result.exception)
+
+
+def test_failing_requests_end_in_one_line(chat: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def refused(*arguments: object) -> None:
+        raise httpx.ConnectError("refused\nby the server")
+
+    monkeypatch.setattr(server_load, "load", refused)
+    result = CliRunner().invoke(server_load.main, [str(chat), "--threads", "1", "--clients", "1"])
+    assert isinstance(result.exception, EngineError)
+    assert re.fullmatch(r"ours at http\S+ failed \(.*refused.*\)", str(result.exception))

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import click
 
+from freeexport.system.output import check_output
 from tools.data.debian_index import (
     INDEX,
     PackageDescription,
@@ -31,6 +32,7 @@ from tools.data.debian_index import (
     splits_of,
 )
 from tools.data.splits import (
+    MARKER,
     OVERWRITE,
     SHARES,
     Line,
@@ -187,6 +189,7 @@ def command(
 ) -> None:
     """Write a data set from Debian's package index to the directory OUT, in four splits."""
     check_version(test_version, seed)
+    check_output(out, MARKER, overwrite)
     english, packages = read_index(index)
     source = sources(english, packages)
     family = package_families(english, source)

@@ -95,6 +95,8 @@ def read_index(index: Path) -> tuple[dict[str, PackageDescription], list[dict[st
     if not index.is_dir():
         click.echo("fetching the package index", err=True)
         fetch_index(index)
+    if missing := [name for name in TEXTS if not (index / name).is_file()]:
+        raise DataError(f"{index} has no {missing[0]}; choose another --index, or remove it")
     texts = []
     for name in TEXTS:
         with (index / name).open(encoding="utf-8", errors="replace") as file:

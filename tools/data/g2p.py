@@ -26,7 +26,9 @@ from pathlib import Path
 
 import click
 
+from freeexport.system.output import check_output
 from tools.data.splits import (
+    MARKER,
     OVERWRITE,
     SHARES,
     DataError,
@@ -192,6 +194,7 @@ def command(
     overwrite: bool,
 ) -> None:
     """Write words and phrases with their phonemes to the directory OUT, in four splits."""
+    check_output(out, MARKER, overwrite)
     if shortest > longest:
         raise click.UsageError(f"--shortest {shortest} is more than --longest {longest}")
     entries, version = dictionary()

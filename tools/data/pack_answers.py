@@ -2,8 +2,8 @@
 
     python -m tools.data.pack_answers answers.jsonl more.jsonl
 
-Reads what tools.data.answers writes, and replaces the package's answers.jsonl.xz. A text that
-occurs twice is kept once.
+Reads what `freeexport generate --output` writes, and replaces the package's answers.jsonl.xz. A
+text that occurs twice is kept once. Lines that failed are left out.
 """
 
 from __future__ import annotations
@@ -15,9 +15,8 @@ from pathlib import Path
 import click
 
 from freeexport.conversion.phrases import READY_MADE
-from freeexport.system.jsonl import whole_lines
 from freeexport.system.output import replacing
-from tools.data.splits import run_tool
+from tools.data.splits import DataError, json_lines, run_tool
 
 
 @click.command(help=__doc__)
@@ -25,8 +24,11 @@ from tools.data.splits import run_tool
 def main(answers: tuple[Path, ...]) -> None:
     texts: dict[str, bool] = {}
     for path in answers:
-        for line in map(json.loads, whole_lines(path)):
-            texts.setdefault(line["target"], line["complete"])
+        for line in json_lines(path):
+            if "text" in line:
+                texts.setdefault(line["text"], line.get("finish_reason") in ("eos", "stop"))
+    if not texts:
+        raise DataError("no line has a 'text'; give the output of freeexport generate")
     lines = [
         json.dumps({"target": text, "complete": complete}, ensure_ascii=False) + "\n"
         for text, complete in texts.items()

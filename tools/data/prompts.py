@@ -21,6 +21,7 @@ from typing import Literal, get_args
 
 import click
 
+from freeexport.system.output import check_output
 from tools.data.debian import SHOWN
 from tools.data.debian_index import (
     INDEX,
@@ -33,6 +34,7 @@ from tools.data.debian_index import (
 )
 from tools.data.debian_index import sources as source_packages
 from tools.data.splits import (
+    MARKER,
     OVERWRITE,
     SHARES,
     Line,
@@ -386,19 +388,27 @@ def command(
 ) -> None:
     """Write prompts of eight kinds to the directory OUT, in four splits."""
     check_version(test_version, seed)
+    check_output(out, MARKER, overwrite)
     dictd = dictionaries / "usr/share/dictd"
     wordnet = dictionaries / "usr/share/wordnet"
-    if not dictd.is_dir() or not wordnet.is_dir():
+    files = [
+        *(dictd / name for name in ("foldoc.index", "foldoc.dict.dz")),
+        *(wordnet / name for name in ("data.noun", "cntlist.rev")),
+    ]
+    if not all(path.is_file() for path in files):
         click.echo(f"fetching {' and '.join(PACKAGES)}", err=True)
         fetch_packages(dictionaries)
     english, records = read_index(index)
-    foldoc = (dictd / "foldoc.index").read_text(encoding="utf-8").splitlines()
+    terms_index, dictionary, noun_data, noun_counts = files
     sources = [
         *packages(english, records),
-        *terms(foldoc, gzip.decompress((dictd / "foldoc.dict.dz").read_bytes())),
+        *terms(
+            terms_index.read_text(encoding="utf-8").splitlines(),
+            gzip.decompress(dictionary.read_bytes()),
+        ),
         *nouns(
-            (wordnet / "data.noun").read_text(encoding="utf-8").splitlines(),
-            (wordnet / "cntlist.rev").read_text(encoding="utf-8").splitlines(),
+            noun_data.read_text(encoding="utf-8").splitlines(),
+            noun_counts.read_text(encoding="utf-8").splitlines(),
         ),
     ]
     splits = {}

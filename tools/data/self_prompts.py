@@ -20,7 +20,7 @@ from freeexport.system.jsonl import append_lines, whole_lines
 from runtime import Session
 from runtime.bundle.bundle import Bundle
 from runtime.text.tokenizer import Tokenizer
-from tools.data.splits import run_tool
+from tools.data.splits import json_lines, run_tool
 
 # Rendered in place of the user's text, to find where that text begins.
 PLACE = "freeexport-place-of-the-text"
@@ -103,7 +103,10 @@ def command(
     if tokenizer is None:
         raise DataError(f"{bundle} has no tokenizer; name a bundle of a chat model")
     text_before_user(tokenizer, [])  # refuse an unfit template before any work
-    written = [json.loads(line) for line in whole_lines(out)]
+    whole_lines(out)  # removes the partial line of a run that was killed
+    written = list(json_lines(out)) if out.exists() else []
+    if not all({"seed", "input"} <= line.keys() for line in written):
+        raise DataError(f"{out} has lines without 'seed' and 'input'; choose another file")
     done = {line["seed"] for line in written}
     seen = {json.dumps(line["input"]) for line in written}
 

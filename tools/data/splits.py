@@ -13,7 +13,7 @@ a key with them. No measurement may read more lines of a version.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,7 +24,7 @@ from freeexport.checkpoints.examples import DataError as DataError
 from freeexport.fit.splits import normalised as normalised
 from freeexport.fit.splits import stable_hash
 from freeexport.system.output import output_directory
-from runtime.errors import FreeExportError
+from runtime.errors import FreeExportError, one_line
 
 # Percent of all keys, in the order of hash ranges.
 SHARES = {"train": 90, "validation": 2, "calibration": 3, "test": 5}
@@ -120,6 +120,22 @@ def write_data_set(
         text = json.dumps({**about, "sizes": sizes, "shares": SHARES}, indent=2, ensure_ascii=False)
         (directory / MARKER).write_text(text + "\n", encoding="utf-8")
     click.echo(f"{out}: " + ", ".join(f"{size} {name}" for name, size in sizes.items()))
+
+
+def json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the objects in a JSONL file.
+
+    Raises:
+        DataError: If a line is not an object. The message names it.
+    """
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise DataError(f"{path}, line {number} is not JSON ({one_line(error)})") from None
+        if not isinstance(record, dict):
+            raise DataError(f"{path}, line {number} is not an object")
+        yield record
 
 
 def run_tool(tool: click.Command) -> None:

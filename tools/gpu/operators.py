@@ -10,14 +10,17 @@ A node without a kernel would run on the CPU, with copies of its inputs and outp
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import click
 import onnx
+from google.protobuf.message import DecodeError
+
+from runtime.errors import EngineError, OptionError, one_line
+from tools.data.splits import run_tool
 
 TABLE = Path(__file__).with_name("operators.json")
 OPSETS = {"": 24, "com.microsoft": 1}  # as in graphs/graph.py
@@ -34,7 +37,7 @@ def load_table(path: Path = TABLE) -> dict[str, Any]:
     """Load the table of CUDA kernels."""
     table: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     if table["opset"] != OPSETS[""]:
-        raise ValueError(
+        raise OptionError(
             f"the table is for opset {table['opset']}, and graphs have {OPSETS['']}; run --dump"
         )
     return table
@@ -137,9 +140,8 @@ def dump() -> dict[str, Any]:
         if kernel.provider == "CUDAExecutionProvider"
     ]
     if not kernels:
-        raise SystemExit(
-            "error: this ONNX Runtime shows no CUDA kernels; "
-            "install onnxruntime-gpu and its libraries"
+        raise EngineError(
+            "this ONNX Runtime shows no CUDA kernels; install onnxruntime-gpu and its libraries"
         )
     schemas: dict[tuple[str, str], Any] = {}
     for schema in state.get_all_operator_schema():
@@ -197,40 +199,44 @@ def write_table(content: Mapping[str, Any], path: Path = TABLE) -> None:
 
 
 def check_bundle(bundle: Path, table: Mapping[str, Any]) -> list[str]:
-    """Return the nodes without a kernel in all graphs of a directory."""
+    """Return the nodes without a kernel in all graphs of a directory.
+
+    Raises:
+        OptionError: If it has no graphs, or one cannot be read.
+    """
     graphs = sorted(bundle.glob("*.onnx"))
+    if not graphs:
+        raise OptionError(f"{bundle} has no graphs; give a bundle")
     problems = []
     for path in graphs:
-        model = onnx.load(path, load_external_data=False)
+        try:
+            model = onnx.load(path, load_external_data=False)
+        except (OSError, DecodeError) as error:
+            raise OptionError(f"{path} cannot be read ({one_line(error)})") from None
         problems += check_graph(model, path.stem, table)
     return problems
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("bundle", type=Path, nargs="?", metavar="BUNDLE")
-    parser.add_argument(
-        "--dump", action="store_true", help=f"write {TABLE.name} from the installed onnxruntime-gpu"
-    )
-    arguments = parser.parse_args()
-    if arguments.dump:
+@click.command(help=__doc__)
+@click.argument("bundle", required=False, type=click.Path(path_type=Path))
+@click.option(
+    "--dump", "dumps", is_flag=True, help=f"Write {TABLE.name} from the installed onnxruntime-gpu."
+)
+def command(bundle: Path | None, dumps: bool) -> None:
+    if bundle is None and not dumps:
+        raise click.UsageError("give a bundle, or --dump")
+    if dumps:
         write_table(dump())
-    if arguments.bundle is None:
-        return 0 if arguments.dump else parser.error("give a bundle, or --dump")
-    if not list(arguments.bundle.glob("*.onnx")):
-        print(f"error: {arguments.bundle} has no graphs; give a bundle", file=sys.stderr)
-        return 1
-    table = load_table()
-    findings = check_bundle(arguments.bundle, table)
-    print(
-        *findings,
-        f"{len(findings)} nodes without a CUDA kernel in ONNX Runtime {table['onnxruntime']}",
-        sep="\n",
-    )
-    return 1 if findings else 0
+    if bundle is not None:
+        table = load_table()
+        findings = check_bundle(bundle, table)
+        for finding in findings:
+            click.echo(finding)
+        version = table["onnxruntime"]
+        click.echo(f"{len(findings)} nodes without a CUDA kernel in ONNX Runtime {version}")
+        if findings:
+            raise SystemExit(1)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_tool(command)

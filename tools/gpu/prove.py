@@ -4,7 +4,7 @@
     python -m tools.gpu.prove --output cpu --device cpu --tokens 12 --rounds 1
 
 The steps are those of `PLAN`: ONNX Runtime's CUDA provider and TensorRT with a model in fp32, fp16,
-bf16, int8, int4 and fp8, a training step, calibrations, and rows of the paper's comparison.
+bf16, int8, int4 and fp8, a training step, a calibration, and rows of the paper's comparison.
 
 Each step runs in its own process. The page, gpu.md in --output, is written after each, so it exists
 however far the run gets. A step that fails is recorded with its last lines, and the next ones go
@@ -16,22 +16,21 @@ With --device cpu the same steps run on the CPU provider: everything but CUDA it
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
+from importlib.util import find_spec
 from pathlib import Path
 from time import monotonic
 from typing import Any
 
 import click
 
-from freeexport.checkpoints.checkpoint import smollm2
+from freeexport.checkpoints.checkpoint import open_checkpoint, smollm2
 from freeexport.demo import G2P
 from freeexport.system.child import PACKAGES
 from freeexport.system.environment import environment
@@ -41,8 +40,9 @@ from runtime.errors import FreeExportError, OptionError
 from runtime.machine.device import Device
 from runtime.requests.load_engines import check_device
 from tools.data.splits import run_tool
+from tools.gpu.prove_context import StepContext
 from tools.gpu.prove_report import BAD, report_text
-from tools.gpu.prove_steps import PLAN, STEPS, WITHOUT_BUNDLE, WITHOUT_MODEL, StepContext
+from tools.gpu.prove_steps import PLAN, STEPS, WITHOUT_BUNDLE
 
 LAST_LINES = 20
 RUN = "prove.json"
@@ -58,75 +58,63 @@ def default_model() -> Path:
     return G2P
 
 
-def planned(
-    base: StepContext, models: Sequence[Path], chosen: Sequence[str]
-) -> Iterator[tuple[str, StepContext]]:
+def planned(base: StepContext, chosen: Sequence[str]) -> Iterator[tuple[str, StepContext]]:
     """Yield the names of the chosen steps and what they work on, in order.
 
     A bundle is converted before the first chosen step that needs it.
     """
     converted = set()
     for precision, steps in PLAN:
-        for model in models:
-            # The stem of a file, and the whole name of a directory, which may contain dots.
-            name = model.stem if model.is_file() else model.resolve().name
-            context = replace(base, model=str(model), name=name, precision=precision)
-            for step in steps:
-                if step not in chosen:
-                    continue
-                if step in WITHOUT_MODEL:
-                    if model == models[0]:
-                        yield step, base
-                    continue
-                if step not in WITHOUT_BUNDLE and context.bundle not in converted:
-                    converted.add(context.bundle)
-                    if "conversion" not in chosen:
-                        yield "conversion", context
-                yield step, context
+        context = replace(base, precision=precision)
+        for step in steps:
+            if step not in chosen:
+                continue
+            if step not in WITHOUT_BUNDLE and precision not in converted:
+                converted.add(precision)
+                yield "conversion", context
+            yield step, context
 
 
 def run_step(name: str, context: StepContext, limit: float) -> dict[str, Any]:
     """Run a step in a child process. Returns its entry in the report."""
-    entry: dict[str, Any] = {
-        **{"model": context.name, "precision": context.precision, "step": name},
-        **{"state": "not run", "line": "", "seconds": 0.0},
-        **{"columns": (), "rows": [], "values": {}, "last_lines": []},
+    entry = {
+        "precision": context.precision,
+        "step": name,
+        "state": "not run",
+        "line": "",
+        "seconds": 0.0,
+        "columns": (),
+        "rows": [],
+        "values": {},
+        "last_lines": [],
     }
     if limit <= 0:
         return entry | {"line": "the time was over; repeat the command to continue"}
     if name not in WITHOUT_BUNDLE and not context.bundle.exists():
         return entry | {"line": "the conversion wrote no bundle"}
     folder = Path(context.work)
-    given, result, log = (folder / name for name in ("context.json", "result.json", "log.txt"))
-    given.write_text(json.dumps(asdict(context)), encoding="utf-8")
+    result = folder / "result.json"
+    log = folder / "log.txt"
     result.unlink(missing_ok=True)
     path = os.pathsep.join(filter(None, [PACKAGES, os.environ.get("PYTHONPATH")]))
-    command = [sys.executable, "-m", "tools.gpu.prove_steps", name, str(given), str(result)]
+    given = json.dumps(asdict(context))
+    code: int | None = None
     began = monotonic()
-    with open(log, "wb") as output:
-        # Its own session, so that its children can be killed with it.
-        process = subprocess.Popen(
-            command,
+    with open(log, "wb") as output, suppress(subprocess.TimeoutExpired):
+        # Processes that the step started end with it, see freeexport/system/child.py.
+        code = subprocess.run(
+            [sys.executable, "-m", "tools.gpu.prove_steps", name, given, str(result)],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
             env={**os.environ, "PYTHONPATH": path, "TQDM_DISABLE": "1"},
-            start_new_session=True,
-        )
-        try:
-            process.wait(limit)
-            timed_out = False
-        except subprocess.TimeoutExpired:
-            timed_out = True
-        finally:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            code = process.wait()
+            timeout=limit,
+        ).returncode
     entry["seconds"] = monotonic() - began
-    if not timed_out and code == 0 and result.is_file():
+    if code == 0:
         return entry | json.loads(result.read_text(encoding="utf-8"))
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-    if timed_out:
+    if code is None:
         entry |= {"state": "timed out", "line": f"more than the {limit:.0f} s that were left"}
     else:
         ended = f"signal {-code}" if code < 0 else f"exit code {code}"
@@ -135,33 +123,32 @@ def run_step(name: str, context: StepContext, limit: float) -> dict[str, Any]:
     return entry | {"last_lines": lines[-LAST_LINES:]}
 
 
-def prove(
-    base: StepContext, output: Path, models: Sequence[Path], steps: Sequence[str], minutes: float
-) -> dict[str, Any]:
-    """Run the steps that have no result in `output`, and write the page after each.
+def prove(base: StepContext, steps: Sequence[str], minutes: float) -> dict[str, Any]:
+    """Run the steps that have no result in the directory, and write the page after each.
 
     Returns the report.
 
     Raises:
-        OptionError: If `output` holds other files, or a run of another commit or other options.
+        OptionError: If the directory holds other files, or a run of another commit or other
+            options.
     """
     made = environment()
     facts = {
         "commit": made["commit"],
         "device": base.device,
-        "models": [model.name for model in models],
+        "model": Path(base.model).name,
         "tokens": base.tokens,
         "rounds": base.rounds,
         "exit_layer": base.exit_layer,
     }
+    output = Path(base.work)
     run = Steps(output, RUN, facts)
     run.begin()
     report: dict[str, Any] = {**made, **facts, "complete": False, "steps": []}
     end = monotonic() + 60 * minutes
-    for name, context in planned(replace(base, work=str(output)), models, steps):
-        where = " ".join(filter(None, (name, context.name, context.precision)))
-        key = where.replace(" ", "-")
-        click.echo(where, err=True)
+    for name, context in planned(base, steps):
+        key = "-".join(filter(None, (name, context.precision)))
+        click.echo(key, err=True)
         done = run.finished(key)
         entry = run.read(key) if done else run_step(name, context, end - monotonic())
         if entry["state"] not in UNFINISHED:
@@ -191,11 +178,7 @@ def _chosen(ctx: click.Context, parameter: click.Parameter, value: str | None) -
     help="Directory of the page, the bundles and the results of steps.",
 )
 @click.option(
-    "--model",
-    "models",
-    type=click.Path(path_type=Path, exists=True),
-    multiple=True,
-    help="Checkpoint. May be repeated.  [default: SmolLM2 if installed, otherwise the demo model]",
+    "--model", help="Checkpoint.  [default: SmolLM2 if installed, otherwise the demo model]"
 )
 @click.option(
     "--exit-layer",
@@ -211,7 +194,7 @@ def _chosen(ctx: click.Context, parameter: click.Parameter, value: str | None) -
 )
 def command(
     output: Path,
-    models: tuple[Path, ...],
+    model: str | None,
     exit_layer: int | None,
     device: str,
     steps: tuple[str, ...],
@@ -221,10 +204,12 @@ def command(
 ) -> None:
     place = Device.parse(device)
     check_device(place)
-    if importlib.util.find_spec("torch") is None:
+    if find_spec("torch") is None:
         raise OptionError("torch is not installed; run: pip install 'freeexport[convert]'")
-    base = StepContext(str(place), "", tokens, rounds, exit_layer=exit_layer)
-    report = prove(base, output, models or [default_model()], steps, minutes)
+    model = model or str(default_model())
+    open_checkpoint(model)
+    base = StepContext(str(place), str(output), model, tokens, rounds, exit_layer)
+    report = prove(base, steps, minutes)
     click.echo(f"{output / PAGE}: commit this page")
     if any(step["state"] in BAD for step in report["steps"]):
         raise SystemExit(1)

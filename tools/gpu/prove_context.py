@@ -4,34 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
+from freeexport.checkpoints.transformers_model import Dtype
 from freeexport.evaluate.speed import speed_prompts
-from runtime import Session
+from freeexport.verification.ties import Noise, ScoredTokens, SettingTies, TieReport
+from runtime import GenerationResult, Session
 from runtime.bundle.bundle import Bundle
 from runtime.bundle.manifest import FloatType
+from runtime.options.generation_options import MAX_TOP_LOGPROBS
 
 CAPACITY = 512
 PROMPTS = 4
 THRESHOLD = 0.5
 FREE: dict[str, Any] = {"mode": "free", "drafts": "exit", "threshold": THRESHOLD}
-EVERY: dict[str, Any] = {"mode": "free", "drafts": "exit", "threshold": 0.0}
 METHODS: dict[str, dict[str, Any]] = {
     "full": {"mode": "full"},
     f"free at {THRESHOLD}": FREE,
-    "free at 0, every token exits": EVERY,
+    "free at 0, every token exits": {**FREE, "threshold": 0.0},
     "rollback": {"mode": "rollback", "threshold": THRESHOLD, "rollback_threshold": 2.0},
     "lossless, drafts from the text": {"mode": "lossless", "drafts": "lookup"},
     "lossless, drafts of the exit": {"mode": "lossless", "drafts": "exit"},
     "static, shallow decoder alone": {"mode": "shallow"},
 }
+DTYPES: dict[str, Dtype] = {"fp16": "float16", "bf16": "bfloat16"}
 State = Literal["done", "failed", "not applicable"]
-
-
-class NotApplicable(Exception):
-    """Raised by a step that cannot run on this device, with the reason."""
 
 
 @dataclass(frozen=True)
@@ -40,23 +38,21 @@ class StepContext:
 
     Attributes:
         device: Device of sessions and of torch: "cpu" or "cuda:0".
-        work: Directory for bundles and results of earlier steps.
+        work: Directory for bundles.
+        model: The checkpoint.
         tokens: Tokens per prompt.
         rounds: Rounds of a measurement.
-        model: The checkpoint. Empty for steps without one.
-        name: Name of the checkpoint in the report.
-        precision: Precision of the bundle. Empty for steps without one.
         exit_layer: Exit layer. Default: that of the checkpoint's exit, or a third of the layers.
+        precision: Precision of the bundle. Empty for steps without one.
     """
 
     device: str
     work: str
+    model: str
     tokens: int
     rounds: int
-    model: str = ""
-    name: str = ""
-    precision: str = ""
     exit_layer: int | None = None
+    precision: str = ""
 
     @property
     def on_gpu(self) -> bool:
@@ -65,7 +61,7 @@ class StepContext:
     @property
     def bundle(self) -> Path:
         """The bundle that the step `conversion` writes."""
-        return Path(self.work) / f"{self.name}-{self.precision}"
+        return Path(self.work) / f"bundle-{self.precision}"
 
     @property
     def float_type(self) -> FloatType:
@@ -77,17 +73,23 @@ class StepContext:
             return self.precision  # type: ignore[return-value]
         return "fp16"
 
+    @property
+    def plain(self) -> dict[str, Any]:
+        """Options of requests."""
+        return {"max_new_tokens": self.tokens, "ignore_eos": True}
+
+    @property
+    def scored(self) -> dict[str, Any]:
+        """Options of requests whose scores are compared."""
+        return {**self.plain, "output_logprobs": True, "top_logprobs": MAX_TOP_LOGPROBS}
+
     def session(self, **options: Any) -> Session:
         """Open a session of the bundle on the device."""
         return Session(self.bundle, **{"device": self.device, "slots": 1, **options})
 
-    def prompts(self, count: int = PROMPTS, bundle: Path | None = None) -> list[list[int]]:
+    def prompts(self, bundle: Path | None = None) -> list[list[int]]:
         """Return the token ids of the first sample texts, for `bundle` in place of its own."""
-        return speed_prompts(Bundle.open(bundle or self.bundle), None, count)
-
-    def file(self, step: str) -> Path:
-        """Return where a step keeps values for later steps of the same checkpoint."""
-        return Path(self.work) / f"{self.name}-{step}.json"
+        return speed_prompts(Bundle.open(bundle or self.bundle), None, PROMPTS)
 
 
 @dataclass
@@ -95,9 +97,10 @@ class StepOutcome:
     """Result of a step.
 
     Attributes:
-        state: "failed" if a check says no, "done" otherwise.
         line: The outcome as one sentence.
-        values: Everything measured, for the JSON report.
+        state: "failed" if a check says no, "done" otherwise.
+        columns: Names of the columns of `rows`.
+        values: Other values, for the JSON report.
     """
 
     line: str
@@ -107,10 +110,19 @@ class StepOutcome:
     values: dict[str, Any] = field(default_factory=dict)
 
 
-def version_of(name: str) -> str:
-    """Return the version of an installed module, or why it does not import."""
-    try:
-        module = import_module(name)
-    except Exception as error:  # a missing library raises OSError or ImportError
-        return f"does not import: {str(error)[:200]}"
-    return f"{name} {module.__version__}"
+def ties_between(
+    name: str,
+    expected: Sequence[GenerationResult],
+    found: Sequence[GenerationResult],
+    float_type: FloatType,
+) -> TieReport:
+    """Compare scored results, with the noise between their scores."""
+    pairs = [
+        (ScoredTokens.of(one), ScoredTokens.of(other))
+        for one, other in zip(expected, found, strict=True)
+    ]
+    noise = Noise.between(pairs)
+    row = SettingTies(name)
+    for request, (one, other) in enumerate(pairs):
+        row.add(request, one, other.ids, noise)
+    return TieReport(float_type, noise, [row])

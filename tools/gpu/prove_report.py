@@ -22,16 +22,15 @@ def report_text(report: Mapping[str, Any]) -> str:
     whole = "" if report["complete"] else " The run has not finished."
     parts = [f"# Proof on {report['device']}", f"{counted or 'No step has ended yet'}.{whole}"]
     parts.append(
-        f"{report['made']}, commit {report['commit']}, {', '.join(report['models'])}, "
+        f"{report['made']}, commit {report['commit']}, {report['model']}, "
         f"{report['tokens']} tokens, {report['rounds']} round(s), {report['machine']['processor']}"
     )
     if report["device"] == "cpu":
         parts.append(CPU_NOTE)
     parts += list(_problems(steps))
-    columns = ("model", "precision", "step", "state", "seconds#", "outcome")
+    columns = ("precision", "step", "state", "seconds#", "outcome")
     rows = tuple(
         (
-            step["model"],
             step["precision"],
             step["step"],
             step["state"],
@@ -65,7 +64,7 @@ def _states(steps: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _title(step: Mapping[str, Any]) -> str:
-    return ", ".join(filter(None, (step["step"], step["model"], step["precision"])))
+    return ", ".join(filter(None, (step["step"], step["precision"])))
 
 
 def _cell(value: Any) -> str:

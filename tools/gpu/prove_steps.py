@@ -2,21 +2,18 @@
 
     python -m tools.gpu.prove_steps STEP CONTEXT RESULT
 
-CONTEXT is a JSON file with the fields of `StepContext`. The step writes its `StepOutcome` to
-RESULT. Steps of a model read the bundle that the step `conversion` wrote.
+CONTEXT is JSON with the fields of `StepContext`. The step writes its `StepOutcome` to the file
+RESULT. Steps with a precision read the bundle that the step `conversion` wrote.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import platform
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -24,84 +21,47 @@ from typing import Any
 import numpy as np
 
 from freeexport.checkpoints.checkpoint import open_checkpoint
-from freeexport.commands.doctor import examine, provider_problem
+from freeexport.commands.doctor import examine
 from freeexport.conversion.convert import convert
 from freeexport.conversion.convert_options import ConvertOptions
-from freeexport.verification.ties import (
-    BATCHES,
-    LIMIT,
-    Noise,
-    ScoredTokens,
-    SettingTies,
-    TieReport,
-    compare_up_to_ties,
-)
+from freeexport.verification.ties import BATCHES, LIMIT, compare_up_to_ties
 from graphs.widen import fp32_copy
 from runtime import GenerationResult, Session
 from runtime.bundle.bundle import Bundle
-from runtime.bundle.manifest import FloatType
-from runtime.engines.onnx import import_onnxruntime
 from runtime.machine.device import CUDA_PROVIDER
-from runtime.options.generation_options import MAX_TOP_LOGPROBS
 from tools.gpu.operators import check_bundle, load_table
 from tools.gpu.prove_commands import comparison, training
 from tools.gpu.prove_context import (
     CAPACITY,
+    DTYPES,
     FREE,
     METHODS,
     THRESHOLD,
-    NotApplicable,
     StepContext,
     StepOutcome,
-    version_of,
+    ties_between,
 )
-from tools.gpu.prove_speed import beside, cuda_graphs, eager, overlap, speed, sync_every, tensorrt
+from tools.gpu.prove_speed import beside_torch, session_options, speed, tensorrt
 
 # Largest error of logits in nats, relative to that of torch in the same precision.
 TIMES_TORCH = 3.0
-PACKAGES = (
-    *("onnxruntime-gpu", "onnxruntime", "torch", "transformers", "cuda-bindings", "tensorrt"),
-    *("tensorrt_rtx", "numpy", "onnx"),
-)
 FACTS = "name,driver_version,memory.total,memory.free,compute_cap,clocks.max.sm,persistence_mode"
 
 
-def report_environment(context: StepContext) -> StepOutcome:
-    """Report driver, GPU and versions."""
-    rows: list[Sequence[Any]] = [("python", platform.python_version())]
-    for name in PACKAGES:
-        try:
-            rows.append((name, version(name)))
-        except PackageNotFoundError:
-            rows.append((name, "not installed"))
-    rows += [(name, value) for name, value in _nvidia_smi().items()]
+def machine(context: StepContext) -> StepOutcome:
+    """Report the driver, the GPU and what `freeexport doctor` finds. A GPU needs its provider."""
     report = examine()
-    rows.append(("driver supports", f"CUDA {report['cuda']['driver'] or 'not known'}"))
-    rows += [("problem", problem) for problem in report["cuda"]["problems"]]
-    if importlib.util.find_spec("torch"):
-        import torch
-
-        rows.append(("torch sees", f"{torch.cuda.device_count()} GPUs, CUDA {torch.version.cuda}"))
-    return StepOutcome(f"{len(rows)} facts", columns=("what", "value"), rows=rows, values=report)
-
-
-def providers(context: StepContext) -> StepOutcome:
-    """Run a graph on ONNX Runtime's CUDA provider, and import TensorRT."""
-    ort = import_onnxruntime()
-    rows = [
-        (name, provider_problem(ort, name) or "usable") for name in ort.get_available_providers()
-    ]
-    for name in ("tensorrt", "tensorrt_rtx"):
-        found = importlib.util.find_spec(name) is not None
-        rows.append((name, f"installed, {version_of(name)}" if found else "not installed"))
-    states = dict(rows)
-    cuda = states.get(CUDA_PROVIDER, f"not in this wheel, onnxruntime {ort.__version__}")
-    failed = context.on_gpu and cuda != "usable"
+    states = {one["name"]: one["problem"] or "usable" for one in report["providers"]}
+    cuda = states.get(CUDA_PROVIDER, "not in the installed ONNX Runtime")
+    rows = [*states.items(), *_nvidia_smi().items()]
+    problems = [*report["problems"], *report["cuda"]["problems"], report["tensorrt"]["problem"]]
+    rows += [("problem", problem) for problem in problems if problem]
     return StepOutcome(
-        f"CUDA provider: {cuda}; TensorRT: {states['tensorrt']}",
-        "failed" if failed else "done",
-        ("provider", "state"),
+        f"CUDA provider: {cuda}; TensorRT: {report['tensorrt']['version'] or 'not installed'}",
+        "failed" if context.on_gpu and cuda != "usable" else "done",
+        ("what", "state"),
         [*rows],
+        report,
     )
 
 
@@ -148,24 +108,18 @@ def parity(context: StepContext) -> StepOutcome:
 
     The error may be TIMES_TORCH times that of torch in the same precision.
     """
-    from freeexport.checkpoints.transformers_model import Dtype, reference_model
+    from freeexport.checkpoints.transformers_model import reference_model
 
     prompts = context.prompts()
     with context.session() as session:
         capacity = session.manifest.capacity
         start = session.manifest.decoder_start_token_id
-        plain: dict[str, Any] = {
-            "max_new_tokens": context.tokens,
-            "ignore_eos": True,
-            "output_logprobs": True,
-        }
-        results = [session.generate(prompt, mode="full", **plain) for prompt in prompts]
+        results = [session.generate(prompt, mode="full", **context.scored) for prompt in prompts]
     answers = [list(result.token_ids) for result in results]
     ours = np.concatenate([result.logprobs or () for result in results])
     checkpoint = open_checkpoint(context.model)
-    dtypes: dict[str, Dtype] = {"fp16": "float16", "bf16": "bfloat16"}
     found = dict[str, np.ndarray]()
-    for dtype in ("float32", dtypes[context.precision]):
+    for dtype in ("float32", DTYPES[context.precision]):
         model = reference_model(checkpoint, context.device, dtype, capacity)
         found[dtype] = np.concatenate(
             [_log_probabilities(model, *pair, start) for pair in zip(prompts, answers, strict=True)]
@@ -208,7 +162,7 @@ def modes(context: StepContext) -> StepOutcome:
         report = compare_up_to_ties(session, prompts, context.tokens)
         # A copy for the CPU computes in fp32, but rounds to the type that it was written for.
         report = replace(report, float_type=context.float_type)
-        plain: dict[str, Any] = {"max_new_tokens": context.tokens, "ignore_eos": True}
+        plain = context.plain
         full = session.generate(prompts[0], mode="full", **plain)
         never = session.generate(prompts[0], mode="free", threshold=1.0, **plain)
         ran = [
@@ -240,12 +194,10 @@ def against_cpu(context: StepContext) -> StepOutcome:
     one of the two only if its confidence is as near to the threshold as confidences move.
     """
     prompts = context.prompts()
-    plain: dict[str, Any] = {"max_new_tokens": context.tokens, "ignore_eos": True}
-    scored = plain | {"output_logprobs": True, "top_logprobs": MAX_TOP_LOGPROBS}
     ways = {
-        "full": {"mode": "full", **scored},
-        "shallow": {"mode": "shallow", **scored},
-        f"free at {THRESHOLD}": {**FREE, **plain},
+        "full": {"mode": "full", **context.scored},
+        "shallow": {"mode": "shallow", **context.scored},
+        f"free at {THRESHOLD}": {**FREE, **context.plain},
     }
     found = list[dict[str, list[GenerationResult]]]()
     with fp32_copy(Bundle.open(context.bundle), rounds=True) as copy:
@@ -259,7 +211,8 @@ def against_cpu(context: StepContext) -> StepOutcome:
                 )
     on_cpu, on_device = found
     reports = [
-        _ties(name, on_cpu[name], on_device[name], context.float_type) for name in list(ways)[:2]
+        ties_between(name, on_cpu[name], on_device[name], context.float_type)
+        for name in ("full", "shallow")
     ]
     name = f"free at {THRESHOLD}"
     moved, faults = _other_exits(on_cpu[name], on_device[name])
@@ -294,24 +247,6 @@ def against_cpu(context: StepContext) -> StepOutcome:
     )
 
 
-def _ties(
-    name: str,
-    expected: Sequence[GenerationResult],
-    found: Sequence[GenerationResult],
-    float_type: FloatType,
-) -> TieReport:
-    """Compare scored results, with the noise between their scores."""
-    pairs = [
-        (ScoredTokens.of(one), ScoredTokens.of(other))
-        for one, other in zip(expected, found, strict=True)
-    ]
-    noise = Noise.between(pairs)
-    row = SettingTies(name)
-    for request, (one, other) in enumerate(pairs):
-        row.add(request, one, other.ids, noise)
-    return TieReport(float_type, noise, [row])
-
-
 def _other_exits(
     expected: Sequence[GenerationResult], found: Sequence[GenerationResult]
 ) -> tuple[float, int]:
@@ -335,28 +270,33 @@ def _other_exits(
     return max(moved), sum(distance > max(moved) for distance in first)
 
 
-Function = Callable[[StepContext], StepOutcome]
-STEPS: dict[str, Function] = {
-    **{"environment": report_environment, "providers": providers, "conversion": conversion},
-    **{"against-cpu": against_cpu, "parity": parity, "modes": modes, "eager": eager},
-    **{"speed": speed, "cuda-graphs": cuda_graphs, "overlap": overlap, "sync-every": sync_every},
-    **{"beside-torch": beside, "tensorrt": tensorrt},
-    **{"training": training, "comparison": comparison},
+STEPS: dict[str, Callable[[StepContext], StepOutcome]] = {
+    "machine": machine,
+    "conversion": conversion,
+    "against-cpu": against_cpu,
+    "parity": parity,
+    "modes": modes,
+    "speed": speed,
+    "sessions": session_options,
+    "beside-torch": beside_torch,
+    "tensorrt": tensorrt,
+    "training": training,
+    "comparison": comparison,
 }
-# Steps of the machine, and steps that convert what they need.
-WITHOUT_MODEL = ("environment", "providers", "comparison")
-WITHOUT_BUNDLE = (*WITHOUT_MODEL, "conversion", "tensorrt", "training")
-# Steps by precision, the most important first: the time may end before the last ones.
+# Steps that read no bundle, or convert what they need.
+WITHOUT_BUNDLE = ("machine", "conversion", "tensorrt", "training", "comparison")
+# Steps by precision, the most important first: the time may end before the last ones. A bundle is
+# converted before its first step.
 PLAN: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("", ("environment", "providers")),
-    ("fp32", ("conversion", "against-cpu")),
-    ("fp16", ("conversion", "parity", "modes", "eager", "speed", "tensorrt")),
+    ("", ("machine",)),
+    ("fp32", ("against-cpu",)),
+    ("fp16", ("parity", "modes", "speed", "tensorrt")),
     ("", ("training", "comparison")),
-    ("int8", ("conversion", "against-cpu", "modes", "speed")),
-    ("int4", ("conversion", "against-cpu", "modes", "speed")),
+    ("int8", ("against-cpu", "modes", "speed")),
+    ("int4", ("against-cpu", "modes", "speed")),
     ("fp8", ("tensorrt",)),
-    ("fp16", ("cuda-graphs", "overlap", "sync-every", "beside-torch")),
-    ("bf16", ("conversion", "parity", "modes")),
+    ("fp16", ("sessions", "beside-torch")),
+    ("bf16", ("parity", "modes")),
     ("int8", ("tensorrt",)),
     ("int4", ("tensorrt",)),
 )
@@ -395,11 +335,7 @@ def _nvidia_smi() -> dict[str, str]:
 
 def main(name: str, context: str, result: str) -> None:
     """Run a step."""
-    given = StepContext(**json.loads(Path(context).read_text(encoding="utf-8")))
-    try:
-        outcome = STEPS[name](given)
-    except NotApplicable as reason:
-        outcome = StepOutcome(str(reason), "not applicable")
+    outcome = STEPS[name](StepContext(**json.loads(context)))
     Path(result).write_text(json.dumps(asdict(outcome), default=str), encoding="utf-8")
 
 

@@ -65,7 +65,10 @@ def main() -> None:
     if not directory.exists():
         if shutil.which("gcc") is None:
             sys.exit("error: gcc is not installed; install it, it compiles one function")
-        set_up(directory)
+        try:
+            set_up(directory)
+        except subprocess.CalledProcessError as error:
+            sys.exit(f"error: {error.cmd[0]} failed with code {error.returncode}; see its message")
     paths = (("LD_LIBRARY_PATH", directory / "lib"), ("PYTHONPATH", directory))
     values = [f"{name}={path}:{os.environ.get(name, '')}" for name, path in paths]
     print(" ".join(values if arguments.plain else ["export", *map(shlex.quote, values)]))

@@ -8,7 +8,6 @@ Each line has `target_ids`, as in the outputs.jsonl of `freeexport train --self-
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
@@ -18,7 +17,7 @@ from freeexport.conversion.phrases import MAX_PHRASES
 from runtime.bundle.bundle import Bundle
 from runtime.decoding.phrases import PhraseTable
 from runtime.text.tokenizer import Tokenizer
-from tools.data.splits import run_tool
+from tools.data.splits import json_lines, run_tool
 
 
 def texts_of(outputs: Path, bundle: Path | None) -> list[list[int]]:
@@ -30,8 +29,7 @@ def texts_of(outputs: Path, bundle: Path | None) -> list[list[int]]:
         tokenizer = Tokenizer.load(bundle, opened.manifest.files)
         ends = opened.manifest.eos_token_ids[:1]
     texts = []
-    for number, line in enumerate(outputs.read_text(encoding="utf-8").splitlines(), 1):
-        given = json.loads(line)
+    for number, given in enumerate(json_lines(outputs), 1):
         if "target_ids" in given:
             texts.append(given["target_ids"])
         elif tokenizer is None or "target" not in given:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -71,23 +71,22 @@ def compare(
     steps.run("data", _cut_data, options)
     found: dict[str, Any] = {}
     for seed in options.seeds:
-        directories = SeedDirectories(options.output, f"seed-{seed}")
         made: dict[str, Any] = {"trainings": {}, "calibrations": {}, "measurements": {}}
         for training in trainings_of(measurements):
             name = training.name
             made["trainings"][name] = steps.run(
-                f"train-{seed}-{name}", _train, training, seed, options, directories
+                f"train-{seed}-{name}", _train, options, seed, training
             )
         for name, bundle in bundles_of(measurements).items():
-            steps.run(f"convert-{seed}-{name}", _convert, bundle, options, directories)
+            steps.run(f"convert-{seed}-{name}", _convert, options, seed, bundle)
             if bundle.calibrated:
                 made["calibrations"][name] = steps.run(
-                    f"calibrate-{seed}-{name}", _calibrate, bundle, options, directories
+                    f"calibrate-{seed}-{name}", _calibrate, options, seed, bundle
                 )
         for measurement in measurements:
             step = f"measure-{seed}-{measurement.name.replace('/', '-')}"
             made["measurements"][measurement.name] = steps.run(
-                step, _measure, measurement, options, directories, made["calibrations"]
+                step, _measure, options, seed, measurement, made["calibrations"]
             )
         found[str(seed)] = made
     return {"run": checked.run, "notes": list(checked.notes), "seeds": found}
@@ -102,17 +101,17 @@ def _check(options: CompareOptions) -> dict[str, Any]:
     place = options.output / "check"
     shutil.rmtree(place, ignore_errors=True)
     short = replace(options, output=place, steps=1, epochs=None, minutes=None, lines=1, rounds=1)
-    directories = SeedDirectories(place, "")
+    seed = options.seeds[0]
     plan = measurements_of(options)
     trainings = trainings_of(plan)
     of_recipe = {one.recipe: one for one in reversed(trainings)}
     tried = [of_recipe[name] for name in LARGEST if name in of_recipe] or trainings[:1]
-    model = str(directories.checkpoint(tried[0]))
+    model = str(_place(short, "checkpoints", seed, tried[0]))
     place.mkdir(parents=True)
     try:
         _cut_data(short)
         for training in tried:
-            _train(training, options.seeds[0], short, directories)
+            _train(short, seed, training)
         manifest = _built(model, place / "bundle", tried[0].exit_layer, short)
         found, _ = evaluated(
             plan[0],
@@ -168,30 +167,16 @@ def _cut_data(options: CompareOptions) -> dict[str, Any]:
     return counts
 
 
-class SeedDirectories(NamedTuple):
-    """Directories of one seed: its part `seed` in directories below `output`."""
-
-    output: Path
-    seed: str
-
-    def checkpoint(self, training: PaperTraining) -> Path:
-        return self.output / "checkpoints" / self.seed / training.name
-
-    def bundle(self, one: Contestant) -> Path:
-        return self.output / "bundles" / self.seed / one.name
-
-    def calm(self, one: Contestant) -> Path:
-        return self.output / "calm" / self.seed / one.name
-
-    def measured(self, measurement: Measurement) -> Path:
-        return self.output / "measured" / self.seed / measurement.name
+def _place(
+    options: CompareOptions, kind: str, seed: int, one: PaperTraining | Contestant | Measurement
+) -> Path:
+    """Return the directory of a checkpoint, bundle or measurement."""
+    return options.output / kind / f"seed-{seed}" / one.name
 
 
-def _train(
-    training: PaperTraining, seed: int, options: CompareOptions, directories: SeedDirectories
-) -> dict[str, Any]:
+def _train(options: CompareOptions, seed: int, training: PaperTraining) -> dict[str, Any]:
     """Train a checkpoint, unless a run that was killed before its step was written has."""
-    out = directories.checkpoint(training)
+    out = _place(options, "checkpoints", seed, training)
     recipe = RECIPES[training.recipe]
     began = time.monotonic()
     if not out.exists():
@@ -225,14 +210,12 @@ def _train(
     }
 
 
-def _convert(
-    one: Contestant, options: CompareOptions, directories: SeedDirectories
-) -> dict[str, Any]:
+def _convert(options: CompareOptions, seed: int, one: Contestant) -> dict[str, Any]:
     """Convert a checkpoint. A bundle of the exit that it was trained for is verified and timed."""
     whole = one.depth == one.training.exit_layer
     manifest = _built(
-        str(directories.checkpoint(one.training)),
-        directories.bundle(one),
+        str(_place(options, "checkpoints", seed, one.training)),
+        _place(options, "bundles", seed, one),
         one.depth,
         options,
         verify="quick" if whole else "none",
@@ -258,14 +241,12 @@ def _built(
     return manifest
 
 
-def _calibrate(
-    one: Contestant, options: CompareOptions, directories: SeedDirectories
-) -> dict[str, Any]:
+def _calibrate(options: CompareOptions, seed: int, one: Contestant) -> dict[str, Any]:
     """Calibrate a bundle, and choose thresholds from fewer lines, too.
 
     `product` is the product's rule, `authors` that of the authors' code.
     """
-    path = directories.bundle(one)
+    path = _place(options, "bundles", seed, one)
     given = CalibrateOptions(
         samples=options.calibration_lines,
         max_new_tokens=options.max_new_tokens,
@@ -298,9 +279,9 @@ def _calibrate(
 
 
 def _measure(
-    measurement: Measurement,
     options: CompareOptions,
-    directories: SeedDirectories,
+    seed: int,
+    measurement: Measurement,
     calibrations: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Measure the settings of a measurement, interleaved. The main one gets pages of its own."""
@@ -310,10 +291,13 @@ def _measure(
         every = {threshold for one in chosen for threshold in one.values()}
         thresholds = sorted(one for one in every if one < NEVER_EXIT)
     places = {
-        one.name: (directories.bundle(one), str(directories.checkpoint(one.training)))
+        one.name: (
+            _place(options, "bundles", seed, one),
+            str(_place(options, "checkpoints", seed, one.training)),
+        )
         for one in measurement.contestants
     }
-    out = directories.measured(measurement)
+    out = _place(options, "measured", seed, measurement)
     found, notes = evaluated(measurement, options, places, thresholds, out)
     if measurement.name == MAIN_TABLE:
         page.write_evaluation(found, out)

@@ -31,7 +31,6 @@ from runtime.requests.load_engines import check_device, require_memory
 from tools.paper.compare_options import ROWS, CompareOptions, PaperRow
 from tools.paper.compare_plan import bundles_of, measurements_of, trainings_of
 from tools.paper.datasets import QUESTION, TRANSLATE
-from tools.paper.eager import EAGER
 
 SPLITS = ("train", "test")
 ANSWERS = ("squad-f1", "squad-em")
@@ -113,7 +112,7 @@ def checked_options(options: CompareOptions) -> Resolved:
     precisions = TARGETS[options.target][1]
     precision = options.precision or ("fp32" if "fp32" in precisions else precisions[0])
     parameters = sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names())
-    rows = options.rows
+    rows = tuple(row for row in ROWS if row in options.rows)
     notes = []
     if description.family != "t5":
         rows = tuple(row for row in rows if row not in OF_T5)
@@ -159,8 +158,9 @@ def checked_options(options: CompareOptions) -> Resolved:
 def _check_numbers(options: CompareOptions) -> None:
     if not options.rows or not options.seeds or not options.thresholds:
         raise OptionError("name at least one row, one seed and one threshold")
-    if unknown := [row for row in options.rows if row not in ROWS]:
-        raise OptionError(f"--rows {unknown[0]!r} is unknown; choose from {', '.join(ROWS)}")
+    for row in options.rows:
+        if row not in ROWS:
+            raise OptionError(f"--rows {row!r} is unknown; choose from {', '.join(ROWS)}")
     for value in options.thresholds:
         if not 0 <= value < 1:
             raise OptionError(
@@ -221,17 +221,9 @@ def _default_metrics(texts: Sequence[str], asks: bool) -> tuple[str, ...]:
     return ("bleu", *rouge) if translates else (*rouge, "bleu")
 
 
-def needed_memory(options: CompareOptions, parameters: int) -> dict[str, int]:
-    """Estimate the bytes that training and measurement need at least, without activations."""
-    weights = _WEIGHT_BYTES.get(options.precision, 1)
-    # The first measurement is the largest. PyTorch computes in fp32 if the engines are quantized.
-    bundles = measurements_of(options)[0].contestants
-    models = [one for one in bundles if any(method in EAGER for method in one.methods)]
-    torch = _WEIGHT_BYTES.get(options.precision, 4)
-    return {
-        "training": (_LORA if options.rows == ("lora",) else _TRAINED) * parameters,
-        "the measurement": int((len(bundles) * weights + len(models) * torch) * parameters),
-    }
+def training_memory(options: CompareOptions, parameters: int) -> int:
+    """Estimate the bytes that a training needs at least, without activations."""
+    return (_LORA if options.rows == ("lora",) else _TRAINED) * parameters
 
 
 def needed_disk(options: CompareOptions, parameters: int) -> int:
@@ -245,15 +237,14 @@ def needed_disk(options: CompareOptions, parameters: int) -> int:
 
 def _check_space(options: CompareOptions, parameters: int) -> None:
     device = Device.parse(options.device)
-    for what, needed in needed_memory(options, parameters).items():
-        if device.index is not None:
-            require_memory(device.index, needed, what)
-        elif needed > available_memory():
-            raise OptionError(
-                f"{what} needs at least {human_bytes(needed)}, and "
-                f"{human_bytes(available_memory())} are free; choose a smaller model, or fewer "
-                "--rows"
-            )
+    needed = training_memory(options, parameters)
+    if device.index is not None:
+        require_memory(device.index, needed, "training")
+    elif needed > available_memory():
+        raise OptionError(
+            f"training needs at least {human_bytes(needed)}, and "
+            f"{human_bytes(available_memory())} are free; choose a smaller model"
+        )
     place = options.output.absolute()
     existing = next(path for path in (place, *place.parents) if path.exists())
     written = sum(path.stat().st_size for path in place.rglob("*") if path.is_file())

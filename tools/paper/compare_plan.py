@@ -87,10 +87,6 @@ class Measurement:
     name: str
     contestants: tuple[Contestant, ...]
 
-    @property
-    def table(self) -> str:
-        return self.name.partition("/")[0]
-
 
 def measurements_of(options: CompareOptions) -> list[Measurement]:
     """List the measurements of all rows.

@@ -92,7 +92,8 @@ def cnn_dm(sources: Sequence[Path]) -> Iterator[Line]:
 def multi_news(sources: Sequence[Path]) -> Iterator[Line]:
     """Yield the clusters of Multi-News. Their documents keep the mark between them."""
     source, target = _pair(sources, lambda path: ".src" in path.name, "SPLIT.src and SPLIT.tgt")
-    for documents, summary in _parallel(source, target):
+    files = [_read(path).removesuffix("\n").split("\n") for path in (source, target)]
+    for documents, summary in _parallel(source, target, *files):
         text = documents.replace(LINE_END, "\n").strip().removesuffix(DOCUMENT_END).strip()
         if text:
             yield {"input": SUMMARIZE + text, "target": summary.strip().removeprefix("–").strip()}
@@ -139,13 +140,7 @@ def iwslt17_de_en(sources: Sequence[Path]) -> Iterator[Line]:
     german = re.compile(r"\.de(\.xml)?$")
     pair = "train.tags.de-en.de and train.tags.de-en.en, or files .de.xml and .en.xml"
     source, target = _pair(sources, lambda path: german.search(path.name) is not None, pair)
-    both = [_sentences(path) for path in (source, target)]
-    if len(both[0]) != len(both[1]):
-        raise DataError(
-            f"{source} has {len(both[0])} sentences and {target} has {len(both[1])}; name the two "
-            "files of one split"
-        )
-    for one, other in zip(*both, strict=True):
+    for one, other in _parallel(source, target, _sentences(source), _sentences(target)):
         if one and other:
             yield {"input": TRANSLATE + one, "target": other}
 
@@ -185,14 +180,16 @@ def _pair(
     return first[0], others[0]
 
 
-def _parallel(source: Path, target: Path) -> Iterator[tuple[str, str]]:
-    both = [_read(path).removesuffix("\n").split("\n") for path in (source, target)]
-    if len(both[0]) != len(both[1]):
+def _parallel(
+    source: Path, target: Path, lines: Sequence[str], others: Sequence[str]
+) -> Iterator[tuple[str, str]]:
+    """Pair the lines of two files."""
+    if len(lines) != len(others):
         raise DataError(
-            f"{source} has {len(both[0])} lines and {target} has {len(both[1])}; name the two "
+            f"{source} has {len(lines)} examples and {target} has {len(others)}; name the two "
             "files of one split"
         )
-    yield from zip(*both, strict=True)
+    return zip(lines, others, strict=True)
 
 
 def _files(sources: Sequence[Path], *suffixes: str) -> list[Path]:

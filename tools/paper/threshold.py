@@ -20,9 +20,8 @@ from runtime.adaptation.learner import Count, LearnedState, Learner, RequestLabe
 from runtime.bundle.beta import NEVER_EXIT
 from runtime.bundle.manifest import Manifest
 from runtime.bundle.schema import Range
-from runtime.errors import OptionError
 
-ZETA = 0.4
+ZETA = 0.4  # limit of the likelihood ratio, as a share of both
 FIRST_THRESHOLD = 0.9  # until there are labels
 MAX_REFITS = 300
 GRID = np.linspace(0.3, 0.9, 10)
@@ -55,10 +54,10 @@ class Moments(NamedTuple):
         return Moments(*(mine + times * theirs for mine, theirs in zip(self, other, strict=True)))
 
 
-def paper_threshold(agree: Moments, disagree: Moments, zeta: float = ZETA) -> float:
+def paper_threshold(agree: Moments, disagree: Moments) -> float:
     """Return the threshold for labelled tokens.
 
-    It is the highest of the grid if no ratio exceeds `zeta`.
+    It is the highest of the grid if no ratio exceeds ZETA.
     """
     shapes = [_shapes(agree.plus(disagree, OTHER)), _shapes(disagree.plus(agree, OTHER))]
     if None in shapes:
@@ -67,31 +66,24 @@ def paper_threshold(agree: Moments, disagree: Moments, zeta: float = ZETA) -> fl
     (a, b), (other_a, other_b) = sorted(filter(None, shapes), key=_mean, reverse=True)
     odds = (a - other_a) * np.log(GRID) + (b - other_b) * np.log1p(-GRID)
     odds += _log_beta(other_a, other_b) - _log_beta(a, b)
-    above = int(np.sum(odds > math.log(zeta / (1 - zeta))))
+    above = int(np.sum(odds > math.log(ZETA / (1 - ZETA))))
     return float(GRID[min(len(GRID) - above, len(GRID) - 1)])
 
 
-def paper_choice(traces: Traces, zeta: float = ZETA) -> Choice:
+def paper_choice(traces: Traces) -> Choice:
     """Choose a threshold from traces.
 
     Raises:
-        OptionError: If `zeta` is out of range.
         CalibrationError: If confidences are not in [0, 1].
     """
-    _check_zeta(zeta)
     mixture = fit_mixture(traces.confidence, traces.agrees, Rule.agreement).mixture
     agree, disagree = (
         Moments.of(able(traces.confidence[traces.agrees == agrees])) for agrees in (True, False)
     )
-    threshold = paper_threshold(agree, disagree, zeta)
+    threshold = paper_threshold(agree, disagree)
     # No data support a threshold above the largest confidence.
     beyond = threshold >= float(np.max(traces.confidence, initial=0.0))
     return Choice(NEVER_EXIT if beyond else threshold, mixture)
-
-
-def _check_zeta(zeta: float) -> None:
-    if not 0 < zeta < 1:
-        raise OptionError(f"zeta is {zeta!r}; choose a number between 0 and 1")
 
 
 @dataclass(frozen=True)
@@ -119,24 +111,18 @@ class PaperThreshold(Learner):
     Confidences of agreeing and disagreeing tokens follow Beta distributions, fitted by moments to
     all labels so far. The labels are almost one-hot. The threshold begins at FIRST_THRESHOLD. Then
     it is the lowest on a grid of ten from which the likelihood ratio of the two, without their
-    shares of the tokens, exceeds zeta. It is refitted after each sequence, at most 300 times.
+    shares of the tokens, exceeds ZETA. It is refitted after each sequence, at most 300 times.
     Labels come from passes with a stack. Tokens without a label are ignored.
 
     Args:
         state: State to continue from, as returned by `state()`.
-        zeta: Limit of the ratio, in (0, 1).
 
     Raises:
-        OptionError: If `zeta` is out of range, or if `state` is invalid or belongs to another
-            model.
+        OptionError: If `state` is invalid or belongs to another model.
     """
 
-    def __init__(
-        self, manifest: Manifest, state: Mapping[str, Any] | None = None, zeta: float = ZETA
-    ) -> None:
+    def __init__(self, manifest: Manifest, state: Mapping[str, Any] | None = None) -> None:
         super().__init__(manifest)
-        _check_zeta(zeta)
-        self._zeta = zeta
         self.threshold = FIRST_THRESHOLD
         self._agree = self._disagree = Moments()
         self._refits = 0
@@ -163,7 +149,7 @@ class PaperThreshold(Learner):
             self._disagree = self._disagree.plus(Moments.of(confidences[~agrees]))
             if self._agree.weight or self._disagree.weight:
                 self._refits += 1
-                self.threshold = paper_threshold(self._agree, self._disagree, self._zeta)
+                self.threshold = paper_threshold(self._agree, self._disagree)
 
     def _state(self) -> PaperState:
         return PaperState(
@@ -179,7 +165,6 @@ class PaperSession(Session):
     """Session whose threshold adapts by the authors' rule in mode "free".
 
     Args:
-        zeta: Limit of the likelihood ratio, in (0, 1).
         state: State to continue from, as returned by `adaptive_state()`.
         options: Other options of a session.
 
@@ -190,15 +175,11 @@ class PaperSession(Session):
     def __init__(
         self,
         bundle: Path | str,
-        zeta: float = ZETA,
         state: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> None:
         super().__init__(bundle, **{**options, "threshold": "adaptive"})
-        self._state.thresholds.adaptive = PaperThreshold(self.manifest, state, zeta)
-
-    def __enter__(self) -> PaperSession:
-        return self
+        self._state.thresholds.adaptive = PaperThreshold(self.manifest, state)
 
 
 def _shapes(moments: Moments) -> tuple[float, float] | None:

@@ -64,8 +64,6 @@ class CudaRunner(Runner):
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="runner")
         self._events = [self._new_events() for _ in range(SPARE_EVENTS)]
         self._scratch: dict[str, DeviceArray] = {}
-        self._origin: CudaEvent | None = None
-        self._seen: list[tuple[float, float]] = []
 
     def padded(self, slot: int, rows: int, heads: int, max_rows: int) -> tuple[int, int]:
         """Return powers of two, or at most `max_rows`, so that few CUDA graphs serve all sizes.
@@ -109,16 +107,6 @@ class CudaRunner(Runner):
             self._scratch[name] = self.zeros((size,), dtype)
         return self._scratch[name].reshaped(shape)
 
-    def watch(self, origin: CudaEvent) -> list[tuple[float, float]]:
-        """Record begin and end of the calls from now on.
-
-        Returns a list that grows as calls are waited for. Times are in seconds of the device since
-        the timed event `origin`.
-        """
-        self._origin = origin
-        self._seen = []
-        return self._seen
-
     def close(self) -> None:
         """Enqueue the submitted calls and stop. No call may be submitted after this."""
         self._thread.shutdown()
@@ -126,10 +114,6 @@ class CudaRunner(Runner):
 
     def seconds(self, events: CallEvents) -> float:
         """Return the device time of a finished call, in seconds."""
-        if self._origin is not None:
-            begin = events.begin.seconds_since(self._origin)
-            end = events.end.seconds_since(self._origin)
-            self._seen.append((begin, end))
         return events.end.seconds_since(events.begin)
 
     def give_back(self, events: CallEvents) -> None:

@@ -75,8 +75,8 @@ def answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for module in (phrases, pack_answers):
         monkeypatch.setattr(module, "READY_MADE", packed)
     monkeypatch.setattr(phrases, "MIN_VOCABULARY", 1)
-    lines = [{"target": "word 3 is a word", "complete": True}, {"target": "is a", "complete": False}]
-    written.write_text("".join(json.dumps(line) + "\n" for line in [*lines, lines[0]]))
+    lines = [{"text": "word 3 is a word", "finish_reason": "eos"}, {"text": "is a", "finish_reason": "length"}]
+    written.write_text("".join(json.dumps(line) + "\n" for line in [*lines, lines[0], {"error": "too long"}]))
     done = CliRunner().invoke(pack_answers.main, [str(written)])
     assert "2 answers" in done.output
     return packed

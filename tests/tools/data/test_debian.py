@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from freeexport.system.output import OutputError
 from tools.data import debian
 from tools.data.debian import EXTRACT_SEPARATORS, Pair, extracted, extractions, split_pairs
 from tools.data.debian_index import (
@@ -21,7 +22,7 @@ from tools.data.debian_index import (
     stanzas,
     stem,
 )
-from tools.data.splits import split_of
+from tools.data.splits import DataError, split_of
 
 TRANSLATION = """\
 Package: libfoo2
@@ -231,3 +232,15 @@ def test_the_tool_reads_a_fetched_index(tmp_path: Path) -> None:
     assert (about["test_version"], set(about["snapshot"]["sha256"])) == (1, {"Packages", "Translation-en"})
     other_order = CliRunner().invoke(debian.command, [*arguments, "--test-version", "2", "--seed", "1"])
     assert "leave out --seed 1" in other_order.output
+
+
+def test_existing_output_and_incomplete_index_are_refused_before_any_work(tmp_path: Path) -> None:
+    index, out = tmp_path / "index", tmp_path / "out"
+    index.mkdir()
+    result = CliRunner().invoke(debian.command, ["fields", str(out), "--index", str(index)])
+    assert isinstance(result.exception, DataError)
+    assert "index has no Packages; choose another --index" in str(result.exception)
+    out.mkdir()
+    (out / "notes").write_text("")
+    result = CliRunner().invoke(debian.command, ["fields", str(out), "--index", str(index)])
+    assert isinstance(result.exception, OutputError)

@@ -79,6 +79,13 @@ def test_an_interrupted_run_continues_and_writes_each_prompt_once(
     assert len(list(read_examples(out))) == 3
 
 
+def test_other_file_is_not_continued(chat: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    out.write_text('{"input": "another file"}\n')
+    result = CliRunner().invoke(tool.command, [str(chat), str(out)])
+    assert "without 'seed' and 'input'" in str(result.exception)
+
+
 def test_an_encoder_decoder_is_refused(t5: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(tool.command, [str(t5), str(tmp_path / "out.jsonl")])
     assert isinstance(result.exception, DataError)

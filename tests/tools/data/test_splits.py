@@ -7,7 +7,17 @@ from pathlib import Path
 import pytest
 
 from freeexport.system.output import OutputError
-from tools.data.splits import SHARES, TEST_LINES, DataError, Line, fresh, shuffled, split_of, write_data_set
+from tools.data.splits import (
+    SHARES,
+    TEST_LINES,
+    DataError,
+    Line,
+    fresh,
+    json_lines,
+    shuffled,
+    split_of,
+    write_data_set,
+)
 
 
 def examples(name: str, count: int = 2) -> list[Line]:
@@ -67,3 +77,11 @@ def test_overlapping_and_empty_splits_are_refused_and_nothing_is_written(tmp_pat
     with pytest.raises(DataError, match="split calibration has no examples"):
         write_data_set(tmp_path / "set", {**data_set(), "calibration": []}, {})
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("line", "problem"), [("{", "line 2 is not JSON"), ("[1]", "line 2 is not an object")])
+def test_broken_line_is_named(line: str, problem: str, tmp_path: Path) -> None:
+    path = tmp_path / "lines.jsonl"
+    path.write_text(f'{{"a": 1}}\n{line}\n')
+    with pytest.raises(DataError, match=problem):
+        list(json_lines(path))

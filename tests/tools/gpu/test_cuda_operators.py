@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import onnx
 import pytest
 from checkpoints import CASES, Bundles
+from click.testing import CliRunner
 from device_cases import EXITS
 from onnx import TensorProto, helper
 
-from tools.gpu.operators import OPSETS, check_bundle, check_graph, load_table
+from runtime.errors import OptionError
+from tools.gpu.operators import OPSETS, check_bundle, check_graph, command, load_table
 
 BY_NAME = {case.name: case for case in (*CASES, *EXITS)}
 FLOAT, HALF, INT64 = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.INT64
@@ -84,3 +87,19 @@ def test_what_the_provider_cannot_run_is_named(graph: onnx.ModelProto, problem: 
     found = check_graph(graph, "shallow", TABLE_HERE)
     assert len(found) == (problem is not None)
     assert all(text.startswith("shallow: ") and re.search(str(problem), text) for text in found)
+
+
+def test_directory_without_readable_graphs_is_refused_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="has no graphs; give a bundle"):
+        check_bundle(tmp_path, TABLE_HERE)
+    (tmp_path / "deep.onnx").write_bytes(b"no graph")
+    with pytest.raises(OptionError, match=r"deep\.onnx cannot be read") as raised:
+        check_bundle(tmp_path, TABLE_HERE)
+    assert "\n" not in str(raised.value)
+
+
+def test_command_exits_with_1_where_a_node_has_no_kernel(tmp_path: Path) -> None:
+    onnx.save(model("Elu", {"x": FLOAT}), tmp_path / "deep.onnx")
+    result = CliRunner().invoke(command, [str(tmp_path)])
+    assert result.exit_code == 1
+    assert "deep: Elu node: no kernel is registered for this opset\n1 nodes without" in result.output
