@@ -81,7 +81,7 @@ def test_threshold_one_and_mode_full_are_greedy_decoding(
 
 
 @each_setting
-def test_exits_and_sync_passes_are_those_of_the_reference(
+def test_exits_and_sync_passes_match_the_reference(
     case: Case, exit_layer: int, dialect: str, bundle: Bundles, source_model: Model
 ) -> None:
     model = source_model(case)
@@ -100,7 +100,7 @@ def test_exits_and_sync_passes_are_those_of_the_reference(
 
 @pytest.mark.parametrize("max_pending", [1, 3])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_a_full_stack_forces_the_sync_passes_of_the_reference(
+def test_full_stack_forces_the_sync_passes_of_the_reference(
     case: Case, max_pending: int, bundle: Bundles, source_model: Model
 ) -> None:
     model, prompt, exit_layer = source_model(case), PROMPTS[0], case.exit_layers[-1]
@@ -117,9 +117,7 @@ def test_a_full_stack_forces_the_sync_passes_of_the_reference(
 
 
 @pytest.mark.parametrize("name", ["llama-untied-many-eos", "t5-gated-untied"])
-def test_end_of_sequence_among_exits_ends_where_the_reference_ends(
-    name: str, bundle: Bundles, source_model: Model
-) -> None:
+def test_end_of_sequence_among_exits_ends_as_in_the_reference(name: str, bundle: Bundles, source_model: Model) -> None:
     case = BY_NAME[name]
     model = source_model(case)
     endings = set()
@@ -137,7 +135,7 @@ def test_end_of_sequence_among_exits_ends_where_the_reference_ends(
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_verification_passes(case: Case, bundle: Bundles, checkpoint: Callable[[Case], Any]) -> None:
+def test_verification_passes_in_fp32(case: Case, bundle: Bundles, checkpoint: Callable[[Case], Any]) -> None:
     assert_verified(bundle(case, case.exit_layers[-1]), checkpoint(case))
 
 
@@ -163,7 +161,7 @@ def assert_verified(path: Any, model: Any) -> None:
 
 
 @each_dialect
-def test_mode_shallow_is_exiting_at_every_token(
+def test_mode_shallow_exits_at_every_token(
     case: Case, exit_layer: int, dialect: str, bundle: Bundles, source_model: Model
 ) -> None:
     model = source_model(case)
@@ -181,7 +179,7 @@ T5, LLAMA = BY_NAME["t5-relu-tied"], BY_NAME["llama-tied"]
 
 
 @pytest.mark.parametrize("exit_layer", [1, T5.layers - 1])
-def test_an_encoder_decoder_in_mode_shallow_never_runs_the_deep_engine(
+def test_encoder_decoder_in_mode_shallow_never_runs_the_deep_engine(
     exit_layer: int, bundle: Bundles, source_model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ran: list[Runner] = []
@@ -216,9 +214,7 @@ def test_each_of_several_continuations_decides_its_first_token(bundle: Bundles) 
 
 
 @pytest.mark.parametrize(("case", "learned"), [(LLAMA, 1), (T5, 2)], ids=["decoder-only", "encoder-decoder"])
-def test_an_adaptive_threshold_learns_from_first_tokens_that_may_exit(
-    case: Case, learned: int, bundle: Bundles
-) -> None:
+def test_adaptive_threshold_learns_from_first_tokens_that_can_exit(case: Case, learned: int, bundle: Bundles) -> None:
     with Session(bundle(case, 1), slots=1, threads=1, threshold="adaptive") as session:
         for prompt in PROMPTS:
             session.generate(prompt, max_new_tokens=2, ignore_eos=True)
