@@ -38,7 +38,7 @@ def damaged_by(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, code: str) -> by
     return b"fLaC" + bytes(100)
 
 
-def test_files_are_read_in_one_process_after_another(reader: AudioReader) -> None:
+def test_files_are_read_one_after_another_in_one_process(reader: AudioReader) -> None:
     reader.prepare()
     prepared = reader._idle[:]
     np.testing.assert_array_equal(reader.read(SOUND, NEVER), read_audio(SOUND))
@@ -54,7 +54,7 @@ def test_files_are_read_in_one_process_after_another(reader: AudioReader) -> Non
     assert reader._idle != [process]
 
 
-def test_a_file_that_crashes_its_decoder_is_refused(
+def test_file_that_crashes_its_decoder_is_refused(
     reader: AudioReader, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     content = damaged_by(monkeypatch, tmp_path, "import ctypes; ctypes.string_at(0)")
@@ -65,7 +65,7 @@ def test_a_file_that_crashes_its_decoder_is_refused(
     assert len(reader._idle) == 1  # for the next file
 
 
-def test_a_file_that_takes_too_long_or_too_much_memory_is_refused(
+def test_file_that_takes_too_much_time_or_memory_is_refused(
     reader: AudioReader, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     greedy = damaged_by(monkeypatch, tmp_path, "bytearray(5 << 30)")
@@ -83,9 +83,7 @@ def test_a_file_that_takes_too_long_or_too_much_memory_is_refused(
     assert reader._idle == []
 
 
-def test_closing_ends_files_that_are_being_read(
-    reader: AudioReader, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_close_stops_files_being_read(reader: AudioReader, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     slow = damaged_by(monkeypatch, tmp_path, "import time; time.sleep(1000)")
     failures = list[BaseException]()
 
@@ -104,7 +102,7 @@ def test_closing_ends_files_that_are_being_read(
     assert [error.status for error in failures] == [503]  # type: ignore[attr-defined]
 
 
-def test_decoders_write_nothing_to_standard_error(reader: AudioReader, capfd: pytest.CaptureFixture[str]) -> None:
+def test_audio_decoders_write_nothing_to_standard_error(reader: AudioReader, capfd: pytest.CaptureFixture[str]) -> None:
     soundfile = pytest.importorskip("soundfile")
     buffer = io.BytesIO()
     soundfile.write(buffer, sound(1.0), RATE, format="MP3", subtype="MPEG_LAYER_III")

@@ -30,7 +30,7 @@ def tried(bundle: Path, use: Callable[[GrammarTrial], Awaitable[None]]) -> None:
     asyncio.run(main())
 
 
-def test_what_compiles_passes_and_what_does_not_is_said(chat: Path) -> None:
+def test_valid_constraints_pass_and_invalid_ones_are_reported(chat: Path) -> None:
     async def use(trial: GrammarTrial) -> None:
         await trial.check("regex", "[a-c]{3}")
         await trial.check("choice", '["yes", "n\u00f6"]')
@@ -45,9 +45,7 @@ def test_what_compiles_passes_and_what_does_not_is_said(chat: Path) -> None:
     tried(chat, use)
 
 
-def test_a_process_that_takes_too_long_is_ended_and_the_refusal_remembered(
-    chat: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_slow_compilation_is_killed_and_the_refusal_cached(chat: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def use(trial: GrammarTrial) -> None:
         await trial.check("regex", "a+")
         ended = trial._process
@@ -77,7 +75,7 @@ def test_a_process_that_takes_too_long_is_ended_and_the_refusal_remembered(
     tried(chat, use)
 
 
-def test_a_process_ends_by_itself_after_its_processor_time(chat: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_process_ends_at_its_processor_time_limit(chat: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def use(trial: GrammarTrial) -> None:
         monkeypatch.setattr(grammar_trial, "LATEST_SECONDS", 1e6)
         await trial.check("regex", "a+")
@@ -90,7 +88,7 @@ def test_a_process_ends_by_itself_after_its_processor_time(chat: Path, monkeypat
     tried(chat, use)
 
 
-def test_a_process_that_dies_is_replaced(chat: Path) -> None:
+def test_dead_process_is_replaced(chat: Path) -> None:
     async def use(trial: GrammarTrial) -> None:
         await trial.check("regex", "a+")
         assert trial._process is not None
@@ -103,7 +101,7 @@ def test_a_process_that_dies_is_replaced(chat: Path) -> None:
     tried(chat, use)
 
 
-def test_a_constraint_waits_for_others_only_so_long(chat: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_constraint_waits_for_others_at_most_the_time_limit(chat: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def use(trial: GrammarTrial) -> None:
         monkeypatch.setattr(grammar_trial, "WAIT_SECONDS", 0.1)
         async with trial._turn:
@@ -114,7 +112,7 @@ def test_a_constraint_waits_for_others_only_so_long(chat: Path, monkeypatch: pyt
     tried(chat, use)
 
 
-def test_without_its_process_nothing_is_compiled_and_nothing_remembered(
+def test_failed_process_start_is_an_error_that_is_not_cached(
     chat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def use(trial: GrammarTrial) -> None:
