@@ -70,7 +70,7 @@ def test_traces_without_an_exit_are_refused_for_its_setting(
         run("replay", priced(COSTS), traces)
 
 
-def test_replay_accepts_the_drafts_that_the_trace_confirms() -> None:
+def test_replay_accepts_drafts_equal_to_the_recorded_output() -> None:
     """Four equal outputs, which the memory has from the second on. Half of the exit's predictions are right."""
     output = [(7 * place * place) % 997 for place in range(60)]
     chains = [[(token if place % 2 else 5, 0.9) for token in output[place + 1 : place + 3]] for place in range(59)]
