@@ -31,7 +31,7 @@ def read(verb: str, arguments: list[str]) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("bf16", [False, True])
-def test_options_that_the_recipe_gives_are_those_of_the_commands(
+def test_recipe_options_are_accepted_by_the_commands(
     bf16: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Training takes hours: here commands are read as click would, and what these write is only pretended."""
@@ -65,7 +65,7 @@ def test_options_that_the_recipe_gives_are_those_of_the_commands(
     assert [(Path(options[1]).name, "--resume" in options) for _, *options in given] == [("stage2", True)]
 
 
-def test_a_difference_of_low_rank_is_an_adapter(checkpoint: Callable[[Case], Path], tmp_path: Path) -> None:
+def test_low_rank_weight_difference_becomes_an_adapter(checkpoint: Callable[[Case], Path], tmp_path: Path) -> None:
     base, tuned, out = checkpoint(BY_NAME["llama-tied"]), tmp_path / "tuned", tmp_path / "out"
     shutil.copytree(base, tuned)
     tensors, draw = load_file(base / "model.safetensors"), np.random.default_rng(0)
@@ -82,7 +82,7 @@ def test_a_difference_of_low_rank_is_an_adapter(checkpoint: Callable[[Case], Pat
     assert all(np.allclose(merged.read(name), array, atol=1e-4) for name, array in tensors.items())
 
 
-def test_the_shipped_model_can_be_trained_further(tmp_path: Path) -> None:
+def test_shipped_model_can_be_trained_further(tmp_path: Path) -> None:
     data = tmp_path / "data.jsonl"
     data.write_text('{"input": "g2p: hello", "target": "HH AH L OW"}\n' * 2)
     given = ["train", str(demo_model.DATA), str(tmp_path / "out"), "--data", str(data), "--validation", str(data)]
