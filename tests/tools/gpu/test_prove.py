@@ -52,7 +52,7 @@ def test_modes_and_batches_are_compared_on_the_device(on_gpu: StepContext) -> No
     json.dumps(outcome.values, allow_nan=False)
 
 
-def test_a_device_may_differ_from_the_cpu_at_ties_only(on_gpu: StepContext, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_device_may_differ_from_the_cpu_only_at_ties(on_gpu: StepContext, monkeypatch: pytest.MonkeyPatch) -> None:
     outcome = prove_steps.against_cpu(on_gpu)
     assert outcome.state == "done", outcome.line
     assert [row[0] for row in outcome.rows] == ["full", "shallow", "free at 0.5: exits"]
@@ -71,7 +71,7 @@ def test_a_device_may_differ_from_the_cpu_at_ties_only(on_gpu: StepContext, monk
     assert "nats apart" in outcome.line or "cannot explain" in outcome.line or "no first token" in outcome.line
 
 
-def test_an_exit_may_differ_where_the_confidence_is_near_the_threshold() -> None:
+def test_exit_may_differ_if_the_confidence_is_near_the_threshold() -> None:
     def result(*confidence: float) -> Any:
         ids = tuple(range(len(confidence)))
         exited = tuple(one > 0.5 for one in confidence)
@@ -83,7 +83,7 @@ def test_an_exit_may_differ_where_the_confidence_is_near_the_threshold() -> None
 
 
 @pytest.mark.slow
-def test_a_step_is_trained_the_checkpoint_calibrated_and_rows_compared(converted: StepContext, tmp_path: Path) -> None:
+def test_step_is_trained_checkpoint_calibrated_and_rows_compared(converted: StepContext, tmp_path: Path) -> None:
     context = replace(converted, work=str(tmp_path))
     outcome = prove_commands.training(context)
     assert outcome.values["train_seconds"] > 0
@@ -103,7 +103,7 @@ def test_graphs_and_overlap_do_not_change_tokens_and_calls_are_counted(on_gpu: S
 
 
 @pytest.mark.slow
-def test_sync_every_is_recommended_by_what_was_measured(on_gpu: StepContext, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sync_every_is_recommended_from_measurements(on_gpu: StepContext, monkeypatch: pytest.MonkeyPatch) -> None:
     speeds = dict.fromkeys(("0", "1", "2", "4", "8"), 100.0)
 
     def measured(context: StepContext, session: Session, ways: dict[str, Any]) -> dict[str, float]:
@@ -131,7 +131,7 @@ def test_parity_passes_and_a_wrong_head_fails(converted: StepContext, monkeypatc
 
 
 @pytest.mark.slow
-def test_speed_refers_to_eager_torch_once_that_was_measured(converted: StepContext) -> None:
+def test_speed_is_relative_to_eager_torch_once_measured(converted: StepContext) -> None:
     assert "eager was not measured" in prove_speed.speed(converted).line
     assert prove_speed.eager(converted).values["tokens_per_second"] > 0
     outcome = prove_speed.speed(converted)
@@ -140,7 +140,7 @@ def test_speed_refers_to_eager_torch_once_that_was_measured(converted: StepConte
 
 
 @pytest.mark.slow
-def test_on_the_cpu_calls_are_timed_by_the_host_and_tensorrt_does_not_apply(converted: StepContext) -> None:
+def test_cpu_calls_are_timed_by_the_host_and_tensorrt_is_skipped(converted: StepContext) -> None:
     outcome = prove_speed.overlap(converted)
     assert outcome.values["clock"] == "the host's clock"
     assert outcome.values["deep_passes"] >= 1
@@ -150,7 +150,7 @@ def test_on_the_cpu_calls_are_timed_by_the_host_and_tensorrt_does_not_apply(conv
         prove_speed.tensorrt(converted)
 
 
-def test_a_step_that_breaks_or_takes_too_long_is_recorded_and_the_report_written(tmp_path: Path) -> None:
+def test_failed_or_slow_step_is_recorded_and_the_report_written(tmp_path: Path) -> None:
     base = StepContext("cpu", "", 8, 1)
     out = tmp_path / "out"
     report = prove.prove(base, out, [Path("m")], ("providers", "conversion"), minutes=0.0005)
@@ -175,9 +175,7 @@ def test_a_step_that_breaks_or_takes_too_long_is_recorded_and_the_report_written
     assert "KeyError" in report_text(report)
 
 
-def test_interrupted_run_continues_with_the_steps_without_result(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_interrupted_run_continues_with_the_remaining_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ran = []
 
     def run_step(name: str, context: StepContext, limit: float) -> dict[str, Any]:
@@ -210,7 +208,7 @@ def test_bundles_are_converted_once_and_important_steps_come_first() -> None:
     assert chosen == [("comparison", ""), ("conversion", "fp16"), ("overlap", "fp16")]
 
 
-def test_what_cannot_run_is_refused_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_options_are_refused_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def invoke(*arguments: object) -> Any:
         return CliRunner().invoke(prove.command, [str(argument) for argument in arguments])
 
@@ -224,7 +222,7 @@ def test_what_cannot_run_is_refused_before_any_work(tmp_path: Path, monkeypatch:
     assert "choose another --output" in str(invoke("--output", tmp_path / "out", "--device", "cpu").exception)
 
 
-def test_a_bar_in_an_outcome_is_escaped_once() -> None:
+def test_bar_in_an_outcome_is_escaped_once() -> None:
     step = {"model": "m", "precision": "fp16", "step": "parity", "state": "done", "seconds": 1.0, "line": "a|b\nc"}
     step |= {"columns": ("one|two",), "rows": [["x|y"]], "last_lines": []}
     about = {"made": "today", "commit": "abc", "models": ["m"], "tokens": 8, "rounds": 1}
