@@ -211,7 +211,7 @@ def test_deadline_holds_while_a_long_file_is_read(session: Session, tmp_path: Pa
     began = time.process_time()
     result = session.generate(path, deadline=0.05)
     assert (result.finish_reason, result.text, result.token_ids) == ("deadline", "", ())
-    assert time.process_time() - began < 1.5
+    assert time.process_time() - began < 4  # 0.4 on an idle machine; reading the whole hour takes 11
 
 
 def test_unlikely_text_is_decoded_again_at_a_higher_temperature_and_silence_is_skipped(session: Session) -> None:

@@ -10,6 +10,7 @@ import signal
 import socket
 import threading
 import time
+import tracemalloc
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -138,18 +139,19 @@ def test_explosive_constraint_does_not_delay_others(field: str, constraint: Any,
 
 def test_request_with_a_million_tools_is_refused_before_parsing() -> None:
     body = b'{"messages": [{"role": "user", "content": "x"}], "tools": [' + b"{}," * 1_300_000 + b"{}]}"
-    began = time.thread_time()
-    with pytest.raises(ApiError, match="tools"):
-        parse(body, ChatRequest)
-    assert time.thread_time() - began < 0.08
+    tracemalloc.start()
+    try:
+        with pytest.raises(ApiError, match="tools"):
+            parse(body, ChatRequest)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 10 * len(body)  # 24 times that if each tool becomes an object
 
 
 def test_thousand_biases_are_validated_once() -> None:
     options = GenerationOptions(sequence_bias=dict.fromkeys(range(1024), 1.0))
-    began = time.thread_time()
-    for number in range(60):
-        options = replace(options, seed=number)
-    assert time.thread_time() - began < 0.1
+    assert replace(options, seed=1).sequence_bias is options.sequence_bias  # a check makes a new mapping
 
 
 @pytest.mark.parametrize("token", ["--5", "²", "9" * 5000, "-1", "", "१"])

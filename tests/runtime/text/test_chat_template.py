@@ -42,7 +42,7 @@ def test_endless_template_is_stopped_and_refused(name: str) -> None:
     began = time.thread_time()
     with pytest.raises(PromptError, match="the chat template") as caught:
         ChatTemplate(HOSTILE[name]).render(CHAT, {})
-    assert time.thread_time() - began < 3  # half a second where nothing else runs
+    assert time.thread_time() - began < 15  # at most 1.5 on an idle machine; without limits minutes or longer
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 300
 
