@@ -77,15 +77,6 @@ def test_products_do_not_depend_on_the_number_of_threads(bits, threads):
         np.testing.assert_array_equal(product.run(None, {"x": x})[0], multiply("scalar", x, case, **EXACT))
 
 
-def test_nan_affects_only_its_row():
-    rng = np.random.default_rng(2)
-    case, x = random_case(rng, 40, 96, 4), rows(rng, 40, 96)
-    x[3, 5] = np.nan
-    y = multiply("scalar", x, case, **EXACT)
-    assert np.isnan(y[3]).all()
-    assert np.isfinite(np.delete(y, 3, 0)).all()
-
-
 def test_float_and_quantized_weights_can_share_a_product():
     rng = np.random.default_rng(4)
     case, up = float_case(rng, 48, 96, "bf16"), random_case(rng, 48, 96, 8)

@@ -106,15 +106,6 @@ def test_packed_rows_returns_the_values_of_the_table(format_):
     np.testing.assert_array_equal(found, case.values[indices].astype(np.float32))
 
 
-def test_nan_affects_only_its_row():
-    rng = np.random.default_rng(2)
-    case, x = float_case(rng, 40, 96, "bf16"), rows(rng, 9, 96)
-    x[3, 5] = np.nan
-    y = multiply("scalar", x, case)
-    assert np.isnan(y[3]).all()
-    assert np.isfinite(np.delete(y, 3, 0)).all()
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -17,6 +17,7 @@ from kernel_cases import (
     EPSILON,
     INSTRUCTIONS,
     case_of,
+    float_case,
     here,
     multiply,
     random_case,
@@ -34,6 +35,8 @@ OFFICIAL = Path("/usr/include/onnxruntime/onnxruntime_c_api.h")
 
 if problem := missing():
     pytest.skip(problem, allow_module_level=True)
+
+WIDE = {"activation_bits": 16}
 
 
 def rows(rng, count, inputs):
@@ -72,15 +75,16 @@ def test_products_match_rounded_inputs_and_are_bit_identical_on_all_instruction_
     np.testing.assert_allclose(everywhere(x, case), expected, atol=1e-6 * sizes.max())
 
 
+@pytest.mark.parametrize("activations", [{}, WIDE], ids=["int8", "int16"])
 @pytest.mark.parametrize(("bits", "threads"), [(4, 1), (4, 4), (8, 1), (8, 4), (5, 4), (6, 4)])
-def test_row_is_bit_identical_in_any_batch_and_with_any_number_of_threads(bits, threads):
+def test_row_is_bit_identical_in_any_batch_and_with_any_number_of_threads(bits, threads, activations):
     rng = np.random.default_rng(bits)
     inputs = 512 if bits == 6 else 576
-    case, x = random_case(rng, 1000, inputs, bits), rows(rng, 33, inputs)
-    alone = [multiply("scalar", row[None], case)[0] for row in x]
-    product = session(case, threads)
-    for count in (*range(1, 18), 33):
-        for start in (0, 33 - count):
+    case, x = random_case(rng, 1000, inputs, bits, bias=True), rows(rng, 70, inputs)
+    alone = [multiply("scalar", row[None], case, **activations)[0] for row in x]
+    product = session(case, threads, **activations)
+    for count in (*range(1, 18), 33, 70):
+        for start in (0, 70 - count):
             (y,) = product.run(None, {"x": x[start : start + count]})
             assert_same_bits(y, np.stack(alone[start : start + count]))
 
@@ -170,15 +174,16 @@ def test_fused_operations_match_float64_and_are_bit_identical_on_all_instruction
     assert np.median(np.abs(y - expected)) <= 1e-4 * size + 1e-12
 
 
+@pytest.mark.parametrize("activations", [{}, WIDE], ids=["int8", "int16"])
 @given(shapes, st.integers(1, 50), st.sampled_from([4, 6, 8]), st.sampled_from(["", "norm", "skip"]))
 @tries(40)
-def test_side_by_side_products_equal_separate_products(shape, second_outputs, second_bits, before):
+def test_side_by_side_products_equal_separate_products(activations, shape, second_outputs, second_bits, before):
     seed, count, outputs, inputs, bits, block, bias = shape
     rng = np.random.default_rng(seed)
     case, x = random_case(rng, outputs, inputs, bits, block, bias), rows(rng, count, inputs)
     second = random_case(rng, second_outputs, inputs, second_bits, 32, bias)
     norm = rng.standard_normal(inputs).astype(np.float32) if before else None
-    fused = {"skip": rows(rng, count, inputs) if before == "skip" else None, "norm": norm}
+    fused = {"skip": rows(rng, count, inputs) if before == "skip" else None, "norm": norm, **activations}
     alone = [multiply("scalar", x, each, **fused) for each in (case, second)]
     assert_same_bits(everywhere(x, case, up=second, beside=True, **fused), np.concatenate(alone, axis=1))
 
@@ -257,24 +262,34 @@ def test_extreme_values_do_not_saturate(bits, data, zero):
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_nan_and_infinity_affect_only_their_row(bad):
-    for name in filter(here, ("scalar", *INSTRUCTIONS)):
-        rng = np.random.default_rng(1)
-        case, x = random_case(rng, 20, 70, 4), rows(rng, 3, 70)
-        good = multiply(name, x, case)
-        x[1, 40] = bad
-        y = multiply(name, x, case)
-        assert np.isnan(y[1]).all()
-        np.testing.assert_array_equal(y[[0, 2]], good[[0, 2]])
+@pytest.mark.parametrize(
+    ("weight", "options"),
+    [(4, {}), (4, WIDE), (4, {"activation_bits": 32}), (4, {"prompt": True}), ("bf16", {})],
+    ids=["int8", "int16", "exact", "prompt", "floats"],
+)
+def test_nan_and_infinity_affect_only_their_row(weight, options, bad):
+    rng = np.random.default_rng(1)
+    case = float_case(rng, 20, 70, weight) if weight == "bf16" else random_case(rng, 20, 70, weight)
+    x = rows(rng, 40, 70)
+    with_bad = x.copy()
+    with_bad[3, 5] = bad
+    for name in filter(here, ("scalar", "scalar-bf16", *INSTRUCTIONS)):
+        good, y = (multiply(name, each, case, **options) for each in (x, with_bad))
+        assert not np.isfinite(y[3]).any()
+        assert_same_bits(np.delete(y, 3, 0), np.delete(good, 3, 0), name)
 
 
-@pytest.mark.parametrize("size", [0.0, 1e-45, 1e-38, 1e-31, 1e30])
-def test_rows_of_very_small_and_very_large_values(size):
+@pytest.mark.parametrize("size", [0.0, 1e-45, 1e-38, 1e-31, 1e-30, 1e30])
+@pytest.mark.parametrize(
+    ("activations", "least", "share"), [({}, 1e-28, 2), (WIDE, 1e-27, 1e-2)], ids=["int8", "int16"]
+)
+def test_rows_of_very_small_and_very_large_values(activations, least, share, size):
     rng = np.random.default_rng(2)
     case = random_case(rng, 20, 70, 8)
     x = (rows(rng, 2, 70) * size).astype(np.float32)
     expected = x.astype(np.float64) @ case.values.T
-    np.testing.assert_allclose(everywhere(x, case), expected, atol=max(1e-28, np.abs(x).max() * 2))
+    found = everywhere(x, case, **activations)
+    np.testing.assert_allclose(found, expected, atol=max(least, np.abs(x).max() * share))
 
 
 def test_every_class_of_float16_scale_is_read_alike_by_all_instruction_sets():

@@ -4,16 +4,14 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from kernel_cases import ACTIVATIONS, INSTRUCTIONS, here, multiply, random_case, session
+from kernel_cases import ACTIVATIONS, here, multiply, random_case
 from profiles import tries
-from test_kernels import BEFORE, activated, assert_same_bits, everywhere, fused_case, rows, shapes
+from test_kernels import BEFORE, WIDE, activated, assert_same_bits, everywhere, fused_case, rows, shapes
 
 from runtime.engines.kernels import missing
 
 if problem := missing():
     pytest.skip(problem, allow_module_level=True)
-
-WIDE = {"activation_bits": 16}
 
 
 def root_mean_square(values):
@@ -49,28 +47,6 @@ def test_fused_operations_match_float64_and_are_bit_identical_on_all_instruction
     np.testing.assert_allclose(y, activated(activation, inner) * gate, atol=2e-4 * sizes.max() * np.abs(gate).max())
 
 
-@pytest.mark.parametrize(("bits", "threads"), [(4, 4), (8, 1), (8, 4), (5, 4), (6, 4)])
-def test_row_is_bit_identical_in_any_batch_and_with_any_number_of_threads(bits, threads):
-    rng = np.random.default_rng(bits)
-    inputs = 512 if bits == 6 else 576
-    case, x = random_case(rng, 1000, inputs, bits, bias=True), rows(rng, 70, inputs)
-    alone = [multiply("scalar", row[None], case, **WIDE)[0] for row in x]
-    product = session(case, threads, **WIDE)
-    for count in (*range(1, 10), 16, 33, 70):
-        (y,) = product.run(None, {"x": x[-count:]})
-        assert_same_bits(y, np.stack(alone[-count:]))
-
-
-def test_side_by_side_products_equal_separate_products():
-    rng = np.random.default_rng(3)
-    cases, x = (
-        [random_case(rng, outputs, 320, bits, bias=True) for outputs, bits in ((90, 4), (50, 8))],
-        rows(rng, 9, 320),
-    )
-    alone = [multiply("scalar", x, each, **WIDE) for each in cases]
-    assert_same_bits(everywhere(x, cases[0], up=cases[1], beside=True, **WIDE), np.concatenate(alone, axis=1))
-
-
 @pytest.mark.parametrize("bits", [4, 5, 6, 8])
 def test_extreme_values_do_not_saturate(bits):
     case = random_case(np.random.default_rng(bits), 20, 256, bits)
@@ -81,27 +57,6 @@ def test_extreme_values_do_not_saturate(bits):
     np.testing.assert_allclose(
         everywhere(x, case, **WIDE), exact, atol=1e-6 * np.abs(x).max() * np.abs(case.values).sum(1).max()
     )
-
-
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_nan_affects_only_its_row(bad):
-    rng = np.random.default_rng(1)
-    case, x = random_case(rng, 20, 70, 4), rows(rng, 3, 70)
-    good = everywhere(x, case, **WIDE)
-    x[1, 40] = bad
-    for name in filter(here, ("scalar", *INSTRUCTIONS)):
-        y = multiply(name, x, case, **WIDE)
-        assert np.isnan(y[1]).all()
-        np.testing.assert_array_equal(y[[0, 2]], good[[0, 2]])
-
-
-@pytest.mark.parametrize("size", [0.0, 1e-38, 1e-30, 1e30])
-def test_rows_of_very_small_and_very_large_values(size):
-    rng = np.random.default_rng(2)
-    case = random_case(rng, 20, 70, 8)
-    x = (rows(rng, 2, 70) * size).astype(np.float32)
-    expected = x.astype(np.float64) @ case.values.T
-    np.testing.assert_allclose(everywhere(x, case, **WIDE), expected, atol=max(1e-27, np.abs(x).max() * 1e-2))
 
 
 def test_tiled_prompts_are_equal_with_8_and_16_bit_activations():
