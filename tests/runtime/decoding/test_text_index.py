@@ -87,8 +87,10 @@ def test_text_can_be_added_in_parts(text: list[int], sizes: list[int]) -> None:
     for size in [*sizes, len(text)]:
         parts.add(rest[:size])
         rest = rest[size:]
-    assert parts._entries == whole._entries
     assert parts.used == whole.used
+    for end in range(len(text) + 1):
+        newest = whole.encode(text[:end])
+        assert parts.expected(newest) == whole.expected(newest)
 
 
 def test_counts_of_a_frequent_phrase_fit_a_byte() -> None:
