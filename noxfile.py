@@ -120,6 +120,8 @@ def lint(session: nox.Session) -> None:
     session.install("-e", ".[all,dev]")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
+    sources = [*Path("runtime/engines/kernels/source").iterdir(), *Path("tests").glob("*.cpp")]
+    session.run("clang-format", "--dry-run", "-Werror", *map(str, sources))
     session.run("mypy")
 
 

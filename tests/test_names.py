@@ -26,13 +26,13 @@ def repeated(paths: Iterable[Path]) -> dict[str, list[Path]]:
     return {name: found for name, found in modules.items() if len(found) > 1}
 
 
-def test_no_two_modules_define_a_class_of_the_same_name() -> None:
+def test_class_names_are_unique_across_modules() -> None:
     paths = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
     found = repeated(paths)
     assert not found, found
 
 
-def test_repeated_names_are_found_and_private_ones_are_ignored(tmp_path: Path) -> None:
+def test_repeated_class_names_are_found_and_private_ones_ignored(tmp_path: Path) -> None:
     for name, other in (("one", "One"), ("two", "Two")):
         (tmp_path / f"{name}.py").write_text(f"class Same: ...\nclass _Own: ...\nclass {other}: ...\n")
     paths = sorted(tmp_path.iterdir())

@@ -33,7 +33,7 @@ def optional_modules() -> dict[str, list[Path]]:
     return found
 
 
-def test_every_optional_module_is_installed_for_some_run() -> None:
+def test_every_optional_module_is_installed_in_some_session() -> None:
     optional = optional_modules()
     assert optional.keys() >= CLIENTS
     for module in optional.keys() - CLIENTS - sys.stdlib_module_names:
@@ -44,13 +44,13 @@ def test_every_optional_module_is_installed_for_some_run() -> None:
 
 
 @pytest.mark.parametrize("module", sorted(CLIENTS))
-def test_tests_of_a_client_have_the_mark_that_its_session_selects(module: str) -> None:
+def test_client_tests_have_the_mark_of_their_session(module: str) -> None:
     for path in optional_modules()[module]:
         if path != Path(__file__):
             assert "mark.clients" in path.read_text(encoding="utf-8"), path
 
 
-def test_sessions_that_pages_and_workflows_name_exist() -> None:
+def test_nox_sessions_named_in_pages_and_workflows_exist() -> None:
     sessions = set(nox.registry.get())
     pages = "\n".join((ROOT / name).read_text(encoding="utf-8") for name in ("CONTRIBUTING.md", "docs/releasing.md"))
     named = {name for listed in re.findall(r"nox -s ((?:[a-z]+ ?)+)", pages) for name in listed.split()}

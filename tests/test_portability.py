@@ -42,12 +42,12 @@ for package in ("runtime", "freeexport.system", "freeexport.serving", "freeexpor
 
 
 @pytest.mark.timeout(200)
-def test_modules_are_imported_without_what_only_posix_has() -> None:
+def test_modules_import_without_posix_only_modules() -> None:
     done = subprocess.run([sys.executable, "-c", IMPORTS], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
-def test_cores_and_memory_are_known_without_affinity_and_proc(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cores_and_memory_are_read_without_affinity_and_proc(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(os, "sched_getaffinity")
     assert machine.usable_cores() == psutil.cpu_count(logical=False)
     monkeypatch.setattr(machine, "_read", lambda path: "")
@@ -57,7 +57,7 @@ def test_cores_and_memory_are_known_without_affinity_and_proc(monkeypatch: pytes
     assert machine.available_memory() == 5
 
 
-def test_windows_has_no_memory_of_glibc_to_give_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_trimming_does_nothing_on_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     def library(name: str | None) -> None:
         raise TypeError("argument of type 'NoneType' is not iterable")  # as Windows does without a name
 
@@ -67,7 +67,7 @@ def test_windows_has_no_memory_of_glibc_to_give_back(monkeypatch: pytest.MonkeyP
     kv_cache.check_memory(SimpleNamespace(**dict.fromkeys(numbers, 1)), capacity=1, slots=1)
 
 
-def test_windows_locks_a_byte_behind_the_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_windows_locks_a_byte_after_the_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
     def locking(descriptor: int, mode: int, count: int) -> None:

@@ -23,7 +23,7 @@ def drawn() -> list[int]:
     return found
 
 
-def test_examples_are_the_same_whatever_was_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hypothesis_examples_do_not_depend_on_imports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = drawn()
     constants = range(10**8, 10**8 + 1000)
     (tmp_path / "module_with_constants.py").write_text(f"CONSTANTS = {list(constants)}")
@@ -34,7 +34,7 @@ def test_examples_are_the_same_whatever_was_imported(tmp_path: Path, monkeypatch
     assert not set(constants) & set(after)
 
 
-def test_the_search_tries_more_examples_of_every_property_and_says_how_to_repeat_them() -> None:
+def test_search_profile_tries_more_examples_and_prints_how_to_repeat_them() -> None:
     usual = settings.get_current_profile_name()
     try:
         settings.load_profile(REPEATED)

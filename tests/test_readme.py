@@ -121,14 +121,14 @@ def test_the_commands_and_programs_of_a_tutorial_run_in_order(
     run_page(page)
 
 
-def test_a_tutorial_leaves_no_command_or_program_out() -> None:
+def test_every_command_and_program_of_a_tutorial_is_run() -> None:
     assert len(TUTORIALS) == 3
     for page in TUTORIALS:
         fences = re.findall(r"^```\w*\n", page.read_text(encoding="utf-8"), re.MULTILINE)
         assert len(blocks(page, RUN)) == len(fences) / 2
 
 
-def test_programs_that_compare_modes_do_not_draft_from_outputs_of_earlier_modes() -> None:
+def test_programs_comparing_modes_do_not_draft_from_earlier_outputs() -> None:
     programs = [
         text
         for page in [ROOT / "README.md", *DOCS.glob("*.md")]
@@ -153,7 +153,7 @@ def test_every_make_target_of_the_readme_exists() -> None:
     assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in targets)
 
 
-def test_every_link_of_the_documentation_leads_somewhere() -> None:
+def test_every_documentation_link_has_a_target() -> None:
     for page in PAGES:
         for link, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)#?([^)\s]*)\)", page.read_text(encoding="utf-8")):
             target = page.parent / link if link else page
@@ -167,7 +167,7 @@ def test_the_site_shows_every_page() -> None:
     assert sorted(shown) == sorted(str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md"))
 
 
-def test_links_of_the_site_to_other_files_lead_to_the_repository() -> None:
+def test_links_to_files_outside_the_site_point_to_the_repository() -> None:
     page = SimpleNamespace(file=SimpleNamespace(src_uri="results/chat.md"))
     text = "[a](../data.md#x), [b](../../tools/pages.py) and [c](https://example.org)"
     linked = on_page_markdown(text, page, {"repo_url": "https://example.org/r"}, None)

@@ -51,7 +51,7 @@ def is_below(package: str, other: str, here: str) -> bool:
 
 
 @pytest.mark.parametrize("package", PACKAGES)
-def test_rooms_import_those_below_them(package: str) -> None:
+def test_rooms_import_only_lower_rooms(package: str) -> None:
     wrong = list[str]()
     for path in sorted((ROOT / package).rglob("*.py")):
         name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
@@ -67,7 +67,7 @@ def test_rooms_import_those_below_them(package: str) -> None:
 
 
 @pytest.mark.parametrize("package", ROOMS)
-def test_every_room_has_its_place(package: str) -> None:
+def test_every_room_has_a_level(package: str) -> None:
     found = {
         path.stem for path in (ROOT / package).iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()
     }
@@ -75,7 +75,7 @@ def test_every_room_has_its_place(package: str) -> None:
 
 
 @pytest.mark.parametrize("package", PACKAGES)
-def test_files_do_not_import_each_other_in_a_circle(package: str) -> None:
+def test_files_have_no_circular_imports(package: str) -> None:
     files = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in (ROOT / package).rglob("*.py")}
     below = {
         name: {target if target in files else target.rpartition(".")[0] for target in imports(path)} - {name}
@@ -105,12 +105,12 @@ def duplicates(paths: Iterable[Path]) -> list[list[str]]:
     return [found for found in places.values() if len(found) > 1]
 
 
-def test_no_block_of_ten_lines_stands_twice() -> None:
+def test_no_block_of_ten_lines_is_duplicated() -> None:
     packages = (ROOT / name for name in (*PACKAGES, "tools"))
     assert duplicates(sorted(path for package in packages for path in package.rglob("*.py"))) == []
 
 
-def test_a_block_that_stands_twice_is_found(tmp_path: Path) -> None:
+def test_duplicated_block_is_found(tmp_path: Path) -> None:
     block = "\n".join(f"value_{n} = {n}" for n in range(BLOCK))
     (tmp_path / "one.py").write_text(f"import os\n{block}\n")
     (tmp_path / "two.py").write_text(f"\n\nif True:\n    {block}\nlast = 1\n")

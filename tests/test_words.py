@@ -29,11 +29,11 @@ def long_lines(page: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_lines_of_markdown_are_short(page: Path) -> None:
+def test_markdown_lines_are_short(page: Path) -> None:
     assert long_lines(page) == []
 
 
-def test_long_lines_are_found_outside_of_tables(tmp_path: Path) -> None:
+def test_long_lines_are_found_outside_tables(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("a" * 120 + "\n" + "b" * 121 + "\n| " + "c" * 200 + " |\n", encoding="utf-8")
     assert long_lines(page) == ["page.md:2 has 121"]

@@ -47,7 +47,7 @@ def paths() -> set[str]:
     return {route.path for route in routes if isinstance(route, Route)}
 
 
-def test_the_image_installs_extras_that_exist_and_copies_what_the_build_needs() -> None:
+def test_image_installs_existing_extras_and_copies_the_build_files() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
     (named,) = re.findall(r"install --no-cache-dir --no-compile '\.\[(.*)\]'", DOCKERFILE)
     assert set(named.split(",")) <= set(extras)
@@ -60,7 +60,7 @@ def test_the_image_installs_extras_that_exist_and_copies_what_the_build_needs() 
     assert healthy in paths()
 
 
-def test_documents_name_paths_options_and_metrics_that_exist() -> None:
+def test_documents_name_existing_paths_options_and_metrics() -> None:
     for document in documents():
         assert {"apiVersion", "kind", "metadata"} <= set(document)
         assert document["metadata"]["name"] == "freeexport"
@@ -85,9 +85,7 @@ def step(pattern: str) -> str:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_the_steps_of_the_dockerfile_make_a_server_that_is_healthy_and_writes_nothing(
-    chat: Path, tmp_path: Path
-) -> None:
+def test_dockerfile_steps_build_a_healthy_server_that_writes_nothing(chat: Path, tmp_path: Path) -> None:
     source, venv = tmp_path / "source", tmp_path / "venv"
     source.mkdir()
     for names, target in re.findall(r"^COPY (?!--from)(.+) (\S+)$", DOCKERFILE, re.MULTILINE):

@@ -115,7 +115,7 @@ def all_at_once(url: str, count: int = 24) -> list[tuple[str, str]]:
         return list(pool.map(lambda number: ask(url, number), range(count)))
 
 
-def test_two_replicas_answer_as_the_session_does_and_map_one_file_of_weights(
+def test_two_replicas_match_the_session_and_share_one_weight_file(
     served: SimpleNamespace, expected: list[str], bundle8: Path
 ) -> None:
     assert all_at_once(served.url) == [("answered", text) for text in expected]
@@ -162,9 +162,7 @@ def rows(output: Path) -> list[dict[str, Any]]:
     ]
 
 
-def test_a_killed_batch_job_goes_on_where_it_was(
-    cluster: Any, bundle8: Path, expected: list[str], tmp_path: Path
-) -> None:
+def test_killed_batch_job_resumes(cluster: Any, bundle8: Path, expected: list[str], tmp_path: Path) -> None:
     import pyarrow
     from pyarrow import parquet
 

@@ -11,7 +11,7 @@ from fake_cuda import FakeCuda
 real = pytest.importorskip("cuda.bindings.runtime")
 
 
-def test_the_stand_in_has_the_names_and_signatures_of_cuda_python() -> None:
+def test_fake_has_the_names_and_signatures_of_cuda_python() -> None:
     found = {name: value for name, value in vars(FakeCuda).items() if name.startswith("cuda")}
     assert len(found) > 30
     for name, value in found.items():

@@ -44,7 +44,7 @@ ATTRIBUTES = {
 
 
 @pytest.mark.parametrize(("name", "method"), METHODS)
-def test_a_method_has_the_arguments_of_the_real_one(name: str, method: str) -> None:
+def test_fake_methods_have_the_real_arguments(name: str, method: str) -> None:
     documentation = getattr(getattr(trt, name), method).__doc__
     overloads = [arguments_of(text) for text in re.findall(rf"{method}\((self: [^\n]*?)\) -> ", documentation)]
     fake = list(inspect.signature(getattr(CLASSES[name], method)).parameters)[1:]
@@ -56,18 +56,18 @@ def test_a_method_has_the_arguments_of_the_real_one(name: str, method: str) -> N
 
 
 @pytest.mark.parametrize("name", ENUMERATIONS)
-def test_members_of_an_enumeration_are_real(name: str) -> None:
+def test_fake_enumerations_have_the_real_members(name: str) -> None:
     assert {member.name for member in ENUMERATIONS[name]} <= set(getattr(trt, name).__members__)
 
 
 @pytest.mark.parametrize(
     ("name", "attribute"), [(name, attribute) for name, found in ATTRIBUTES.items() for attribute in found]
 )
-def test_an_attribute_is_real(name: str, attribute: str) -> None:
+def test_fake_attributes_exist_in_tensorrt(name: str, attribute: str) -> None:
     assert hasattr(getattr(trt, name), attribute)
 
 
-def test_everything_of_the_package_is_real() -> None:
+def test_every_public_name_of_the_fake_exists_in_tensorrt() -> None:
     package = vars(fake_tensorrt.fake_tensorrt(FakeCuda()))
     names = {name for name in package if not name.startswith("_")} - {"runs"}
     assert {"Builder", "ILogger", "OnnxParser", "Runtime"} <= names

@@ -53,7 +53,7 @@ def run_python(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
 
 
-def test_help_imports_no_heavy_package_and_is_fast() -> None:
+def test_help_is_fast_and_imports_no_heavy_package() -> None:
     code = (
         "import sys; from freeexport.cli import main; main(['--help'], standalone_mode=False);"
         "print(*{'torch', 'transformers', 'onnx', 'onnx_ir', 'onnxruntime', 'rich'} & set(sys.modules),"
@@ -71,14 +71,14 @@ def test_help_imports_no_heavy_package_and_is_fast() -> None:
     assert min(seconds) < 1  # 0.4 on an idle Xeon, 0.65 beside other tests; torch takes 2
 
 
-def test_version_is_the_distributions() -> None:
+def test_version_is_that_of_the_distribution() -> None:
     result = invoke("--version")
     declared = re.search(r'^version = "(.*)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
     assert declared is not None
     assert result.stdout == f"freeexport {declared[1]}\n"
 
 
-def test_extras_are_those_that_the_installed_distribution_declares() -> None:
+def test_extras_are_those_declared_by_the_distribution() -> None:
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     assert extras().keys() == PURPOSES.keys() == declared.keys() - {"dev"}
     assert extras()["convert"][:2] == ("torch", "transformers")
@@ -86,7 +86,7 @@ def test_extras_are_those_that_the_installed_distribution_declares() -> None:
     assert {"torch", "peft"} <= set(extras()["train"])
 
 
-def test_one_wheel_of_onnx_runtime_is_enough_and_does_not_hide_other_missing_packages() -> None:
+def test_one_onnxruntime_wheel_is_enough_and_other_missing_packages_are_reported() -> None:
     assert missing_of("cpu", {"onnxruntime": "1"}.get) == missing_of("cpu", {"onnxruntime-gpu": "1"}.get) == ()
     assert missing_of("gpu", {"onnxruntime": "1"}.get) == ()  # another wheel would overwrite this one
     assert missing_of("gpu", {"onnxruntime-gpu": "1"}.get) == ("cuda-python",)
@@ -102,7 +102,7 @@ def test_every_listed_verb_has_a_command_with_help_and_an_example() -> None:
         assert "Example" in result.output, verb
 
 
-def test_a_verb_runs_and_its_own_exit_code_is_kept(run_verb: Run) -> None:
+def test_command_runs_and_keeps_its_exit_code(run_verb: Run) -> None:
     for body, found in (
         ("click.echo('ran')", (0, "ran\n", "")),
         ("raise click.exceptions.Exit(7)", (7, "", "")),
@@ -135,7 +135,7 @@ BUNDLE_ERROR = "from runtime.errors import BundleError; raise BundleError('deep.
         ),
     ],
 )
-def test_an_error_is_one_line(body: str, exit_code: int, line: str, run_verb: Run) -> None:
+def test_error_is_one_line(body: str, exit_code: int, line: str, run_verb: Run) -> None:
     assert error_line(run_verb(body), exit_code) == line
 
 
@@ -187,7 +187,7 @@ def test_ctrl_c_in_a_real_process_exits_with_130(changed: str) -> None:
 
 
 @pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
-def test_closed_standard_streams_are_as_the_null_device(closed: str, tmp_path: Path) -> None:
+def test_closed_standard_streams_are_ignored(closed: str, tmp_path: Path) -> None:
     """Text that a library prints to a closed stream must not go to the file that is opened next."""
     (tmp_path / "shape.py").write_text(
         "import os, freeexport.__main__ as entry, freeexport.cli as cli, click\n"
@@ -224,7 +224,7 @@ def test_closed_standard_streams_are_as_the_null_device(closed: str, tmp_path: P
         (ValueError("odd"), "ValueError: odd; this is a bug; get the traceback with freeexport --debug ..."),
     ],
 )
-def test_an_error_of_a_library_keeps_its_text_and_a_bug_is_called_one(error: Exception, text: str) -> None:
+def test_library_error_keeps_its_text_and_a_bug_is_called_one(error: Exception, text: str) -> None:
     assert cli.error_message(error).startswith(text)
 
 
@@ -240,7 +240,7 @@ def test_an_error_of_a_library_keeps_its_text_and_a_bug_is_called_one(error: Exc
         (None, "tokenizers", "tokenizers is not installed; run: pip install freeexport"),
     ],
 )
-def test_a_missing_package_names_the_extra_of_its_verb(
+def test_missing_package_names_the_extra_of_the_command(
     verb: str | None, module: str, line: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("freeexport.system.extras.missing_of", lambda extra: ())
@@ -248,19 +248,19 @@ def test_a_missing_package_names_the_extra_of_its_verb(
 
 
 @pytest.mark.parametrize(("verb", "near"), [("convrt", "; did you mean 'convert'?"), ("zzz", "")])
-def test_a_verb_that_is_none_names_the_nearest(verb: str, near: str) -> None:
+def test_unknown_command_suggests_the_nearest(verb: str, near: str) -> None:
     result = invoke(verb)
     assert result.exit_code == 2
     assert result.stderr.endswith(f"Error: No such command '{verb}'{near}\n")
 
 
-def test_an_option_that_is_none_names_the_nearest() -> None:
+def test_unknown_option_suggests_the_nearest() -> None:
     result = invoke("convert", "--exit-layr", "3")
     assert result.exit_code == 2
     assert "--exit-layer" in result.stderr
 
 
-def test_debug_shows_the_traceback_and_the_line(run_verb: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_debug_shows_the_traceback_and_the_error_line(run_verb: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     result = run_verb("raise MemoryError()", "--debug")
     monkeypatch.setenv("FREEEXPORT_DEBUG", "1")
     assert "Traceback" in run_verb("raise MemoryError()").stderr
@@ -275,7 +275,7 @@ def test_usage_error_exits_with_2(run_verb: Run) -> None:
     assert "--exit-layer needs a number" in result.stderr
 
 
-def test_a_library_that_cannot_write_is_told_as_the_system_would() -> None:
+def test_write_error_of_a_library_is_reported_as_a_system_error() -> None:
     import torch
     from safetensors import SafetensorError
 

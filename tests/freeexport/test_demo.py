@@ -40,6 +40,6 @@ def test_the_demo_converts_decodes_and_compares(tmp_path: Path, monkeypatch: pyt
     assert Bundle.open(bundle).manifest.verified  # that of the earlier run
 
 
-def test_the_shipped_model_is_small_and_says_where_it_exits() -> None:
+def test_shipped_model_is_small_and_has_an_exit() -> None:
     assert sum(path.stat().st_size for path in G2P.iterdir() if path.name != "test.jsonl") <= MOST_BYTES
     assert json.loads((G2P / "exit.json").read_text())["exit_layer"] == 2

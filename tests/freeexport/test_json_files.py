@@ -33,7 +33,7 @@ def directory(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("content", CONTENTS.values(), ids=CONTENTS)
 @pytest.mark.parametrize("name", READERS)
-def test_a_damaged_file_is_refused_in_one_line(name: str, content: str, directory: Path) -> None:
+def test_damaged_file_is_refused_in_one_line(name: str, content: str, directory: Path) -> None:
     (directory / name).write_text(content)
     with pytest.raises(FreeExportError) as refused:
         READERS[name](directory / name)
@@ -44,13 +44,13 @@ def test_a_damaged_file_is_refused_in_one_line(name: str, content: str, director
 
 
 @pytest.mark.parametrize("name", READERS)
-def test_a_named_pipe_is_no_file(name: str, directory: Path) -> None:
+def test_named_pipe_is_refused(name: str, directory: Path) -> None:
     os.mkfifo(directory / name)
     with pytest.raises(FreeExportError):
         READERS[name](directory / name)
 
 
-def test_a_named_pipe_among_a_checkpoints_files_is_refused(directory: Path) -> None:
+def test_named_pipe_in_a_checkpoint_is_refused(directory: Path) -> None:
     (directory / "config.json").write_text('{"model_type": "llama"}')
     os.mkfifo(directory / "tokenizer_config.json")
     with pytest.raises(FreeExportError, match=r"tokenizer_config\.json is no regular file"):

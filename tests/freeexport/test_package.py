@@ -20,7 +20,7 @@ def python(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, check=False)
 
 
-def test_every_public_name_of_runtime_is_one_of_freeexport() -> None:
+def test_freeexport_exports_every_public_name_of_runtime() -> None:
     assert freeexport.__all__ == runtime.__all__
     assert all(getattr(freeexport, name) is getattr(runtime, name) for name in runtime.__all__)
     assert set(runtime.__all__) < set(dir(freeexport))
@@ -28,7 +28,7 @@ def test_every_public_name_of_runtime_is_one_of_freeexport() -> None:
         freeexport.session  # noqa: B018
 
 
-def test_nothing_heavy_is_imported_before_it_is_used(tmp_path: Path) -> None:
+def test_heavy_packages_are_imported_on_first_use(tmp_path: Path) -> None:
     code = (
         "import sys, freeexport; print('runtime' in sys.modules, 'numpy' in sys.modules);"
         "from freeexport import Session; print(Session.__module__.startswith('runtime'), 'torch' in sys.modules)"
@@ -38,7 +38,7 @@ def test_nothing_heavy_is_imported_before_it_is_used(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("file", ["runtime/__init__.py", "runtime/notes.txt", "runtime.py"])
-def test_a_folder_of_the_same_name_is_named(file: str, tmp_path: Path) -> None:
+def test_folder_that_shadows_the_package_is_named(file: str, tmp_path: Path) -> None:
     (tmp_path / file).parent.mkdir(exist_ok=True)
     (tmp_path / file).write_text("")
     done = python("from freeexport import Session", tmp_path)

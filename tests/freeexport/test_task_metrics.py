@@ -19,7 +19,7 @@ def corpus(name: str, outputs: list[str], references: list[Reference]) -> float:
 
 
 @pytest.mark.parametrize("metric", NAMES)
-def test_equal_texts_score_1_and_unlike_ones_near_0(metric: str) -> None:
+def test_equal_texts_score_1_and_different_texts_near_0(metric: str) -> None:
     values = scores(metric, ["B, c d e.", "q r s t", "", "x"], texts("B, c d e.", "E f, g h", "X.", ""))
     assert values[0] == 1
     assert (values[1:] <= 0.05).all()
@@ -48,7 +48,7 @@ def test_equal_texts_score_1_and_unlike_ones_near_0(metric: str) -> None:
         ("punct-f1", "it's a state-of-the-art test.", "It's a state-of-the-art test.", 1),
     ],
 )
-def test_scores_are_those_worked_out_by_hand(metric: str, output: str, reference: str, score: float) -> None:
+def test_scores_match_hand_computed_values(metric: str, output: str, reference: str, score: float) -> None:
     assert scores(metric, [output], texts(reference))[0] == pytest.approx(score)
 
 
@@ -59,7 +59,7 @@ def test_closer_texts_score_higher(metric: str) -> None:
     assert 0 < far < near < 1
 
 
-def test_bleu_and_chrf_of_all_sequences_are_those_of_the_library() -> None:
+def test_corpus_bleu_and_chrf_match_the_library() -> None:
     from sacrebleu import corpus_bleu, corpus_chrf
 
     outputs = ["the quick brown fox jumps over a dog", "a cat sat on the mat", "no"]
@@ -70,7 +70,7 @@ def test_bleu_and_chrf_of_all_sequences_are_those_of_the_library() -> None:
     assert "tok:13a" in metric_of("bleu").signature
 
 
-def test_the_nearest_of_several_references_counts() -> None:
+def test_nearest_of_several_references_counts() -> None:
     several = [Reference(("paris", "the city of light"))]
     for name in ("exact", "squad-em", "squad-f1", "rouge-l", "wer", "chrf"):
         assert scores(name, ["the city of light"], several)[0] == 1
@@ -81,7 +81,7 @@ def half(output: str, reference: str) -> float:
     return 0.5 if output else float("nan")
 
 
-def test_a_function_by_its_name_is_a_metric() -> None:
+def test_metric_can_be_a_function_given_by_name() -> None:
     name = f"{__name__}:half"
     assert corpus(name, ["x", "y"], texts("y", "y")) == 0.5
     with pytest.raises(MetricError, match="gave nan; it must return a number from 0 to 1"):
@@ -89,7 +89,7 @@ def test_a_function_by_its_name_is_a_metric() -> None:
 
 
 @pytest.mark.parametrize("name", ["rouge", "no_such_module:function", "json:no_such_function", "a b:c", ":x", "x:"])
-def test_what_is_no_metric_is_refused_by_name(name: str) -> None:
+def test_unknown_metric_is_refused_by_name(name: str) -> None:
     with pytest.raises(OptionError, match=r"is no metric|can import"):
         metric_of(name)
 
@@ -97,25 +97,25 @@ def test_what_is_no_metric_is_refused_by_name(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "why"), [("case-f1", "no capital letters"), ("punct-f1", "no punctuation"), ("per", "no phonemes")]
 )
-def test_a_metric_that_does_not_fit_the_references_says_so(name: str, why: str) -> None:
+def test_metric_that_does_not_fit_the_references_is_refused(name: str, why: str) -> None:
     check_name(name)
     with pytest.raises(MetricError, match=why):
         metric_of(name).table(["Some text."], texts("" if name == "per" else "lower case"))
 
 
 @pytest.mark.parametrize("given", [3, [], [3], [["a"], []], [["a"], "b"], "text"])
-def test_references_that_are_neither_texts_nor_lists_of_texts_are_refused(given: object) -> None:
+def test_references_that_are_neither_texts_nor_lists_are_refused(given: object) -> None:
     with pytest.raises(OptionError, match="line 7: 'references'"):
         Reference.of("target", given, "line 7")
 
 
-def test_references_are_alternatives_of_the_line_or_of_its_words() -> None:
+def test_references_are_alternatives_of_a_line_or_of_its_words() -> None:
     assert Reference.of("a", ["b", "a"], "") == Reference(("a", "b"))
     assert Reference.of(None, [["a", "b"], ["c"]], "") == Reference(("a | c",), (("a", "b"), ("c",)))
     assert Reference.of(None, None, "") is None
 
 
-def test_a_line_is_exact_where_every_word_is_one_of_its_alternatives() -> None:
+def test_line_is_exact_if_every_word_is_one_of_its_alternatives() -> None:
     words = [Reference.of("A | C", [["A", "B B"], ["C"]], "")] * 3
     assert scores("exact", ["B B | C", "A|C", "C | A"], [one for one in words if one]).tolist() == [True, True, False]
 
@@ -140,11 +140,11 @@ HI = ["HH AY"]
         ("HH AY | HH AY | T AH M EY T OW", [HI, TOMATO], Errors(2, 8, 1, 2)),
     ],
 )
-def test_errors_are_those_counted_by_hand(text: str, references: list[list[str]], expected: Errors) -> None:
+def test_error_counts_match_hand_computed_values(text: str, references: list[list[str]], expected: Errors) -> None:
     assert errors(text, references) == expected
 
 
-def test_rates_are_those_of_all_phonemes_and_all_words() -> None:
+def test_rates_are_over_all_phonemes_and_all_words() -> None:
     outputs = ["HH EY", "T AH M EY T OW"]
     references = [Reference(("HH AY",), (tuple(HI),)), Reference(("T AH M AA T OW", "T AH M EY T OW"))]
     assert metric_of("per").of(metric_of("per").table(outputs, references)) == pytest.approx(7 / 8)

@@ -28,7 +28,7 @@ REACH = 400
 
 @pytest.mark.parametrize("bidirectional", [True, False])
 @pytest.mark.parametrize("sizes", SIZES)
-def test_buckets_are_those_of_transformers(sizes: tuple[int, int], bidirectional: bool) -> None:
+def test_relative_position_buckets_match_transformers(sizes: tuple[int, int], bidirectional: bool) -> None:
     distance = np.arange(-REACH, REACH + 1)
     theirs = T5Attention._relative_position_bucket(torch.from_numpy(distance), bidirectional, *sizes)
     bias, longest = RelativeBias("table", *sizes, bidirectional=bidirectional), sizes[1]
@@ -46,7 +46,7 @@ def test_buckets_are_those_of_transformers(sizes: tuple[int, int], bidirectional
 @pytest.mark.parametrize(
     "own", [False, pytest.param(True, marks=pytest.mark.skipif(missing() is not None, reason=str(missing())))]
 )
-def test_rows_that_count_stand_side_by_side_and_find_their_places(own: bool, tmp_path: Path) -> None:
+def test_valid_rows_are_packed_for_attention_and_unpacked(own: bool, tmp_path: Path) -> None:
     with WeightFile(tmp_path / "weights.data") as weights:
         graph = Graph("g", Source({}), weights, FLOAT)
         x, lengths = graph.input("x", FLOAT, ["B", "k", 2]), graph.input("query_lengths", INT32, ["B"])

@@ -28,7 +28,7 @@ each_dialect = pytest.mark.parametrize("dialect", ["ort", "standard"])
     [(case, "ort") for case in CASES] + [(BY_NAME[name], "standard") for name in SELECTION],
     ids=lambda value: getattr(value, "name", value),
 )
-def test_a_sync_pass_of_any_size_equals_single_deep_steps(case: Case, dialect: str, bundle: Bundles) -> None:
+def test_sync_pass_of_any_size_equals_single_deep_steps(case: Case, dialect: str, bundle: Bundles) -> None:
     pair = pair_of(bundle(case, case.exit_layers[0], dialect=dialect), rows=1)
     past, longest = 21, 16
     hidden = pair.shallow(*tokens(past + longest))["hidden"]
@@ -46,7 +46,7 @@ def test_a_sync_pass_of_any_size_equals_single_deep_steps(case: Case, dialect: s
 
 @each_dialect
 @pytest.mark.parametrize("name", SELECTION)
-def test_rows_of_a_ragged_batch_are_what_they_are_alone(name: str, dialect: str, bundle: Bundles) -> None:
+def test_row_of_a_ragged_batch_equals_single_row(name: str, dialect: str, bundle: Bundles) -> None:
     path = bundle(BY_NAME[name], 1, dialect=dialect)
     ids, lengths = tokens(9, 4, 17)
     pair = pair_of(path, rows=3)
@@ -74,7 +74,7 @@ def test_rows_of_a_ragged_batch_are_what_they_are_alone(name: str, dialect: str,
 @each_dialect
 @pytest.mark.parametrize("measure", list(CONFIDENCES))
 @pytest.mark.parametrize("name", ["t5-relu-tied", "llama-untied-many-eos"])
-def test_token_and_confidence_are_those_of_the_logits(name: str, measure: str, dialect: str, bundle: Bundles) -> None:
+def test_token_and_confidence_match_the_logits(name: str, measure: str, dialect: str, bundle: Bundles) -> None:
     pair = pair_of(bundle(BY_NAME[name], 1, dialect=dialect, confidence=measure), rows=1)
     ids, lengths = tokens(40)
     shallow = pair.shallow(ids, lengths)
@@ -91,7 +91,7 @@ def test_token_and_confidence_are_those_of_the_logits(name: str, measure: str, d
 
 
 @pytest.mark.parametrize("name", ["t5-relu-tied", "qwen3"])
-def test_the_standard_dialect_has_no_operator_of_one_runtime_alone(name: str, bundle: Bundles) -> None:
+def test_standard_dialect_uses_only_standard_onnx_operators(name: str, bundle: Bundles) -> None:
     for file in bundle(BY_NAME[name], dialect="standard").glob("*.onnx"):
         model = onnx.load(file, load_external_data=False)
         assert [opset.domain for opset in model.opset_import] == [""]
@@ -99,7 +99,7 @@ def test_the_standard_dialect_has_no_operator_of_one_runtime_alone(name: str, bu
         assert not {node.op_type for node in model.graph.node} & {"If", "Loop", "Scan"}
 
 
-def test_all_graphs_name_one_weight_file_by_a_relative_name(bundle: Bundles) -> None:
+def test_all_graphs_refer_to_one_weight_file_by_a_relative_name(bundle: Bundles) -> None:
     path = bundle(BY_NAME["t5-relu-tied"])
     for file in path.glob("*.onnx"):
         tensors = onnx.load(file, load_external_data=False).graph.initializer
@@ -124,7 +124,7 @@ def llama(checkpoint: Callable[[Case], Path]) -> Description:
         ({"capacity": 64, "max_pending": 257}, "max_pending 257 .*1 to 256"),
     ],
 )
-def test_options_out_of_range_are_refused_with_the_range(
+def test_out_of_range_options_are_refused_with_the_range(
     options: dict[str, Any], message: str, llama: Description
 ) -> None:
     with pytest.raises(GraphError, match=message):
@@ -154,7 +154,7 @@ def test_options_out_of_range_are_refused_with_the_range(
         ("t5gemma2", {}, "does not support the attention of t5gemma; leave it out"),
     ],
 )
-def test_a_cache_in_8_bits_that_the_kernels_do_not_support_is_refused(
+def test_unsupported_int8_cache_is_refused(
     case: str, options: dict[str, Any], message: str, checkpoint: Callable[[Case], Path]
 ) -> None:
     opened = open_checkpoint(str(checkpoint(BY_NAME[case])))
@@ -165,7 +165,7 @@ def test_a_cache_in_8_bits_that_the_kernels_do_not_support_is_refused(
 
 
 @pytest.mark.parametrize("head_dim", [12, 24, 100])
-def test_head_sizes_that_the_fused_operator_has_no_kernel_for_are_refused(head_dim: int, llama: Description) -> None:
+def test_head_sizes_without_a_fused_kernel_are_refused(head_dim: int, llama: Description) -> None:
     layer = replace(llama.decoder.layers[0], attention=replace(llama.attention, head_dim=head_dim))
     odd = replace(llama, decoder=replace(llama.decoder, layers=(layer, *llama.decoder.layers[1:])))
     with pytest.raises(GraphError, match=f"size {head_dim} .*--dialect standard"):

@@ -83,7 +83,7 @@ def weights_of(description: Description) -> set[str]:
 
 
 @pytest.mark.parametrize("case", [*CASES, *KIN, T5GEMMA2], ids=lambda case: case.name)
-def test_a_description_names_every_weight_of_the_checkpoint(case: Case, checkpoint: Callable[[Case], Path]) -> None:
+def test_description_names_every_weight_of_the_checkpoint(case: Case, checkpoint: Callable[[Case], Path]) -> None:
     source = open_checkpoint(str(checkpoint(case)))
     description = describe(source.config, source)
     unread = ("vision_tower", "multi_modal_projector", "eoi_embedding")  # of T5Gemma 2's images
@@ -95,7 +95,7 @@ def test_a_description_names_every_weight_of_the_checkpoint(case: Case, checkpoi
 
 
 @pytest.mark.parametrize("model_type", ["gptj", None])
-def test_another_architecture_or_option_is_refused_with_those_supported(model_type: str | None) -> None:
+def test_unsupported_architecture_or_option_is_refused_with_the_supported_ones(model_type: str | None) -> None:
     with pytest.raises(UnsupportedModelError) as refused:
         describe({"model_type": model_type}, Names())
     assert repr(model_type) in str(refused.value)
@@ -127,7 +127,7 @@ def test_another_architecture_or_option_is_refused_with_those_supported(model_ty
         ({"model_type": "gpt2", **dict.fromkeys(GPT2, 1), "scale_attn_weights": False}, "scale_attn_weights False"),
     ],
 )
-def test_what_is_beyond_a_description_is_refused_by_its_field(config: dict[str, Any], said: str) -> None:
+def test_unsupported_configuration_is_refused_by_its_field(config: dict[str, Any], said: str) -> None:
     with pytest.raises(UnsupportedModelError) as refused:
         describe(config, Names())
     assert said in str(refused.value)
@@ -152,7 +152,7 @@ def test_what_is_beyond_a_description_is_refused_by_its_field(config: dict[str, 
         ("dbrx", "a mixture of experts"),
     ],
 )
-def test_layers_that_do_not_fit_are_refused_by_their_reason(model_type: str, reason: str, tmp_path: Path) -> None:
+def test_unsupported_layers_are_refused_with_the_reason(model_type: str, reason: str, tmp_path: Path) -> None:
     """Each with the configuration that transformers writes."""
     CONFIG_MAPPING[model_type]().save_pretrained(tmp_path)
     with pytest.raises(UnsupportedModelError) as refused:
@@ -172,7 +172,7 @@ def test_layers_that_do_not_fit_are_refused_by_their_reason(model_type: str, rea
         ({"sliding_window": 7, "layer_types": ["sliding_attention", "full_attention"] * 2}, [7, None, 7, None]),
     ],
 )
-def test_the_sliding_window_of_each_layer(config: dict[str, Any], windows: list[int | None]) -> None:
+def test_sliding_window_of_each_layer_is_read(config: dict[str, Any], windows: list[int | None]) -> None:
     layers = llama(model_type="qwen2", head_dim=32, num_key_value_heads=2, **config).decoder.layers
     attention = layers[0].attention
     assert (attention.heads, attention.kv_heads, attention.head_dim, attention.scale) == (4, 2, 32, 32**-0.5)
@@ -190,7 +190,7 @@ def test_the_sliding_window_of_each_layer(config: dict[str, Any], windows: list[
         ({"tie_word_embeddings": True, "model_type": "mt5"}, 1.0),
     ],
 )
-def test_the_scale_of_a_t5_head(config: dict[str, Any], scale: float) -> None:
+def test_scale_of_a_t5_head_is_read(config: dict[str, Any], scale: float) -> None:
     description = t5(**config, num_decoder_layers=5)
     assert description.decoder.head.scale == scale
     assert isinstance(description.encoder, EncoderStack)
@@ -212,26 +212,26 @@ NUMBERS = (0, -1, 10**400, 1.5, True, "4", [4])
 
 @pytest.mark.parametrize("name", ["num_hidden_layers", "num_attention_heads", "head_dim", "hidden_size"])
 @pytest.mark.parametrize("value", NUMBERS, ids=lambda value: repr(value)[:8])
-def test_a_size_out_of_range_is_refused_with_its_limit(name: str, value: Any) -> None:
+def test_out_of_range_size_is_refused_with_its_limit(name: str, value: Any) -> None:
     text = refusal(llama, **{name: value})
     assert f"{name} is {repr(value)[:30]}" in text
     assert f"from 1 to {SIZES[name]}" in text
 
 
-def test_sizes_have_limits_before_any_work() -> None:
+def test_every_size_has_a_limit() -> None:
     for name, most in SIZES.items():
         assert f"{name} is {most + 1} in the configuration" in refusal(llama, **{name: most + 1})
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -1e-5, 0, 2.0, 10**400, "1e-5", True])
-def test_an_epsilon_out_of_range_is_refused(value: Any) -> None:
+def test_out_of_range_epsilon_is_refused(value: Any) -> None:
     assert "rms_norm_eps is" in refusal(llama, rms_norm_eps=value)
     assert "layer_norm_epsilon is" in refusal(t5, layer_norm_epsilon=value)
 
 
 @pytest.mark.parametrize("value", [-5, math.nan, math.inf, 1e40, "10000"])
 @pytest.mark.parametrize("where", [None, *ROPE])
-def test_a_rotary_base_out_of_range_is_refused(value: Any, where: str | None) -> None:
+def test_out_of_range_rotary_base_is_refused(value: Any, where: str | None) -> None:
     config = {"rope_theta": value}
     assert "rope_theta is" in refusal(llama, **({where: config} if where else config))
 
@@ -260,7 +260,7 @@ def test_a_rotary_base_out_of_range_is_refused(value: Any, where: str | None) ->
         ("yarn", "must be an object"),
     ],
 )
-def test_rope_scaling_that_cannot_be_computed_is_refused(rope: Any, part: str) -> None:
+def test_unsupported_rope_scaling_is_refused(rope: Any, part: str) -> None:
     assert part in refusal(llama, rope_scaling=rope)
 
 
@@ -275,7 +275,7 @@ def test_rope_scaling_that_cannot_be_computed_is_refused(rope: Any, part: str) -
         ({"rms_norm_eps": None}, "rms_norm_eps is missing"),
     ],
 )
-def test_sizes_that_do_not_go_together_are_refused(config: dict[str, Any], part: str) -> None:
+def test_inconsistent_sizes_are_refused(config: dict[str, Any], part: str) -> None:
     assert part in refusal(llama, **config)
 
 
@@ -287,7 +287,7 @@ def test_sizes_that_do_not_go_together_are_refused(config: dict[str, Any], part:
         ({"head_dim": 4096}, "q_proj.weight is [64, 64], the configuration says [16384, 64]"),
     ],
 )
-def test_weights_of_other_sizes_are_refused(
+def test_weights_of_other_shapes_are_refused(
     changes: dict[str, int], part: str, checkpoint: Callable[[Case], Path]
 ) -> None:
     source = open_checkpoint(str(checkpoint(BY_NAME["llama-tied"])))

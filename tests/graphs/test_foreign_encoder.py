@@ -99,21 +99,21 @@ def test_prompts_of_any_length_are_padded_to_whole_blocks(
 @pytest.mark.parametrize(
     ("stored", "widened"), [(FLOAT, 0), (FLOAT16, TABLE.nbytes), (BFLOAT16, TABLE.nbytes)], ids=str
 )
-def test_a_weight_that_the_decoder_has_too_stands_once(stored: ir.DataType, widened: int, tmp_path: Path) -> None:
+def test_weight_shared_with_the_decoder_is_stored_once(stored: ir.DataType, widened: int, tmp_path: Path) -> None:
     path, bytes_widened, in_file = adapted(tmp_path, stored, stored)
     assert in_file == TABLE.size * stored.itemsize
     assert bytes_widened == widened
     assert b"somebody" not in path.read_bytes()  # who exported it
 
 
-def test_weights_outside_the_range_of_fp16_are_stored_in_fp32(tmp_path: Path) -> None:
+def test_weights_beyond_fp16_are_stored_in_fp32(tmp_path: Path) -> None:
     for stored, size in ((FLOAT16, 4), (BFLOAT16, 2)):
         with WeightFile(tmp_path / "weights.data") as weights:
             adapt_encoder(exported(table=TABLE * 1e6), BLOCK, weights, stored, stored)
             assert weights.bytes == TABLE.size * size
 
 
-def test_integers_are_padded_as_floats_because_cuda_pads_no_integers(tmp_path: Path) -> None:
+def test_integer_inputs_are_padded_as_floats_for_cuda(tmp_path: Path) -> None:
     path, _, _ = adapted(tmp_path, FLOAT, FLOAT)
     nodes = list(ir.load(path).graph)
     pads = [node for node in nodes if node.op_type == "Pad"]
@@ -122,6 +122,6 @@ def test_integers_are_padded_as_floats_because_cuda_pads_no_integers(tmp_path: P
     assert {node.inputs[0].name for node in pads} <= casts
 
 
-def test_an_encoder_with_other_inputs_is_refused(tmp_path: Path) -> None:
+def test_encoder_with_other_inputs_is_refused(tmp_path: Path) -> None:
     with WeightFile(tmp_path / "weights.data") as weights, pytest.raises(GraphError, match="input_ids, langs, not"):
         adapt_encoder(exported("langs"), BLOCK, weights, FLOAT, FLOAT)

@@ -128,7 +128,7 @@ GRAPHS: dict[str, tuple[Any, dict[str, int]]] = {
 
 
 @pytest.mark.parametrize("name", GRAPHS)
-def test_what_stands_around_a_product_is_part_of_it_where_nothing_else_reads_it(name: str, tmp_path: Path) -> None:
+def test_operations_around_a_product_are_fused_if_nothing_else_reads_their_result(name: str, tmp_path: Path) -> None:
     """A graph of a few products of x [M, 40] has the same results with and without the pass."""
     build, kinds = GRAPHS[name]
     rows = {"x": normal(5, 40, seed=4), "skip": normal(5, 40, seed=5)}

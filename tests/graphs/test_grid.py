@@ -45,7 +45,7 @@ def any_blocks(kind: str, outputs: int, inputs: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_blocks_of_a_file_keep_their_bits_in_panels(kind: str) -> None:
+def test_gguf_blocks_are_repacked_bit_exactly(kind: str) -> None:
     raw, known = any_blocks(kind, 20, 512), KINDS[kind]
     found = values_of(kind, raw, 20)
     assert found is not None
@@ -73,7 +73,7 @@ def read(rounded: Rounded, offsets: bool) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("kind", "offsets"), [("Q4_0", False), ("Q4_1", True)])
-def test_a_files_4_bits_are_kept_to_the_last_bit(kind: str, offsets: bool) -> None:
+def test_4_bit_weights_of_a_file_are_kept_exactly(kind: str, offsets: bool) -> None:
     weight = as_in(kind, bell())
     kept = on_grid(weight, 32, FLOAT16, offsets=True)
     assert kept is not None
@@ -81,7 +81,7 @@ def test_a_files_4_bits_are_kept_to_the_last_bit(kind: str, offsets: bool) -> No
     assert kept.error == 0
 
 
-def test_scales_that_float16_does_not_hold_lose_its_last_bit() -> None:
+def test_scales_beyond_float16_are_rounded_slightly() -> None:
     weight = any_q4_k(8, 512)
     kept = on_grid(weight, 32, FLOAT16, offsets=True)
     assert kept is not None
@@ -93,7 +93,7 @@ def test_scales_that_float16_does_not_hold_lose_its_last_bit() -> None:
     assert kept.error < 5e-3
 
 
-def test_other_weights_are_not() -> None:
+def test_weights_off_the_grid_are_not_kept() -> None:
     assert on_grid(as_in("Q4_1", bell()), 32, FLOAT16, offsets=False) is None
     assert on_grid(bell(), 32, FLOAT16, offsets=True) is None
     assert on_grid(as_in("Q8_0", bell()), 32, FLOAT16, offsets=True) is None
@@ -106,7 +106,7 @@ def test_other_weights_are_not() -> None:
     assert on_grid(infinite, 32, FLOAT16, offsets=True) is None
 
 
-def test_blocks_of_one_value() -> None:
+def test_blocks_of_one_value_are_exact() -> None:
     weight = np.zeros((4, 96), np.float32)
     weight[1], weight[2, 32:64], weight[3, 5] = 0.5, -0.25, 15
     kept = on_grid(weight, 32, FLOAT16, offsets=False)
@@ -116,7 +116,7 @@ def test_blocks_of_one_value() -> None:
 
 @given(st.integers(0, 2**32), st.integers(1, 20), st.integers(1, 4), st.integers(1, 15), st.booleans())
 @tries(60)
-def test_any_even_steps_are_found(seed: int, outputs: int, blocks: int, steps: int, centred: bool) -> None:
+def test_evenly_spaced_values_are_recognized(seed: int, outputs: int, blocks: int, steps: int, centred: bool) -> None:
     rng = np.random.default_rng(seed)
     spacing = rng.uniform(1e-3, 1, (outputs, blocks, 1)).astype(np.float16).astype(np.float32)
     start = -spacing * 7 if centred else (rng.standard_normal(spacing.shape) * 3).astype(np.float16).astype(np.float32)
@@ -127,7 +127,7 @@ def test_any_even_steps_are_found(seed: int, outputs: int, blocks: int, steps: i
     assert np.abs(found - weight.reshape(outputs, -1)).max() <= 2e-3 * np.abs(weight).max()
 
 
-def test_a_scheme_rounds_no_such_weight_again() -> None:
+def test_scheme_keeps_weights_on_the_grid_without_rounding() -> None:
     weight = as_in("Q4_1", bell())
     own, portable = IntegerScheme(offsets=True), IntegerScheme()
     kept, block = own.round(weight, "int4", FLOAT16)

@@ -62,7 +62,7 @@ def knowing(case: Case, checkpoint: Callable[[Case], Path]) -> tuple[Description
 
 
 @pytest.mark.parametrize("measure", list(CONFIDENCES))
-def test_token_and_confidence_are_those_of_the_known_logits(
+def test_exit_vocabulary_head_gives_token_and_confidence_of_its_logits(
     measure: ConfidenceMeasure, pair: Pair, bundle: Bundles, checkpoint: Callable[[Case], Path]
 ) -> None:
     case, (ids, lengths) = BY_NAME["llama-untied-many-eos"], tokens(40)
@@ -78,7 +78,9 @@ def test_token_and_confidence_are_those_of_the_known_logits(
 
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])
-def test_rounded_heads_know_them_too(precision: Precision, pair: Pair, checkpoint: Callable[[Case], Path]) -> None:
+def test_quantized_exit_vocabulary_head_predicts_only_its_tokens(
+    precision: Precision, pair: Pair, checkpoint: Callable[[Case], Path]
+) -> None:
     found = pair(LLAMA, *knowing(LLAMA, checkpoint), precision=precision)
     outputs = found.shallow(*tokens(40))
     assert set(outputs["token"]) <= set(KNOWN)
@@ -86,6 +88,6 @@ def test_rounded_heads_know_them_too(precision: Precision, pair: Pair, checkpoin
 
 
 @pytest.mark.parametrize("known", [(1,), (2, 1), (1, 1), (-1, 2), (1, VOCAB_SIZE)])
-def test_what_is_no_set_of_tokens_is_refused(known: tuple[int, ...]) -> None:
+def test_invalid_exit_vocabulary_is_refused(known: tuple[int, ...]) -> None:
     with pytest.raises(GraphError, match=f"2 to {VOCAB_SIZE} different tokens"):
         check_tokens(known, VOCAB_SIZE)

@@ -57,7 +57,7 @@ def product(
 
 
 @each_kernels
-def test_sums_of_8_bits_do_not_saturate_on_any_processor(own: bool, weights: WeightFile) -> None:
+def test_int8_sums_do_not_saturate_on_any_processor(own: bool, weights: WeightFile) -> None:
     """As they do by row without VNNI, where weights and activations are as large as they may be."""
     run = product(weights, "int8-block", own, weight=np.ones((24, 40), np.float32))
     for rows in (1, 2, 16):
@@ -67,7 +67,7 @@ def test_sums_of_8_bits_do_not_saturate_on_any_processor(own: bool, weights: Wei
 @each_kernels
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("format_", "tolerance"), [("int8-block", 0.015), ("int4", 0.12)])
-def test_products_are_near_the_exact_ones_and_a_row_is_what_it_is_alone(
+def test_quantized_products_are_accurate_and_rows_do_not_depend_on_the_batch(
     format_: TensorFormat, tolerance: float, bias: bool, own: bool, weights: WeightFile
 ) -> None:
     run, x = product(weights, format_, own, bias), normal(16, 40, seed=2)
@@ -95,7 +95,7 @@ def model_of(weights: WeightFile, **attributes: int) -> ir.Model:
     return ir.Model(graph, ir_version=IR_VERSION)
 
 
-def test_what_is_wanted_in_fp32_stays_and_a_product_of_another_kind_is_refused(weights: WeightFile) -> None:
+def test_products_kept_in_fp32_are_not_quantized_and_unknown_products_are_refused(weights: WeightFile) -> None:
     linears = QuantizeLinears(Quantizer(weights, IntegerScheme()), OrtProducts(), "deep", "int4", lambda _: "int4", "")
     with pytest.raises(ir.passes.PreconditionError):
         linears(model_of(weights))
@@ -111,7 +111,7 @@ def test_what_is_wanted_in_fp32_stays_and_a_product_of_another_kind_is_refused(w
 
 
 @pytest.mark.parametrize(("width", "block"), [(40, 32), (192, 64), (128, 128)])
-def test_the_embedding_is_read_as_it_was_rounded(width: int, block: int, weights: WeightFile) -> None:
+def test_embedding_rows_equal_the_dequantized_table(width: int, block: int, weights: WeightFile) -> None:
     table = normal(50, width)
     graph = Graph("g", Source({"e": table}), weights, FLOAT)
     ids = graph.input("ids", ir.DataType.INT64, ["M"])
@@ -131,7 +131,7 @@ def test_the_embedding_is_read_as_it_was_rounded(width: int, block: int, weights
 @each_kernels
 @each_precision
 @pytest.mark.parametrize("name", ["t5-gated-untied", "qwen3"])
-def test_every_linear_layer_is_rounded_and_reported(name: str, precision: str, own: bool, bundle: Bundles) -> None:
+def test_every_linear_layer_is_quantized_and_reported(name: str, precision: str, own: bool, bundle: Bundles) -> None:
     path = bundle(BY_NAME[name], 1, precision=precision, **(OWN if own else ORT))
     manifest = Bundle.open(path).manifest
     assert manifest.quantization is not None
@@ -153,7 +153,7 @@ def test_every_linear_layer_is_rounded_and_reported(name: str, precision: str, o
         assert (engines[engine].head is not None) == (engine in ("shallow", "deep"))
 
 
-def test_a_head_can_have_4_bits_where_the_rest_is_rounded(bundle: Bundles) -> None:
+def test_head_can_have_4_bits_in_an_int8_model(bundle: Bundles) -> None:
     case = LARGER[1]
     eight, four = (bundle(case, 1, precision="int8", **ORT, **head) for head in ({}, {"head": "int4"}))
     formats = [
@@ -180,7 +180,7 @@ def shallow_nodes(path: Path, kind: str) -> list[Any]:
 
 @with_kernels
 @pytest.mark.parametrize("name", ["llama-tied", "t5-relu-tied"])
-def test_a_tied_head_stands_once(name: str, bundle: Bundles) -> None:
+def test_tied_head_and_embedding_are_stored_once(name: str, bundle: Bundles) -> None:
     once, twice = (bundle(BY_NAME[name], 1, precision="int8", head=head, **OWN) for head in (None, "int4"))
     (rows,) = shallow_nodes(once, "PackedRows")
     assert any(list(rows.input[1:]) == list(node.input[1:3]) for node in shallow_nodes(once, "PackedLinear"))
@@ -193,7 +193,7 @@ def test_a_tied_head_stands_once(name: str, bundle: Bundles) -> None:
 
 
 @with_kernels
-def test_value_projections_that_heads_share_keep_8_bits(bundle: Bundles) -> None:
+def test_shared_value_projections_keep_8_bits(bundle: Bundles) -> None:
     """In one product with queries and keys, where there are fewer heads of values than of queries."""
     for name, shared in (("mistral-window", True), ("llama-biases", False)):
         for precision in ("int4", "int8"):
@@ -218,7 +218,7 @@ def test_value_projections_that_heads_share_keep_8_bits(bundle: Bundles) -> None
     "options",
     [{"precision": "bf16"}, {"precision": "int8", "target": "cuda", "dialect": "standard"}],
 )
-def test_what_is_not_rounded_for_a_cpu_has_no_kernels(options: dict[str, Any], bundle: Bundles) -> None:
+def test_our_kernels_are_refused_for_precisions_of_other_devices(options: dict[str, Any], bundle: Bundles) -> None:
     with pytest.raises(GraphError, match="--kernels freeexport is for precisions of a CPU"):
         bundle(BY_NAME["llama-tied"], 1, **OWN, **options)
 
@@ -229,7 +229,7 @@ def kinds(path: Path, engine: str) -> set[str]:
 
 @with_kernels
 @pytest.mark.parametrize("name", ["mistral-window", "qwen3", "mt5"])
-def test_attention_computes_what_onnx_runtimes_does(
+def test_attention_matches_that_of_onnxruntime(
     name: str, bundle: Bundles, checkpoint: Callable[[Any], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = BY_NAME[name]
@@ -265,7 +265,7 @@ def test_attention_computes_what_onnx_runtimes_does(
 
 @with_kernels
 @pytest.mark.parametrize("name", ["mistral-window", "qwen3", "gemma2", "mt5", "t5gemma"])
-def test_a_cache_in_8_bits_gives_nearly_the_logits_of_one_in_16(name: str, bundle: Bundles) -> None:
+def test_int8_cache_gives_nearly_the_logits_of_a_float16_cache(name: str, bundle: Bundles) -> None:
     halves, eights = (bundle(BY_NAME[name], 1, precision="int8", kv_cache=kind, **OWN) for kind in (None, "int8"))
     assert "Int8Attention" in kinds(eights, "deep")
     assert not {"HalfAttention", "HalfCrossAttention", "CappedCrossAttention"} & kinds(eights, "deep")
@@ -286,7 +286,7 @@ def test_a_cache_in_8_bits_gives_nearly_the_logits_of_one_in_16(name: str, bundl
 
 @with_kernels
 @pytest.mark.parametrize("name", ["llama-tied", "mt5"])
-def test_activations_in_16_bits_are_those_of_every_product_and_nearer_to_fp32(name: str, bundle: Bundles) -> None:
+def test_16_bit_activations_apply_to_every_product_and_are_closer_to_fp32(name: str, bundle: Bundles) -> None:
     given: dict[str, Any] = {"precision": "int8", **OWN}
     narrow, wide = (bundle(BY_NAME[name], 1, **given, activations=kind) for kind in ("int8", "int16"))
     version = 12 if name == "mt5" else 9
@@ -311,14 +311,14 @@ def test_activations_in_16_bits_are_those_of_every_product_and_nearer_to_fp32(na
 @with_kernels
 @each_precision
 @pytest.mark.parametrize("name", ["llama-biases", "mistral-window", "qwen3", "mt5"])
-def test_rows_are_exact_without_an_option(name: str, precision: str, bundle: Bundles) -> None:
+def test_rows_are_exact_by_default(name: str, precision: str, bundle: Bundles) -> None:
     path = bundle(BY_NAME[name], 1, precision=precision)
     check_rows_are_exact(path)
 
 
 @with_kernels
 @pytest.mark.parametrize("measure", list(CONFIDENCES))
-def test_predictions_are_those_of_the_logits(measure: str, bundle: Bundles) -> None:
+def test_fused_predictions_match_the_logits(measure: str, bundle: Bundles) -> None:
     path = bundle(BY_NAME["llama-tied"], 1, precision="int8", confidence=measure, **OWN)
     assert ("Predict" in kinds(path, "deep")) == (measure != "entropy")
     pair, (ids, lengths) = pair_of(path, rows=1), tokens(30)

@@ -46,7 +46,7 @@ def with_outliers(inputs: int, every: int, rest: float) -> np.ndarray:
         (bell(), "int8-block", "int8-block"),
     ],
 )
-def test_a_weight_that_loses_too_much_gets_the_next_format(
+def test_weight_with_too_large_an_error_gets_the_next_format(
     array: np.ndarray, wanted: TensorFormat, stored: TensorFormat, weights: WeightFile
 ) -> None:
     found = Quantizer(weights, IntegerScheme()).store(tensor(array), wanted)
@@ -57,7 +57,7 @@ def test_a_weight_that_loses_too_much_gets_the_next_format(
     assert (found.lost > IntegerScheme.limits[wanted]) == (wanted != stored)
 
 
-def test_what_no_format_holds_stays(weights: WeightFile, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weight_that_no_format_holds_stays_in_fp32(weights: WeightFile, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("graphs.quantization.rounding.IntegerScheme.limits", {"int4": 0.0, "int8-block": 0.0})
     stored = Quantizer(weights, IntegerScheme()).store(tensor(bell()), "int4")
     assert (stored.format, stored.operands) == ("fp32", {})
@@ -65,7 +65,9 @@ def test_what_no_format_holds_stays(weights: WeightFile, monkeypatch: pytest.Mon
     assert weights.bytes == 0
 
 
-def test_our_kernels_read_what_no_format_holds_as_floats(weights: WeightFile, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weight_that_no_format_holds_is_stored_as_floats_for_our_kernels(
+    weights: WeightFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("graphs.quantization.rounding.IntegerScheme.limits", {"int4": 0.0, "int8-block": 0.0})
     array = bell()
     for values, format_ in ((array, "fp32"), (array.astype(np.float16).astype(np.float32), "fp16")):
@@ -81,14 +83,14 @@ def easy() -> np.ndarray:
     return ((steps - 8 + np.random.default_rng(1).uniform(-0.1, 0.1, steps.shape)) * 0.1).astype(np.float32)
 
 
-def test_an_easy_weight_gets_larger_blocks(weights: WeightFile) -> None:
+def test_weight_with_a_small_error_gets_larger_blocks(weights: WeightFile) -> None:
     stored = Quantizer(weights, IntegerScheme()).store(tensor(easy()), "int4")
     assert (stored.format, stored.block) == ("int4", 128)
     assert Quantizer(weights, IntegerScheme()).store(tensor(bell(), "bell"), "int4").block == 32
 
 
 @pytest.mark.parametrize(("width", "block"), [(256, 128), (576, 64), (96, 32), (40, 32)])
-def test_8_bits_have_the_largest_block_that_divides_the_inputs(width: int, block: int, weights: WeightFile) -> None:
+def test_int8_uses_the_largest_block_that_divides_the_inputs(width: int, block: int, weights: WeightFile) -> None:
     for stored in (
         Quantizer(weights, IntegerScheme()).store(tensor(bell(16, width)), "int8-block"),
         Quantizer(weights, IntegerScheme()).store_table(tensor(bell(16, width), "table")),
@@ -101,7 +103,7 @@ def test_8_bits_have_the_largest_block_that_divides_the_inputs(width: int, block
 
 
 @pytest.mark.parametrize("easily", [False, True])
-def test_fitted_weights_stand_in_the_stack_that_a_graph_makes_of_them(easily: bool, weights: WeightFile) -> None:
+def test_fitted_weights_are_kept_when_projections_are_stacked(easily: bool, weights: WeightFile) -> None:
     """Beside one that was not fitted, which is as without text, though it would get larger blocks if it is easy."""
     sizes = (("q", 24), ("k", 8), ("v", 8))
     parts = {name: easy() if easily else bell(outputs, seed=seed) for seed, (name, outputs) in enumerate(sizes)}
@@ -120,7 +122,7 @@ def test_fitted_weights_stand_in_the_stack_that_a_graph_makes_of_them(easily: bo
         assert fitted.error == fitted.lost == round_4_bits(np.concatenate(list(parts.values())), 32).error
 
 
-def test_a_weight_is_read_and_written_once_a_format(weights: WeightFile) -> None:
+def test_weight_is_read_and_written_once_per_format(weights: WeightFile) -> None:
     quantizer = Quantizer(weights, IntegerScheme())
     first = quantizer.store(tensor(bell()), "int4")
     written = weights.bytes
@@ -134,7 +136,7 @@ def test_a_weight_is_read_and_written_once_a_format(weights: WeightFile) -> None
 
 
 @pytest.mark.parametrize("width", [64, 96, 256])
-def test_a_head_and_the_embedding_it_is_tied_to_share_their_bytes(width: int, weights: WeightFile) -> None:
+def test_tied_head_and_embedding_share_their_bytes(width: int, weights: WeightFile) -> None:
     quantizer = Quantizer(weights, IntegerScheme())
     head = quantizer.store(tensor(bell(16, width)), "int8-block")
     table = quantizer.store_table(tensor(bell(16, width)))

@@ -36,9 +36,7 @@ SCALINGS: dict[str, dict[str, Any] | None] = {
 
 @pytest.mark.parametrize(("head_dim", "theta"), [(16, 5e5), (64, 1e4), (80, 1e4), (128, 5e5)])
 @pytest.mark.parametrize("scaling", SCALINGS.values(), ids=SCALINGS)
-def test_frequencies_and_scale_are_those_of_transformers(
-    scaling: dict[str, Any] | None, theta: float, head_dim: int
-) -> None:
+def test_frequencies_and_scale_match_transformers(scaling: dict[str, Any] | None, theta: float, head_dim: int) -> None:
     config = LlamaConfig(
         hidden_size=4 * head_dim,
         num_attention_heads=4,
@@ -56,7 +54,7 @@ def test_frequencies_and_scale_are_those_of_transformers(
 
 
 @pytest.mark.parametrize("scaling", SCALINGS.values(), ids=SCALINGS)
-def test_keys_of_older_checkpoints_mean_the_same(scaling: dict[str, Any] | None) -> None:
+def test_configuration_keys_of_older_checkpoints_are_equivalent(scaling: dict[str, Any] | None) -> None:
     new = {"max_position_embeddings": 2048, "rope_parameters": {**(scaling or {}), "rope_theta": 5e5}}
     old: dict[str, Any] = {"max_position_embeddings": 2048, "rope_theta": 5e5, "rope_scaling": scaling}
     assert rotary(old, 64) == rotary(new, 64)
@@ -66,14 +64,14 @@ def test_keys_of_older_checkpoints_mean_the_same(scaling: dict[str, Any] | None)
 
 
 @pytest.mark.parametrize("where", [{"partial_rotary_factor": 0.5}, {"rope_parameters": {"partial_rotary_factor": 0.5}}])
-def test_partial_rotary_positions_are_for_families_that_have_them(where: dict[str, Any]) -> None:
+def test_partial_rotary_positions_are_refused_for_families_without_support(where: dict[str, Any]) -> None:
     with pytest.raises(UnsupportedModelError, match="partial_rotary_factor"):
         rotary(where, 64)
     whole, half = rotary({}, 32), rotary(where, 64, partial=True)
     assert half == whole
 
 
-def test_longrope_has_frequencies_for_short_and_for_long_contexts() -> None:
+def test_longrope_has_frequencies_for_short_and_long_contexts() -> None:
     lists = {"short_factor": [1 + 0.01 * n for n in range(24)], "long_factor": [1 + 3.5 * n for n in range(24)]}
     rope = {"rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 0.75, **lists}
     sizes = {"hidden_size": 128, "num_attention_heads": 2, "original_max_position_embeddings": 4096}

@@ -69,7 +69,7 @@ def error(exact: np.ndarray, approximate: np.ndarray) -> float:
 
 @each_type
 @pytest.mark.parametrize(("inputs", "block"), [(32, 16), (40, 32), (96, 64), (96, 32)])
-def test_blocks_say_their_error(inputs: int, block: int, type_: np.dtype) -> None:
+def test_reported_error_of_blocks_is_the_actual_error(inputs: int, block: int, type_: np.dtype) -> None:
     for size in (1.0, 1e-6):
         exact = bell(24, inputs, size)
         four, eight = round_4_bits(exact, block, type_), round_8_bits(exact, block, type_)
@@ -80,7 +80,7 @@ def test_blocks_say_their_error(inputs: int, block: int, type_: np.dtype) -> Non
         assert coarse or (0.04 < four.error < 0.12 and 0.002 < eight.error < 0.01)
 
 
-def test_4_bits_are_better_than_the_plain_grid() -> None:
+def test_4_bit_rounding_is_better_than_a_minmax_grid() -> None:
     exact = bell(64, 256)
     blocks = exact.reshape(64, -1, 32)
     low, high = np.minimum(blocks.min(-1, keepdims=True), 0), np.maximum(blocks.max(-1, keepdims=True), 0)
@@ -90,7 +90,7 @@ def test_4_bits_are_better_than_the_plain_grid() -> None:
     assert round_4_bits(exact, 32).error < 0.98 * error(blocks, plain)
 
 
-def test_values_on_a_grid_of_4_bits_and_constants_are_exact() -> None:
+def test_values_on_a_4_bit_grid_and_constants_are_exact() -> None:
     steps = np.random.default_rng(0).integers(0, 16, (8, 3, 32))
     steps[..., :2] = 0, 15
     zero = np.random.default_rng(1).integers(0, 16, (8, 3, 1))
@@ -102,7 +102,7 @@ def test_values_on_a_grid_of_4_bits_and_constants_are_exact() -> None:
         np.testing.assert_allclose(read(round_8_bits(exact, 32), 64, 8), exact, rtol=1e-6)
 
 
-def test_one_row_is_rounded_as_it_is_among_many(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_row_is_rounded_as_in_a_larger_weight(monkeypatch: pytest.MonkeyPatch) -> None:
     exact, type_ = bell(50), np.dtype(np.float16)
 
     def rounded() -> list[Rounded]:
@@ -120,7 +120,7 @@ def test_one_row_is_rounded_as_it_is_among_many(monkeypatch: pytest.MonkeyPatch)
 @each_type
 @each_format
 @pytest.mark.parametrize("size", [1.0, 1e-3, 1e-9, 1e-7, 1e-5, 1e15])
-def test_weights_around_zero_say_their_error_and_stay_in_range(
+def test_symmetric_rounding_reports_its_error_and_stays_in_range(
     format_: TensorFormat, type_: np.dtype, size: float
 ) -> None:
     if size > 1e4 and type_ == np.float16:
@@ -138,7 +138,7 @@ def test_weights_around_zero_say_their_error_and_stay_in_range(
 
 
 @each_type
-def test_scales_are_the_least_that_are_not_smaller(type_: np.dtype) -> None:
+def test_scales_are_rounded_up_to_the_next_value(type_: np.dtype) -> None:
     exact = np.abs(np.random.default_rng(0).standard_normal(1000)).astype(np.float32) * np.float32(1e-3)
     found = at_least(exact, type_)
     below = np.nextafter(found, np.array(-np.inf, type_))
@@ -152,7 +152,7 @@ KINDS = {ir.DataType.FLOAT: np.float32, ir.DataType.FLOAT16: np.float16}
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 @each_format
 @pytest.mark.parametrize("bias", [False, True])
-def test_a_product_is_that_with_the_widened_weight(
+def test_product_equals_that_with_the_dequantized_weight(
     format_: TensorFormat, kind: ir.DataType, bias: bool, tmp_path: Path
 ) -> None:
     weight, offsets = bell(), bell(1, 24)[0]
@@ -179,7 +179,7 @@ def test_a_product_is_that_with_the_widened_weight(
     )
 
 
-def test_what_no_block_divides_gets_8_bits_and_says_so(tmp_path: Path) -> None:
+def test_weight_that_no_block_divides_gets_8_bits_and_reports_an_error_of_1(tmp_path: Path) -> None:
     with WeightFile(tmp_path / "weights.data") as weights:
         array = bell(16, 40)
         tensor = ir.LazyTensor(lambda: ir.tensor(array), ir.DataType.FLOAT16, ir.Shape(array.shape), name="w")

@@ -53,7 +53,7 @@ def gptq(weight: np.ndarray, moments: np.ndarray, block: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("inputs", [64, 160])
-def test_without_descent_it_is_gptq(inputs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_descent_rounding_equals_gptq(inputs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "ROUNDS", 0)
     weight, moments = layer(24, inputs, inputs // 2)
     found, wanted = dequantize(round_4_bits_for(weight, moments, 32)), gptq(weight, damped(moments), 32)
@@ -64,7 +64,7 @@ def test_without_descent_it_is_gptq(inputs: int, monkeypatch: pytest.MonkeyPatch
     )
 
 
-def test_descent_gains_on_gptq_and_that_on_plain_rounding() -> None:
+def test_descent_improves_on_gptq_and_gptq_on_plain_rounding() -> None:
     weight, moments = layer(64, 192, 60)
     known = damped(moments)
     plain, ours = dequantize(round_4_bits(weight, 32)), dequantize(round_4_bits_for(weight, moments, 32))
@@ -72,7 +72,7 @@ def test_descent_gains_on_gptq_and_that_on_plain_rounding() -> None:
     assert losses(weight, ours, known).sum() < 0.95 * by_gptq < 0.5 * losses(weight, plain, known).sum()
 
 
-def test_it_is_near_the_best_of_all_choices() -> None:
+def test_rounding_is_close_to_the_optimum_of_exhaustive_search() -> None:
     weight, moments = layer(40, 4, 3)
     known, rounded = damped(moments), round_4_bits_for(weight, moments, 4)
     assert rounded.zero_points is not None
@@ -120,7 +120,7 @@ def test_no_output_is_worse_than_with_plain_rounding(
     )
 
 
-def test_rows_do_not_depend_on_the_pieces_they_are_rounded_in(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_do_not_depend_on_the_chunks_of_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, moments = layer(50, 96, 40)
     whole = round_4_bits_for(weight, moments, 32)
     again = round_4_bits_for(weight, moments, 32)

@@ -65,14 +65,14 @@ def test_every_engine_is_built_with_all_profiles(case: Any, precision: str, copi
         assert progress[-1] == 1.0
 
 
-def test_the_engines_of_an_exported_encoder_are_built(copied: Bundles) -> None:
+def test_engines_of_an_exported_encoder_are_built(copied: Bundles) -> None:
     opened = Bundle.open(copied(LONGT5, 1, precision="bf16", target="tensorrt"))
     assert [engine.plan.engine for engine in build(opened, 4)] == SEQ2SEQ
 
 
 @each_precision
 @each_model
-def test_caches_attention_and_types_are_what_the_graph_says(case: Any, precision: str, bundle: Bundles) -> None:
+def test_caches_attention_and_types_of_the_network_match_the_graph(case: Any, precision: str, bundle: Bundles) -> None:
     opened = Bundle.open(bundle(case, case.exit_layers[0], target="tensorrt", precision=precision))
     for name in ENGINES[case][ENGINES[case].index("shallow") :]:
         graph = onnx.load(opened.engine(name), load_external_data=False).graph
@@ -95,7 +95,7 @@ ROUNDED = {"int8": trt.DataType.INT8, "fp8": trt.DataType.FP8, "int4": trt.DataT
 
 
 @pytest.mark.parametrize("case", WIDE, ids=lambda case: case.name)
-def test_rounded_weights_stay_rounded_in_every_engine(case: Any, bundle: Bundles, tmp_path: Path) -> None:
+def test_quantized_weights_stay_quantized_in_every_engine(case: Any, bundle: Bundles, tmp_path: Path) -> None:
     """The size of an engine beside its weights hardly depends on their precision: none of them was widened."""
     beside: dict[str, dict[str, int]] = {}
     for precision in ("fp16", *ROUNDED):
@@ -125,7 +125,7 @@ BUILT = set(zip(ENGINES, TYPES * 2, strict=True))
 
 @pytest.mark.parametrize(("precision", "compute"), TYPES)
 @each_model
-def test_engines_with_rounded_weights_are_built(
+def test_engines_with_quantized_weights_are_built(
     case: Any, precision: str, compute: str, bundle: Bundles, copied: Bundles
 ) -> None:
     builds = (case, (precision, compute)) in BUILT
@@ -156,7 +156,7 @@ def test_engines_with_rounded_weights_are_built(
 EIGHT_BITS = ("encoder", "prologue")
 
 
-def test_an_engine_that_is_there_is_kept_and_a_stale_one_is_replaced(copied: Bundles) -> None:
+def test_existing_engine_is_reused_and_a_stale_one_replaced(copied: Bundles) -> None:
     opened = Bundle.open(copied(LLAMA, target="tensorrt"))
     first = build(opened, 1)
     again = build(opened, 1)
@@ -170,7 +170,7 @@ def test_an_engine_that_is_there_is_kept_and_a_stale_one_is_replaced(copied: Bun
     assert {path.name for path in folder.glob("*.engine.json")} == {f"{engine.plan.file}.json" for engine in other}
 
 
-def test_an_interrupt_stops_the_build_and_leaves_no_part_of_an_engine(copied: Bundles) -> None:
+def test_interrupt_stops_the_build_and_leaves_no_partial_engine(copied: Bundles) -> None:
     opened = Bundle.open(copied(LLAMA, target="tensorrt"))
 
     def interrupt(engine: str, done: float) -> None:
@@ -183,7 +183,7 @@ def test_an_interrupt_stops_the_build_and_leaves_no_part_of_an_engine(copied: Bu
     assert [name.partition("-")[0] for name in left] == ["shallow"]
 
 
-def test_what_the_parser_refuses_is_named_with_its_node(bundle: Bundles) -> None:
+def test_graph_refused_by_the_parser_is_named_with_its_node(bundle: Bundles) -> None:
     # Its cache has no fixed length.
     path = bundle(LLAMA, target="cuda") / "shallow.onnx"
     with (

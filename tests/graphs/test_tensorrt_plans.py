@@ -25,7 +25,7 @@ def t5(bundle: Bundles) -> Bundle:
     return Bundle.open(bundle(T5, target="tensorrt", max_pending=7))
 
 
-def test_every_free_dimension_of_every_engine_has_a_range_in_every_profile(t5: Bundle) -> None:
+def test_every_dynamic_dimension_has_a_range_in_every_profile(t5: Bundle) -> None:
     for file in engine_files(t5.manifest):
         shapes = dimensions(t5.path / file)
         free = {size for shape in shapes.values() for size in shape if isinstance(size, str)}
@@ -36,7 +36,7 @@ def test_every_free_dimension_of_every_engine_has_a_range_in_every_profile(t5: B
             assert all(least <= usual <= most for least, usual, most in profile.ranges.values())
 
 
-def test_calls_of_a_session_fit_a_profile(t5: Bundle) -> None:
+def test_session_calls_select_a_matching_profile(t5: Bundle) -> None:
     shallow, deep = (profiles_of(engine, t5.manifest, 2) for engine in ("shallow", "deep"))
     assert profile_for(shallow, {"B": 2, "q": 1, "R": 0, "E": 128}).name == "decode"
     assert profile_for(shallow, {"B": 1, "q": 128, "R": 1, "E": 1}).name == "prefill"
@@ -45,7 +45,7 @@ def test_calls_of_a_session_fit_a_profile(t5: Bundle) -> None:
 
 
 @pytest.mark.parametrize("size", [{"q": 129}, {"B": 3}, {"E": 129}, {"R": 3}])
-def test_a_call_that_no_profile_admits_is_an_error_with_the_limits(size: dict[str, int], t5: Bundle) -> None:
+def test_call_without_a_matching_profile_is_refused_with_the_limits(size: dict[str, int], t5: Bundle) -> None:
     sizes = {"B": 1, "q": 1, "R": 1, "E": 1} | size
     ((name, value),) = size.items()
     with pytest.raises(EngineError, match=rf"{name}={value}.* fits no profile .*prefill: .*--build a larger batch"):
@@ -53,7 +53,7 @@ def test_a_call_that_no_profile_admits_is_an_error_with_the_limits(size: dict[st
 
 
 @pytest.mark.parametrize("batch", [0, -1, 257])
-def test_a_batch_out_of_range_is_refused(batch: int, t5: Bundle) -> None:
+def test_out_of_range_batch_is_refused(batch: int, t5: Bundle) -> None:
     with pytest.raises(BuildError, match=f"max batch {batch} is out of range; choose 1 to 256"):
         profiles_of("deep", t5.manifest, batch)
 
@@ -71,18 +71,18 @@ PLAN = EnginePlan("deep", "ab" * 32, "11.4.0", "sm90", (Profile("decode", {"B": 
         {"profiles": (Profile("decode", {"B": (1, 1, 9)}),)},
     ],
 )
-def test_an_engine_file_is_named_by_all_that_makes_it(change: dict[str, object]) -> None:
+def test_engine_file_name_depends_on_every_input_of_the_build(change: dict[str, object]) -> None:
     assert replace(PLAN, **change).file != PLAN.file == replace(PLAN).file
 
 
 @pytest.mark.parametrize("version", ["10.14.1", "9.9", "8.6.1.6"])
-def test_a_tensorrt_without_cache_updates_is_refused(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensorrt_without_cache_updates_is_refused(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt", SimpleNamespace(__version__=version))
     with pytest.raises(EngineError, match=rf"TensorRT {version} .*10.15 or newer.*pip install"):
         import_tensorrt()
 
 
-def test_a_tensorrt_that_cannot_start_names_the_gpu(monkeypatch: pytest.MonkeyPatch, t5: Bundle) -> None:
+def test_tensorrt_that_cannot_start_mentions_the_gpu(monkeypatch: pytest.MonkeyPatch, t5: Bundle) -> None:
     """As NVIDIA's package does it without a driver: the constructor of the builder gives nothing."""
     fake = ModuleType("tensorrt")
 
@@ -100,7 +100,7 @@ def test_a_tensorrt_that_cannot_start_names_the_gpu(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("target", ["cpu", "cuda"])
-def test_a_bundle_for_another_target_is_not_built(target: str, bundle: Bundles) -> None:
+def test_bundle_for_another_target_is_refused(target: str, bundle: Bundles) -> None:
     with pytest.raises(BuildError, match=f"converted for {target}; convert again with --target tensorrt"):
         build(Bundle.open(bundle(LLAMA, target=target)), 8)
 

@@ -31,7 +31,7 @@ OPTIONS = (
 
 
 @pytest.mark.parametrize(("case", "options"), OPTIONS, ids=lambda value: getattr(value, "name", str(value)))
-def test_engines_that_do_what_the_graphs_say_pass_in_every_profile(
+def test_correct_engines_pass_the_self_test_in_every_profile(
     case: Any, options: dict[str, str], copied: Bundles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = copied(case, target="tensorrt", **options)
@@ -67,7 +67,7 @@ def wrong(engine: str, factor: float) -> Callable[[str, np.ndarray], None]:
         ("deep", 2.0, "fp16", "self-test: the TensorRT engine deep differs"),
     ],
 )
-def test_what_the_type_does_not_explain_is_an_error_of_one_line(
+def test_error_beyond_the_type_tolerance_is_reported_in_one_line(
     engine: str, factor: float, precision: str, message: str, copied: Bundles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = copied(LLAMA, target="tensorrt", precision=precision)
@@ -78,7 +78,7 @@ def test_what_the_type_does_not_explain_is_an_error_of_one_line(
     assert not list(path.parent.glob(".*"))
 
 
-def test_a_wrong_engine_is_an_error_and_does_not_stay(copied: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_engine_is_an_error_and_deleted(copied: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
     path = copied(T5, target="tensorrt")
     fake_device.install(monkeypatch)
     with monkeypatch.context() as patched:
@@ -94,7 +94,7 @@ def test_a_wrong_engine_is_an_error_and_does_not_stay(copied: Bundles, monkeypat
     assert [engine.plan.engine for engine in built if not engine.reused] == ["deep"]
 
 
-def test_without_a_gpu_it_says_that_it_was_not_run(copied: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_self_test_without_a_gpu_reports_that_it_did_not_run(copied: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
     path = copied(LLAMA, target="tensorrt")
     fake_device.install(monkeypatch, devices=0)
     result = succeed("convert", path, "--build", "1")

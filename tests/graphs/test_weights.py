@@ -36,7 +36,7 @@ def read(weights: WeightFile, tensor: ir.ExternalTensor) -> np.ndarray:
     return np.frombuffer(data, tensor.dtype.numpy()).reshape(tensor.shape.numpy())
 
 
-def test_a_name_is_produced_once(weights: WeightFile) -> None:
+def test_weight_of_a_name_is_produced_once(weights: WeightFile) -> None:
     tensor = weights.add("a", FLOAT, giving(array(3, 5)))
     assert weights.add("a", FLOAT, never) is tensor
 
@@ -70,7 +70,7 @@ def test_tensors_are_aligned_and_do_not_overlap(sizes: list[int], tmp_path_facto
 
 
 @pytest.mark.parametrize("value", [7e4, -1e30, np.finfo(np.float32).max])
-def test_a_weight_out_of_range_of_fp16_is_refused(value: float, weights: WeightFile) -> None:
+def test_weight_beyond_fp16_is_refused(value: float, weights: WeightFile) -> None:
     large = np.array([1.0, value], np.float32)
     with pytest.raises(GraphError, match=r"weight layer\.weight.* reaches .*--precision fp32"):
         weights.add("layer.weight", HALF, giving(large))

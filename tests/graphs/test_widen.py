@@ -37,7 +37,7 @@ def apart(exact: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> dict[st
 
 
 @each_model
-def test_rounding_explains_what_another_fp16_does(name: str, bundle: Bundles) -> None:
+def test_simulated_rounding_predicts_the_error_of_another_fp16_implementation(name: str, bundle: Bundles) -> None:
     """The tolerance of the self-test of TensorRT engines rests on this: theirs is one more."""
     half = Bundle.open(bundle(BY_NAME[name], target="tensorrt"))
     with fp32_copy(half, rounds=False) as copy:
@@ -49,7 +49,7 @@ def test_rounding_explains_what_another_fp16_does(name: str, bundle: Bundles) ->
 
 
 @pytest.mark.parametrize("name", ["mt5", "qwen3"])
-def test_bf16_rounds_eight_times_as_coarsely(name: str, bundle: Bundles) -> None:
+def test_bf16_error_is_eight_times_that_of_fp16(name: str, bundle: Bundles) -> None:
     found: dict[str, dict[str, float]] = {}
     for precision in ("fp16", "bf16"):
         half = Bundle.open(bundle(BY_NAME[name], target="tensorrt", precision=precision))
@@ -62,7 +62,7 @@ def test_bf16_rounds_eight_times_as_coarsely(name: str, bundle: Bundles) -> None
 
 @pytest.mark.parametrize("rounds", [False, True])
 @pytest.mark.parametrize("options", [{"precision": "bf16"}, {"precision": "int4", "compute": "bf16"}], ids=str)
-def test_nothing_but_weights_stays_in_half_precision(options: dict[str, Any], rounds: bool, bundle: Bundles) -> None:
+def test_only_weights_stay_in_half_precision(options: dict[str, Any], rounds: bool, bundle: Bundles) -> None:
     path = bundle(BY_NAME["t5-relu-tied"], target="tensorrt", **options)
     with fp32_copy(Bundle.open(path), rounds) as copy:
         assert copy.manifest.float_type == "fp32"
@@ -75,7 +75,7 @@ def test_nothing_but_weights_stays_in_half_precision(options: dict[str, Any], ro
     assert not copy.path.exists()
 
 
-def test_weights_are_copied_where_they_cannot_be_linked(bundle: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_are_copied_if_they_cannot_be_linked(bundle: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(source: Path, target: Path) -> None:
         raise OSError("cross-device link")
 

@@ -128,9 +128,7 @@ def slow_free(slow: Slow, threshold: float) -> tuple[list[int], list[float]]:
 
 
 @each_graph
-def test_the_engine_gives_what_the_layers_in_torch_do(
-    case: Case, dialect: str, bundle: Bundles, source_model: Model
-) -> None:
+def test_engine_matches_the_layers_in_torch(case: Case, dialect: str, bundle: Bundles, source_model: Model) -> None:
     layer, ids = case.exit_layers[0], list(PROMPTS[2])
     slow, converted = Slow(source_model(case), ids, layer), Bundle.open(bundle(case, layer, dialect=dialect))
     tokens, lengths = np.array([ids]), np.array([len(ids)], np.int32)
@@ -149,7 +147,9 @@ def test_the_engine_gives_what_the_layers_in_torch_do(
 
 
 @each_graph
-def test_free_decodes_as_the_slow_reference(case: Case, dialect: str, bundle: Bundles, source_model: Model) -> None:
+def test_mode_free_matches_the_step_by_step_reference(
+    case: Case, dialect: str, bundle: Bundles, source_model: Model
+) -> None:
     exits = 0
     with opened(case, bundle, dialect) as session:
         for prompt in PROMPTS:
@@ -169,7 +169,7 @@ def test_free_decodes_as_the_slow_reference(case: Case, dialect: str, bundle: Bu
 
 
 @each_graph
-def test_lossless_is_full(case: Case, dialect: str, bundle: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lossless_equals_full(case: Case, dialect: str, bundle: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
     """With drafts of the exit, of text, and plain steps among them, after which the exit catches up."""
     options: dict[str, Any] = {"max_new_tokens": 40, "ignore_eos": True}
     exits = 0
@@ -207,7 +207,7 @@ METHODS: tuple[dict[str, Any], ...] = (
 
 @pytest.mark.parametrize("options", METHODS, ids=lambda options: "-".join(map(str, options.values())))
 @pytest.mark.parametrize("case", [LLAMA_FUSED, T5_CASE, LLAMA_AT_0, MARIAN_FUSED], ids=lambda case: case.name)
-def test_batches_say_what_single_requests_do(case: Case, options: dict[str, Any], bundle: Bundles) -> None:
+def test_batches_match_single_requests(case: Case, options: dict[str, Any], bundle: Bundles) -> None:
     asked = {"max_new_tokens": TOKENS, "ignore_eos": True, **options}
     with opened(case, bundle) as session:
         single = [session.generate(prompt, **asked) for prompt in PROMPTS]
@@ -217,7 +217,7 @@ def test_batches_say_what_single_requests_do(case: Case, options: dict[str, Any]
         assert_equal(one, other, options["mode"])
 
 
-def test_the_adaptive_threshold_learns(bundle: Bundles) -> None:
+def test_adaptive_threshold_works_with_a_feature_exit(bundle: Bundles) -> None:
     with opened(EXITS[1], bundle, threshold="adaptive") as session:
         for prompt in PROMPTS:
             result = session.generate(prompt, max_new_tokens=TOKENS, ignore_eos=True)
@@ -226,7 +226,7 @@ def test_the_adaptive_threshold_learns(bundle: Bundles) -> None:
 
 @pytest.mark.parametrize("mode", ["free", "lossless"])
 @pytest.mark.parametrize("case", [LLAMA_FUSED, LLAMA_AT_0], ids=lambda case: case.name)
-def test_a_stored_prefix_changes_nothing(case: Case, mode: str, bundle: Bundles) -> None:
+def test_cached_prefix_changes_no_output(case: Case, mode: str, bundle: Bundles) -> None:
     options: dict[str, Any] = {"mode": mode, "threshold": 0.1, "max_new_tokens": TOKENS, "ignore_eos": True}
     prompt = list(PROMPTS[2])
     with opened(case, bundle) as session:
@@ -239,7 +239,7 @@ def test_a_stored_prefix_changes_nothing(case: Case, mode: str, bundle: Bundles)
             assert_equal(again, plain, mode)
 
 
-def test_stop_strings_and_several_answers(bundle: Bundles) -> None:
+def test_stop_strings_and_several_samples_work_with_a_feature_exit(bundle: Bundles) -> None:
     with opened(EXITS[1], bundle) as session:
         text = session.generate("where is", threshold=0.1, max_new_tokens=TOKENS, ignore_eos=True).text
         stop = text[4:6]
@@ -261,7 +261,7 @@ def test_stop_strings_and_several_answers(bundle: Bundles) -> None:
     ],
     ids=lambda value: value.get("precision", "fp32") if isinstance(value, dict) else value.name,
 )
-def test_a_converted_exit_is_verified(
+def test_converted_exit_is_verified(
     case: Case, options: dict[str, Any], tmp_path: Path, checkpoint: Callable[[Case], Path]
 ) -> None:
     from freeexport.conversion.convert import convert
@@ -280,7 +280,7 @@ def test_a_converted_exit_is_verified(
         ({"exit_layer": 4}, "trained to exit after layer 0, not 4"),
     ],
 )
-def test_conversions_that_cannot_be_are_refused(
+def test_invalid_conversions_are_refused(
     options: dict[str, Any], reason: str, tmp_path: Path, checkpoint: Callable[[Case], Path]
 ) -> None:
     from freeexport.conversion.convert import convert

@@ -53,7 +53,9 @@ def thresholds(session: Session, model: Any, prompt: tuple[int, ...], exit_layer
 
 
 @each_case
-def test_rollback_takes_back_what_the_reference_takes_back(case: Case, bundle: Bundles, source_model: Model) -> None:
+def test_rollback_rejects_the_drafts_that_the_reference_rejects(
+    case: Case, bundle: Bundles, source_model: Model
+) -> None:
     model, rejected, kept = source_model(case), 0, 0
     for exit_layer in dict.fromkeys((case.exit_layers[0], case.exit_layers[-1])):
         with opened(bundle, case, exit_layer) as session:
@@ -74,7 +76,7 @@ def test_rollback_takes_back_what_the_reference_takes_back(case: Case, bundle: B
     assert kept
 
 
-def test_a_drafted_end_of_sequence_is_verified_first(bundle: Bundles, source_model: Model) -> None:
+def test_drafted_end_of_sequence_is_verified_first(bundle: Bundles, source_model: Model) -> None:
     case = BY_NAME["llama-untied-many-eos"]
     model, endings = source_model(case), set()
     with opened(bundle, case, 1) as session:
@@ -94,7 +96,7 @@ def test_a_drafted_end_of_sequence_is_verified_first(bundle: Bundles, source_mod
     assert endings >= {("eos", True), ("eos", False), ("length", True), ("length", False)}
 
 
-def test_rollback_without_a_limit_is_free_and_with_limit_zero_is_full(bundle: Bundles) -> None:
+def test_rollback_without_a_limit_equals_free_and_with_limit_zero_equals_full(bundle: Bundles) -> None:
     with opened(bundle, BY_NAME["llama-tied"], 2) as session:
         for prompt in PROMPTS:
             options: dict[str, Any] = {"threshold": 0.3, "max_new_tokens": 40, "ignore_eos": True}
@@ -110,7 +112,7 @@ def test_rollback_without_a_limit_is_free_and_with_limit_zero_is_full(bundle: Bu
 
 @few_cases
 @pytest.mark.parametrize("max_pending", [2, 5, 16])
-def test_lossless_drafts_are_kept_as_far_as_those_of_the_reference(
+def test_lossless_accepts_the_drafts_that_the_reference_accepts(
     case: Case, max_pending: int, bundle: Bundles, source_model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     draft_exits(monkeypatch)
@@ -145,7 +147,9 @@ def prompts(count: int, seed: int) -> list[list[int]]:
 
 
 @each_case
-def test_lossless_is_full(case: Case, bundle: Bundles, source_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lossless_equals_full(
+    case: Case, bundle: Bundles, source_model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Drafts as the rule chooses them, then the longest."""
     drafts, given = 0, prompts(5, seed=len(case.name))
     differences: set[tuple[int, int, tuple[int, ...]]] = set()
@@ -184,7 +188,9 @@ TIE = 1e-4
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
-def test_lossless_with_every_source_is_full(name: str, bundle: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lossless_with_every_draft_source_equals_full(
+    name: str, bundle: Bundles, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Everything that a text proposes is drafted. A first difference may only be a tie."""
     draft_texts(monkeypatch)
     chance, drafted, ties = np.random.default_rng(len(name)), 0, 0

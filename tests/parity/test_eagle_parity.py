@@ -57,7 +57,7 @@ def opened(path: Path, **options: Any) -> Session:
 
 @pytest.mark.parametrize("dialect", ["ort", "standard"])
 @pytest.mark.parametrize("pieces", [(30, 3, 1, 1, 1), (1, 1, 7)])
-def test_the_engine_gives_the_logits_of_the_head(
+def test_engine_matches_the_logits_of_the_head(
     dialect: str, pieces: tuple[int, ...], converted: Convert, plain: PlainEagle
 ) -> None:
     ids = list(PROMPTS[2])
@@ -102,9 +102,7 @@ def plainly_free(
 
 
 @pytest.mark.parametrize("dialect", ["ort", pytest.param("standard", marks=pytest.mark.slow)])
-def test_free_drafts_what_the_head_does_over_several_passes(
-    dialect: str, converted: Convert, plain: PlainEagle
-) -> None:
+def test_mode_free_matches_the_head_over_several_passes(dialect: str, converted: Convert, plain: PlainEagle) -> None:
     exits = 0
     with opened(converted(dialect=dialect)) as session:
         for prompt in PROMPTS:
@@ -134,7 +132,7 @@ def test_free_drafts_what_the_head_does_over_several_passes(
     ],
     ids=lambda options: options.get("precision", "fp32"),
 )
-def test_lossless_is_full(options: dict[str, Any], converted: Convert, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lossless_equals_full(options: dict[str, Any], converted: Convert, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: dict[str, Any] = {"max_new_tokens": 40, "ignore_eos": True}
     exits = 0
     with opened(converted(**options)) as session:
@@ -153,7 +151,7 @@ def test_lossless_is_full(options: dict[str, Any], converted: Convert, monkeypat
 
 
 @pytest.mark.parametrize("mode", ["free", "lossless"])
-def test_batches_and_stored_prefixes_change_nothing(mode: str, converted: Convert) -> None:
+def test_batches_and_cached_prefixes_change_no_output(mode: str, converted: Convert) -> None:
     asked: dict[str, Any] = {"max_new_tokens": TOKENS, "ignore_eos": True, "mode": mode, "threshold": 0.05}
     asked |= {"drafts": "exit"} if mode == "lossless" else {}
     path = converted(precision="int8", kernels="freeexport")
@@ -171,7 +169,7 @@ def test_batches_and_stored_prefixes_change_nothing(mode: str, converted: Conver
                 assert other.confidence == one.confidence
 
 
-def test_a_prompt_of_one_token_has_no_prediction_of_the_head(converted: Convert) -> None:
+def test_one_token_prompt_has_no_head_prediction(converted: Convert) -> None:
     asked: dict[str, Any] = {"mode": "full", "output_confidence": True, "max_new_tokens": 3, "ignore_eos": True}
     with opened(converted()) as session:
         session.generate(PROMPTS[0], **asked)
@@ -183,7 +181,7 @@ def test_a_prompt_of_one_token_has_no_prediction_of_the_head(converted: Convert)
     [{}, pytest.param({"precision": "int8", "kernels": "freeexport"}, marks=pytest.mark.slow)],
     ids=lambda options: options.get("precision", "fp32"),
 )
-def test_a_converted_head_is_verified(
+def test_converted_head_is_verified(
     options: dict[str, Any], tmp_path: Path, checkpoint: Callable[[Case], Path]
 ) -> None:
     head = write_eagle(tmp_path / "head")
@@ -198,7 +196,7 @@ def test_a_converted_head_is_verified(
     assert manifest.costs.sound
 
 
-def test_a_gguf_file_and_a_head_of_all_tokens(tmp_path: Path) -> None:
+def test_head_with_the_full_vocabulary_converts_with_a_gguf_file(tmp_path: Path) -> None:
     model = write_gguf(tmp_path / "model.gguf", kind="Q4_0", layers=7)
     head = write_eagle(tmp_path / "head", eagle_config(32, 32), eagle_tensors(32, 32))
     given = ConvertOptions(precision="int4", exit=str(head), capacity=64, verify="none", measure=False)

@@ -38,7 +38,7 @@ each_case = pytest.mark.parametrize("case", EXIT_CASES, ids=lambda case: case.na
     ],
     ids=lambda value: getattr(value, "name", value),
 )
-def test_shallow_logits_are_those_of_the_layers_in_torch(
+def test_shallow_logits_match_the_exit_layers_in_torch(
     case: Case, dialect: str, bundle: Bundles, source_model: Model
 ) -> None:
     opened = Bundle.open(bundle(case, EXIT_LAYER, dialect=dialect))
@@ -65,7 +65,7 @@ def test_shallow_logits_are_those_of_the_layers_in_torch(
 
 
 @each_case
-def test_lossless_is_full_and_drafts_as_the_reference(
+def test_lossless_equals_full_and_drafts_as_the_reference(
     case: Case, bundle: Bundles, source_model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With drafts that are as long as there is room for, and, among them, plain steps that ask no head."""
@@ -96,7 +96,7 @@ def test_lossless_is_full_and_drafts_as_the_reference(
     ],
     ids=lambda options: "-".join(map(str, options.values())),
 )
-def test_rounded_engines_run_with_the_exits_layers_and_without(
+def test_quantized_engines_run_with_and_without_the_exit_layers(
     options: dict[str, Any], bundle: Bundles, source_model: Model
 ) -> None:
     ids = np.array(PROMPTS[2])
@@ -112,7 +112,7 @@ def test_rounded_engines_run_with_the_exits_layers_and_without(
     assert off < (0.1 if options["precision"] == "int8" else 0.5)
 
 
-def test_full_reads_no_row_in_the_exits_layers(bundle: Bundles) -> None:
+def test_mode_full_skips_the_exit_layers(bundle: Bundles) -> None:
     """Their cache stays as it was: nothing was written for rows that nobody asks about."""
     with Session(bundle(TIED, EXIT_LAYER), slots=1, threads=1) as session, session.decoder() as decoder:
         shallow = decoder.runners[0].cache
@@ -127,7 +127,7 @@ def test_full_reads_no_row_in_the_exits_layers(bundle: Bundles) -> None:
         assert all(array[0, :, : length - 1].any(axis=(0, 2)).all() for array in own)
 
 
-def test_a_converted_exit_is_verified(tmp_path: Path, checkpoint: Callable[[Case], Path]) -> None:
+def test_converted_exit_is_verified(tmp_path: Path, checkpoint: Callable[[Case], Path]) -> None:
     from freeexport.conversion.convert import convert
     from freeexport.conversion.convert_options import ConvertOptions
 

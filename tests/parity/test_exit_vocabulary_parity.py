@@ -45,7 +45,7 @@ Directory = Callable[[Case], Path]
 
 
 @pytest.mark.parametrize(("case", "options"), EXACT, ids=lambda value: getattr(value, "name", value))
-def test_exits_are_those_of_the_reference_and_never_of_the_class_of_others(
+def test_exits_match_the_reference_and_never_emit_the_class_of_other_tokens(
     case: Case, options: dict[str, Any], bundle: Bundles, checkpoint: Directory
 ) -> None:
     model, others, exits = model_with_vocabulary(checkpoint(case)), 0, 0
@@ -87,14 +87,14 @@ def test_exits_are_those_of_the_reference_and_never_of_the_class_of_others(
     ],
     ids=lambda value: getattr(value, "name", value),
 )
-def test_verify_compares_the_confidences(
+def test_verify_compares_confidences(
     case: Case, options: dict[str, Any], bundle: Bundles, checkpoint: Directory
 ) -> None:
     report = verify(Bundle.open(bundle(case, EXIT_LAYER, **options)), str(checkpoint(case)), extent=QUICK)
     assert report["passed"], report
 
 
-def test_verify_refuses_another_class_of_others(
+def test_verify_rejects_a_different_class_of_other_tokens(
     bundle: Bundles, checkpoint: Directory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def other(*given: Any) -> tuple[Exit | None, KnownTokens | None]:
@@ -108,7 +108,7 @@ def test_verify_refuses_another_class_of_others(
     assert {check["tensor"] for check in report["checks"] if not check["passed"]} == {"exit confidence"}
 
 
-def test_inspect_shows_the_vocabulary(bundle: Bundles, checkpoint: Directory) -> None:
+def test_inspect_shows_the_exit_vocabulary(bundle: Bundles, checkpoint: Directory) -> None:
     path = bundle(LLAMA, EXIT_LAYER)
     shown = CliRunner().invoke(inspect, [str(path)]).output
     assert f"{len(KNOWN)} of 288 tokens" in shown
@@ -116,7 +116,7 @@ def test_inspect_shows_the_vocabulary(bundle: Bundles, checkpoint: Directory) ->
     assert open_checkpoint(str(checkpoint(LLAMA))).sha256 == Bundle.open(path).manifest.source_sha256
 
 
-def test_tokens_that_cannot_exit_leave_the_threshold_as_it_is() -> None:
+def test_tokens_that_cannot_exit_do_not_change_the_threshold() -> None:
     draw = np.random.default_rng(0)
     confidence = np.concatenate([draw.beta(5.0, 0.6, 400), draw.beta(1.2, 2.0, 200)])
     agrees = np.arange(600) < 400

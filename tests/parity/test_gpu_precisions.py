@@ -95,7 +95,7 @@ def same(ours: list[Any], theirs: list[Any], atol: float) -> None:
 
 @pytest.mark.parametrize("precision", TENSORRT)
 @pytest.mark.parametrize("case", [LLAMA, T5], ids=lambda case: case.name)
-def test_tensorrt_bundles_say_what_their_widened_weights_say(
+def test_quantized_tensorrt_bundles_match_their_dequantized_weights(
     case: Case, precision: TensorFormat, bundle: Bundles, rounded_first: Any
 ) -> None:
     def change(name: str, array: np.ndarray) -> np.ndarray:
@@ -114,7 +114,7 @@ def test_tensorrt_bundles_say_what_their_widened_weights_say(
 
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])
-def test_cuda_bundles_say_what_their_widened_weights_say(
+def test_quantized_cuda_bundles_match_their_dequantized_weights(
     precision: TensorFormat, bundle: Bundles, rounded_first: Any
 ) -> None:
     def change(name: str, array: np.ndarray) -> np.ndarray:
@@ -129,7 +129,7 @@ def test_cuda_bundles_say_what_their_widened_weights_say(
     ("target", "precision"), [("cuda", "int8"), ("cuda", "int4"), *(("tensorrt", p) for p in TENSORRT)]
 )
 @pytest.mark.parametrize("case", [LLAMA, PLAIN_T5], ids=lambda case: case.name)
-def test_rounded_bundles_are_verified_against_their_checkpoint(
+def test_quantized_bundles_are_verified_against_their_checkpoint(
     case: Case, target: str, precision: str, bundle: Bundles, checkpoint: Any
 ) -> None:
     path = bundle(case, target=target, precision=precision)
@@ -140,7 +140,7 @@ def test_rounded_bundles_are_verified_against_their_checkpoint(
 
 @pytest.mark.parametrize("target", ["cuda", "tensorrt"])
 @pytest.mark.parametrize("name", [LLAMA.name, T5.name, "marian", "phi3-longrope", "gemma3", "gpt2"])
-def test_every_product_of_every_engine_reads_rounded_weights(name: str, target: str, bundle: Bundles) -> None:
+def test_every_product_of_every_engine_reads_quantized_weights(name: str, target: str, bundle: Bundles) -> None:
     path = bundle(BY_NAME[name], target=target, precision="int8")
     for file in path.glob("*.onnx"):
         graph = onnx.load(file, load_external_data=False).graph

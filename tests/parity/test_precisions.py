@@ -35,7 +35,7 @@ def test_lossless_and_threshold_1_give_the_tokens_of_full(
                 assert session.generate(prompt, mode="lossless", threshold=0.0, **options).token_ids == full
 
 
-def test_8_bits_say_nearly_what_32_bits_say(bundle: Bundles) -> None:
+def test_int8_mostly_agrees_with_fp32(bundle: Bundles) -> None:
     case, same = BY_NAME["llama-untied-many-eos"], []
     with Session(bundle(case, 1)) as exact, Session(bundle(case, 1, precision="int8")) as rounded:
         for prompt in PROMPTS:
@@ -49,7 +49,7 @@ def test_8_bits_say_nearly_what_32_bits_say(bundle: Bundles) -> None:
 
 
 @each_precision
-def test_the_standard_dialect_has_no_operators_for_it(
+def test_standard_dialect_refuses_quantized_precisions(
     precision: str, checkpoint: Callable[[Case], Path], tmp_path: Path
 ) -> None:
     arguments = ["convert", str(checkpoint(BY_NAME["llama-tied"])), str(tmp_path / "out"), "--exit-layer", "1"]
@@ -59,7 +59,7 @@ def test_the_standard_dialect_has_no_operators_for_it(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_kept_tensor_is_recorded_and_shown(
+def test_tensor_kept_in_a_higher_precision_is_recorded_and_shown(
     checkpoint: Callable[[Case], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(IntegerScheme, "limits", {**IntegerScheme.limits, "int4": 0.0785})
@@ -89,7 +89,7 @@ LLAMA, T5 = HEADS_OF_40
     ("case", "precision"),
     [(LLAMA, "int8"), (LLAMA, "int4"), (LLAMA, "fp32"), (LLAMA, "fp16"), (T5, "int8"), (T5, "fp32")],
 )
-def test_heads_of_40_are_those_of_transformers_and_lossless_equals_full(
+def test_heads_of_size_40_match_transformers_and_lossless_equals_full(
     case: Case, precision: str, bundle: Bundles
 ) -> None:
     path = bundle(case, precision=precision, verify="quick")  # fails where logits are further off than the precision is
@@ -103,7 +103,7 @@ def test_heads_of_40_are_those_of_transformers_and_lossless_equals_full(
         assert drafted == full
 
 
-def test_heads_of_40_without_our_kernels_are_refused_with_what_to_choose(bundle: Bundles) -> None:
+def test_heads_of_size_40_without_our_kernels_are_refused_with_a_remedy(bundle: Bundles) -> None:
     with pytest.raises(
         GraphError, match=r"40 values of each head are rotated.*; choose --kernels freeexport or --precision"
     ):
@@ -111,7 +111,7 @@ def test_heads_of_40_without_our_kernels_are_refused_with_what_to_choose(bundle:
 
 
 @pytest.mark.parametrize("kernels", ["freeexport", "onnxruntime"])
-def test_dialects_of_heads_of_40(kernels: Any, bundle: Bundles) -> None:
+def test_heads_of_size_40_select_the_dialect_by_kernels(kernels: Any, bundle: Bundles) -> None:
     """ONNX Runtime's fused attention with rotary positions has no kernel for them, its own without has one."""
     with Session(bundle(T5, precision="int8", kernels=kernels), threads=1) as session:
         assert session.manifest.dialect == "ort"

@@ -45,7 +45,7 @@ def test_threshold_one_is_greedy_decoding_of_the_full_model(case: Case, source_m
 
 @few_cases
 @pytest.mark.parametrize("mode", ["free", "full"])
-def test_replay_of_the_reference_is_the_reference(name: str, mode: Mode, source_model: Model) -> None:
+def test_replay_of_a_reference_run_reproduces_it(name: str, mode: Mode, source_model: Model) -> None:
     case, model = BY_NAME[name], source_model(BY_NAME[name])
     reference = free_decode(model, PROMPTS[2], case.exit_layers[1], 0.3, 24, max_pending=3, mode=mode)
     again = replay(model, PROMPTS[2], reference.token_ids, case.exit_layers[1], 0.3, max_pending=3, mode=mode)
@@ -55,7 +55,7 @@ def test_replay_of_the_reference_is_the_reference(name: str, mode: Mode, source_
 
 
 @pytest.mark.parametrize("name", ["llama-tied", "qwen3", "t5-relu-tied", "t5-gated-untied", "umt5", "mt5"])
-def test_the_cut_model_is_norm_and_head_on_the_state_after_the_exit_layer(name: str, source_model: Model) -> None:
+def test_truncated_model_applies_norm_and_head_after_the_exit_layer(name: str, source_model: Model) -> None:
     case, model = BY_NAME[name], source_model(BY_NAME[name])
     ids = torch.tensor([PROMPTS[2]])
     inputs = {"input_ids": ids, "decoder_input_ids": ids} if model.config.is_encoder_decoder else {"input_ids": ids}
@@ -83,11 +83,11 @@ def _reference() -> Reference:
     )
 
 
-def test_a_tie_of_logits_is_forgiven_once_and_ends_the_comparison() -> None:
+def test_tied_logits_are_tolerated_once_and_end_the_comparison() -> None:
     assert assert_same_tokens(replace(_reference(), token_ids=[5, 9, 1]), _reference()) == 1
 
 
-def test_a_confidence_at_the_threshold_forgives_a_differing_exit() -> None:
+def test_differing_exit_at_the_threshold_is_tolerated() -> None:
     assert assert_same_tokens(replace(_reference(), exited=[False, False, False]), _reference()) == 1
 
 
@@ -102,6 +102,6 @@ def test_a_confidence_at_the_threshold_forgives_a_differing_exit() -> None:
         ({"token_ids": [5, 6]}, "2 tokens, the reference has 3"),
     ],
 )
-def test_any_other_difference_fails(change: dict[str, Any], message: str) -> None:
+def test_all_other_differences_fail(change: dict[str, Any], message: str) -> None:
     with pytest.raises(AssertionError, match=message):
         assert_same_tokens(replace(_reference(), **change), _reference())

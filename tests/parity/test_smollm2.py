@@ -47,14 +47,14 @@ def model(gguf: Path) -> Any:
     return reference_model(open_checkpoint(str(gguf)))
 
 
-def test_the_model_is_read_as_it_is(session: Session, gguf: Path) -> None:
+def test_model_is_converted_without_changing_its_blocks(session: Session, gguf: Path) -> None:
     manifest = session.manifest
     assert (manifest.layers, manifest.hidden_size, manifest.heads, manifest.kv_heads) == (30, 576, 9, 3)
     # The blocks of the file are kept, and the head is the embedding, so the weights are as large as the file.
     assert manifest.weight_bytes == pytest.approx(gguf.stat().st_size, rel=0.03)
 
 
-def test_text_becomes_the_ids_of_transformers(session: Session, gguf: Path, prompts: list[str]) -> None:
+def test_tokenization_matches_transformers(session: Session, gguf: Path, prompts: list[str]) -> None:
     from transformers import AutoTokenizer
 
     theirs = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
@@ -77,7 +77,7 @@ def test_threshold_one_is_greedy_decoding_of_the_full_model(session: Session, mo
         assert_same_tokens(free, replay(model, ids, free.token_ids, EXIT_LAYER, 1.0), gap=TIE)
 
 
-def test_mode_full_is_what_generate_of_transformers_gives(session: Session, model: Any, prompts: list[str]) -> None:
+def test_mode_full_matches_generate_of_transformers(session: Session, model: Any, prompts: list[str]) -> None:
     assert session.tokenizer is not None
     encoded = [session.tokenizer.encode(prompt) for prompt in prompts[::5]]
     comparisons = list(compare_greedy(session, model, encoded, FULL.new_tokens))
@@ -86,7 +86,7 @@ def test_mode_full_is_what_generate_of_transformers_gives(session: Session, mode
 
 
 @pytest.mark.parametrize("threshold", [0.05, 0.3])
-def test_exits_are_those_of_the_reference(threshold: float, session: Session, model: Any, prompts: list[str]) -> None:
+def test_exits_match_the_reference(threshold: float, session: Session, model: Any, prompts: list[str]) -> None:
     assert session.tokenizer is not None
     exits = 0
     for prompt in prompts[::2]:

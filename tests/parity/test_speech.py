@@ -84,7 +84,7 @@ def converted(checkpoint: Path, out: Path, exit_layer: int | None, **options: An
 
 
 @pytest.mark.parametrize(("exit_layer", "dialect"), [(1, "ort"), (LAYERS - 1, "standard")])
-def test_tokens_are_those_of_transformers(checkpoint: Path, exit_layer: int, dialect: Any, tmp_path: Path) -> None:
+def test_tokens_match_transformers(checkpoint: Path, exit_layer: int, dialect: Any, tmp_path: Path) -> None:
     import torch
     from checkpoints import load
 
@@ -109,7 +109,7 @@ def test_tokens_are_those_of_transformers(checkpoint: Path, exit_layer: int, dia
 
 
 @pytest.mark.skipif(missing() is not None, reason=str(missing()))
-def test_kernels_attend_to_a_window_as_transformers_does(tmp_path: Path) -> None:
+def test_encoder_attention_over_a_window_matches_transformers(tmp_path: Path) -> None:
     import torch
     from checkpoints import load
 
@@ -126,7 +126,7 @@ def test_kernels_attend_to_a_window_as_transformers_does(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("asked", [("cuda", "fp32"), ("cuda", "int8"), ("tensorrt", "fp16")], ids=str)
-def test_graphs_for_gpus_say_what_those_for_a_cpu_say(
+def test_gpu_graphs_match_cpu_graphs(
     checkpoint: Path, session: Session, asked: tuple[Any, Any], tmp_path: Path
 ) -> None:
     options: dict[str, Any] = {"mode": "lossless", "threshold": 0.1, "drafts": "exit", "language": "de", **RAW}
@@ -138,7 +138,7 @@ def test_graphs_for_gpus_say_what_those_for_a_cpu_say(
         assert {node.domain for node in nodes} <= ({"", "com.microsoft"} if asked[1] == "int8" else {""})
 
 
-def test_every_exit_obeys_the_rules(session: Session) -> None:
+def test_exits_obey_the_token_rules(session: Session) -> None:
     for timestamps in (False, True):
         result = session.generate(SOUND, mode="free", threshold=0.0, timestamps=timestamps, language="en", **RAW)
         rules = Rules(session.manifest.speech, (END,), timestamps)  # type: ignore[arg-type]
@@ -146,7 +146,7 @@ def test_every_exit_obeys_the_rules(session: Session) -> None:
         assert rules.allows(np.zeros(0, np.int64), result.token_ids) == len(result.token_ids)
 
 
-def test_rules_of_timestamps(session: Session) -> None:
+def test_timestamp_rules_limit_the_next_token(session: Session) -> None:
     assert session.manifest.speech is not None
     rules = Rules(session.manifest.speech, (END,), timestamps=True)
 
@@ -172,7 +172,7 @@ def test_rules_of_timestamps(session: Session) -> None:
     assert min(best(FIRST + 5, 3, likely=FIRST + 7)) == FIRST + 6
 
 
-def test_a_long_sound_is_cut_where_segments_end(session: Session) -> None:
+def test_long_audio_is_cut_at_segment_ends(session: Session) -> None:
     """A window's last whole segment ends where the next window begins; a silent one has no text."""
     asked: list[tuple[int, ...]] = []
     answers = iter([
@@ -201,7 +201,7 @@ def test_a_long_sound_is_cut_where_segments_end(session: Session) -> None:
     assert asked[1] == (208, *(FIRST, 3, FIRST + 10, FIRST + 10, 4, FIRST + 30, FIRST + 30, 5), START, 202, 206)
 
 
-def test_a_deadline_holds_while_a_long_file_is_read(session: Session, tmp_path: Path) -> None:
+def test_deadline_holds_while_a_long_file_is_read(session: Session, tmp_path: Path) -> None:
     path = tmp_path / "long.wav"
     path.write_bytes(wav(np.zeros(1, np.float32), 48000, channels=2))
     os.truncate(path, 2 * 2 * 48000 * 3600)
@@ -211,10 +211,10 @@ def test_a_deadline_holds_while_a_long_file_is_read(session: Session, tmp_path: 
     began = time.process_time()
     result = session.generate(path, deadline=0.05)
     assert (result.finish_reason, result.text, result.token_ids) == ("deadline", "", ())
-    assert time.process_time() - began < 1.5
+    assert time.process_time() - began < 4  # 0.4 on an idle machine; reading the whole hour takes 11
 
 
-def test_an_unlikely_text_is_decoded_again_warmer_and_silence_is_left_out(session: Session) -> None:
+def test_unlikely_text_is_decoded_again_at_a_higher_temperature_and_silence_is_skipped(session: Session) -> None:
     result = session.generate(sound(1.9), language="en", seed=1, fallback_temperatures=(0.5, 9.0), max_new_tokens=8)
     assert result.segments is not None
     assert {segment.temperature for segment in result.segments} <= {0.0, 0.5, 9.0}
@@ -239,7 +239,7 @@ def test_an_unlikely_text_is_decoded_again_warmer_and_silence_is_left_out(sessio
         ("missing.wav", {}, PromptError, "missing.wav cannot be read"),
     ],
 )
-def test_bad_requests_are_refused_in_a_line(
+def test_invalid_requests_are_refused_in_one_line(
     session: Session, audio: Any, options: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=r"^[^\n]*$") as caught:
@@ -247,7 +247,7 @@ def test_bad_requests_are_refused_in_a_line(
     assert message in str(caught.value)
 
 
-def test_a_stream_is_of_one_window(session: Session) -> None:
+def test_stream_is_limited_to_one_window(session: Session) -> None:
     options: dict[str, Any] = {"language": "de", "mode": "full", **RAW}
     tokens = [token.id for token in session.stream(SOUND, **options)]
     assert tokens == list(session.generate(SOUND, **options).token_ids)
@@ -255,7 +255,7 @@ def test_a_stream_is_of_one_window(session: Session) -> None:
         session.stream(sound(1.9), language="de")
 
 
-def test_the_command_line_reads_audio(bundle: Path, tmp_path: Path) -> None:
+def test_command_line_reads_audio(bundle: Path, tmp_path: Path) -> None:
     path = tmp_path / "a.wav"
     path.write_bytes(wav(SOUND))
     asked = ["generate", str(bundle), "--audio", str(path), "-o", "language=de", "-o", "timestamps=true", "--json"]
@@ -266,7 +266,7 @@ def test_the_command_line_reads_audio(bundle: Path, tmp_path: Path) -> None:
     assert "reads speech; give --audio FILE" in refused.output
 
 
-def test_the_server_answers_the_official_client(bundle: Path) -> None:
+def test_server_answers_the_official_client(bundle: Path) -> None:
     import openai
 
     with running(bundle, names=("w",)) as server:
@@ -296,7 +296,7 @@ def test_the_server_answers_the_official_client(bundle: Path) -> None:
             assert refused.value.code == "invalid_prompt"
 
 
-def test_an_upload_that_crashes_its_decoder_ends_no_server(
+def test_upload_that_crashes_its_decoder_does_not_end_the_server(
     bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "soundfile.py").write_text("import ctypes; ctypes.string_at(0)")
@@ -309,7 +309,7 @@ def test_an_upload_that_crashes_its_decoder_ends_no_server(
             assert expected == 200 or "makes its decoder crash" in answer.text
 
 
-def test_the_servers_limits_hold_for_a_sound(bundle: Path) -> None:
+def test_server_limits_apply_to_audio(bundle: Path) -> None:
     import openai
 
     asked: dict[str, Any] = {"model": "w", "language": "de"}
@@ -338,7 +338,7 @@ def spoken(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def test_a_bundle_is_verified_on_what_was_said(spoken: Path, tmp_path: Path) -> None:
+def test_bundle_is_verified_on_recordings(spoken: Path, tmp_path: Path) -> None:
     bundle, data = converted(spoken / "model", tmp_path / "b", 1, precision="int8"), spoken / "lines.jsonl"
     report = verify(Bundle.open(bundle), str(spoken / "model"), data, QUICK)
     assert report["passed"], failure(report)
@@ -350,7 +350,7 @@ def test_a_bundle_is_verified_on_what_was_said(spoken: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-def test_fit_makes_a_bundle_of_recordings(spoken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fit_makes_a_bundle_from_recordings(spoken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def here(module: str, *arguments: str, **shown: Any) -> str:
         done = succeed(*arguments)
         return done.stdout
@@ -376,7 +376,7 @@ def test_fit_makes_a_bundle_of_recordings(spoken: Path, tmp_path: Path, monkeypa
 
 
 @pytest.mark.parametrize("exit_input", ["state", "feature"])
-def test_an_exit_is_trained_on_the_models_own_transcripts(
+def test_exit_is_trained_on_the_transcripts_of_the_model(
     exit_input: ExitInput, spoken: Path, session: Session, tmp_path: Path
 ) -> None:
     data, out, own = spoken / "lines.jsonl", tmp_path / "out", tmp_path / "own"
@@ -429,7 +429,7 @@ def test_an_exit_is_trained_on_the_models_own_transcripts(
         ({"input": "a"}, "line 2: it has 'input', and the model reads speech"),
     ],
 )
-def test_a_line_of_speech_is_checked_before_use(spoken: Path, line: dict[str, Any], message: str) -> None:
+def test_line_of_speech_data_is_validated_before_use(spoken: Path, line: dict[str, Any], message: str) -> None:
     for name, content in (("empty", wav(SOUND[:0])), ("slow", wav(SOUND, 3000)), ("long", wav(sound(1.5)))):
         (spoken / f"{name}.wav").write_bytes(content)
     data = spoken / "broken.jsonl"
@@ -439,7 +439,7 @@ def test_a_line_of_speech_is_checked_before_use(spoken: Path, line: dict[str, An
         encode(read_examples(data), text_format(opened, describe(opened.config, opened), 40), data)
 
 
-def test_what_takes_no_speech_says_so_in_a_line(spoken: Path, bundle: Path, tmp_path: Path) -> None:
+def test_commands_without_speech_support_refuse_speech_in_one_line(spoken: Path, bundle: Path, tmp_path: Path) -> None:
     data, model, text = (str(spoken / name) for name in ("lines.jsonl", "model", "text"))
     (spoken / "text.jsonl").write_text('{"input": "a", "target": "b"}\n')
     rounded = ("--exit-layer", "1", "--precision", "int4")

@@ -23,7 +23,7 @@ TOKENS = 12
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
-def test_its_modes_give_the_tokens_of_generate(precision: str, bundle: Bundles, source_model: Model) -> None:
+def test_modes_match_generate_of_transformers(precision: str, bundle: Bundles, source_model: Model) -> None:
     model = source_model(T5GEMMA2)
     options: dict[str, Any] = {"max_new_tokens": TOKENS, "ignore_eos": True}
     exits = 0
@@ -42,12 +42,12 @@ def test_its_modes_give_the_tokens_of_generate(precision: str, bundle: Bundles, 
 
 
 @pytest.mark.slow
-def test_its_bundle_passes_verification(bundle: Bundles, checkpoint: Callable[[Case], Path]) -> None:
+def test_bundle_passes_verification(bundle: Bundles, checkpoint: Callable[[Case], Path]) -> None:
     report = verify(Bundle.open(bundle(T5GEMMA2, precision="int4")), str(checkpoint(T5GEMMA2)), extent=QUICK)
     assert report["passed"], failure(report)
 
 
-def test_values_of_a_stack_are_checked(checkpoint: Callable[[Case], Path]) -> None:
+def test_configuration_values_of_both_stacks_are_validated(checkpoint: Callable[[Case], Path]) -> None:
     source = open_checkpoint(str(checkpoint(T5GEMMA2)))
     for side, changes, said in (
         ("decoder", {"hidden_size": 32}, "the encoder's hidden_size is 64 and the decoder's 32; stacks of two widths"),

@@ -75,7 +75,7 @@ def converted(checkpoint: Path, out: Path, exit_layer: int = 1, **options: Any) 
 
 
 @pytest.mark.parametrize("options", [{}, {"dialect": "standard", "exit_layer": 2}, {"precision": "int8"}], ids=str)
-def test_tokens_begin_where_those_of_transformers_do(
+def test_token_times_match_transformers(
     options: dict[str, Any], checkpoint: Path, bundle: Path, tmp_path: Path
 ) -> None:
     import torch
@@ -111,7 +111,7 @@ def test_tokens_begin_where_those_of_transformers_do(
 
 
 @pytest.mark.skipif(missing() is not None, reason="needs our kernels")
-def test_a_cache_in_8_bits_gives_nearly_the_weights_of_one_in_16(tmp_path: Path) -> None:
+def test_int8_cache_gives_nearly_the_attention_weights_of_a_float16_cache(tmp_path: Path) -> None:
     path = with_heads(write_whisper(tmp_path / "whisper", heads=2), [[0, 1], [2, 0]])
     features = window(log_mel(SOUND, 80), 0, 2 * POSITIONS)
     found = []
@@ -125,7 +125,7 @@ def test_a_cache_in_8_bits_gives_nearly_the_weights_of_one_in_16(tmp_path: Path)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 6), (6, 1), (7, 40), (40, 7), (30, 100)], ids=str)
-def test_the_path_is_that_of_plain_loops(shape: tuple[int, int]) -> None:
+def test_alignment_path_matches_plain_loops(shape: tuple[int, int]) -> None:
     rows, columns = shape
     costs = np.random.default_rng(rows).normal(size=shape).round(1)  # with ties
     sums = np.full((rows + 1, columns + 1), np.inf)
@@ -148,7 +148,7 @@ def test_the_path_is_that_of_plain_loops(shape: tuple[int, int]) -> None:
     assert total == pytest.approx(sums[-1, -1])
 
 
-def test_punctuation_belongs_to_words_but_not_to_their_times() -> None:
+def test_punctuation_is_part_of_words_but_not_of_their_times() -> None:
     class Letters:
         """Each token is one of these texts."""
 
@@ -167,7 +167,7 @@ def test_punctuation_belongs_to_words_but_not_to_their_times() -> None:
     assert spans_of([], letters, "en") == []
 
 
-def test_a_word_beside_a_pause_is_not_as_long_as_the_pause() -> None:
+def test_word_beside_a_pause_excludes_the_pause() -> None:
     spans = [Span(f" {n}", n, n + 1) for n in range(4)]
     spans[2] = Span(" 2.", 2, 3)
     words = timed(spans, np.array([0.0, 5.0, 5.2, 9.0, 9.2]), np.array([0.5, 1.0, 1.0, 0.25]))
@@ -194,7 +194,7 @@ def test_words_of_a_result_are_those_of_its_segments(session: Session, seconds: 
     assert all(0 < word.probability <= 1 for word in words)
 
 
-def test_a_window_full_of_tokens_has_words_to_its_end(session: Session) -> None:
+def test_window_full_of_tokens_has_words_up_to_its_end(session: Session) -> None:
     """The prefix without timestamps has one token more than that of decoding, so the last ones have no row."""
     options: dict[str, Any] = {"language": "de", "mode": "full", "word_timestamps": True, **RAW}
     result = session.generate(SOUND, sequence_bias={(200,): -100.0}, **options)
@@ -203,7 +203,9 @@ def test_a_window_full_of_tokens_has_words_to_its_end(session: Session) -> None:
     assert "".join(word.text for word in result.segments[0].words or ()) == result.text
 
 
-def test_what_has_no_words_is_refused_in_a_line(session: Session, checkpoint: Path, tmp_path: Path) -> None:
+def test_word_times_are_refused_in_one_line_without_timestamp_data(
+    session: Session, checkpoint: Path, tmp_path: Path
+) -> None:
     with pytest.raises(OptionError, match="word_timestamps is True, and a stream of tokens has no times"):
         session.stream(SOUND, word_timestamps=True)
     manifest = session.manifest
@@ -221,7 +223,7 @@ def test_what_has_no_words_is_refused_in_a_line(session: Session, checkpoint: Pa
     assert not (tmp_path / "b").exists()
 
 
-def test_a_transcript_comes_segment_by_segment(session: Session) -> None:
+def test_transcript_is_streamed_by_segment(session: Session) -> None:
     options: dict[str, Any] = {"language": "de", "mode": "full", "max_new_tokens": 16, "word_timestamps": True, **RAW}
     whole = session.generate(sound(1.9), **options)
     stream = session.transcribe(sound(1.9), **options)
@@ -244,7 +246,7 @@ def test_a_transcript_comes_segment_by_segment(session: Session) -> None:
         next(session.transcribe("missing.wav", language="de"))
 
 
-def test_the_official_client_gets_words_and_events(
+def test_official_client_receives_words_and_events(
     bundle: Path, session: Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import openai
@@ -280,7 +282,7 @@ def test_the_official_client_gets_words_and_events(
         assert [line["status"] for line in server.log] == [200] * 5 + [400]
 
 
-def test_a_deadline_ends_a_stream_with_an_error(bundle: Path) -> None:
+def test_deadline_ends_a_stream_with_an_error(bundle: Path) -> None:
     import openai
 
     with running(bundle, names=("w",), deadline=0.2, slots=1) as server:

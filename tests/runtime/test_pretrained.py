@@ -77,7 +77,7 @@ def test_a_padded_batch_gives_the_ids_of_transformers(
     assert found.tolist() == expected.tolist()
 
 
-def test_other_ends_of_sequence_and_the_padding_after_them(
+def test_custom_end_of_sequence_and_pad_tokens_are_used(
     llama: FreeModelForCausalLM, source_model: Callable[[Case], Any]
 ) -> None:
     batch = padded("left")
@@ -93,7 +93,7 @@ def test_other_ends_of_sequence_and_the_padding_after_them(
 
 
 @pytest.mark.parametrize(("name", "side"), [("llama", "left"), ("t5", "right")])
-def test_without_a_mask_padding_is_treated_alike(
+def test_padding_without_a_mask_is_treated_as_in_transformers(
     name: str, side: str, request: pytest.FixtureRequest, source_model: Callable[[Case], Any]
 ) -> None:
     ids = padded(side)["input_ids"]
@@ -103,14 +103,14 @@ def test_without_a_mask_padding_is_treated_alike(
         assert found.tolist() == expected.tolist()
 
 
-def test_beams(t5: FreeModelForSeq2SeqLM, source_model: Callable[[Case], Any]) -> None:
+def test_beams_match_transformers(t5: FreeModelForSeq2SeqLM, source_model: Callable[[Case], Any]) -> None:
     options = {"num_beams": 3, "max_new_tokens": 8, "length_penalty": 0.5}
     batch = padded("right")
     expected = source_model(T5).generate(**batch, **options)
     assert t5.generate(**batch, **options).tolist() == expected.tolist()
 
 
-def test_sampling_is_the_sessions(llama: FreeModelForCausalLM) -> None:
+def test_sampling_matches_the_session(llama: FreeModelForCausalLM) -> None:
     prompt = np.array([PROMPTS[0]])
     options: dict[str, Any] = {
         "do_sample": True,
@@ -171,14 +171,14 @@ def test_a_streamer_gets_prompt_and_tokens(llama: FreeModelForCausalLM, t5: Free
         ({"streamer": TextStreamer}, "a streamer is for one prompt and one beam; leave it out"),
     ],
 )
-def test_what_is_not_supported_is_refused_by_name(
+def test_unsupported_arguments_are_refused_by_name(
     options: dict[str, Any], message: str, llama: FreeModelForCausalLM
 ) -> None:
     with pytest.raises(OptionError, match=f"^{message}$"):
         llama.generate(**padded("left"), **options)
 
 
-def test_prompts_that_are_not_valid_are_refused(llama: FreeModelForCausalLM, t5: FreeModelForSeq2SeqLM) -> None:
+def test_invalid_prompts_are_refused(llama: FreeModelForCausalLM, t5: FreeModelForSeq2SeqLM) -> None:
     left, right = padded("left"), padded("right")
     for model, batch, message in (
         (llama, right, r"attention_mask has padding that is not on the left; pad on the left \(tokenizer.padding_side"),
@@ -195,7 +195,7 @@ def test_prompts_that_are_not_valid_are_refused(llama: FreeModelForCausalLM, t5:
             model.generate(**batch)
 
 
-def test_a_bundle_of_the_other_kind_is_refused(bundle: Bundles) -> None:
+def test_bundle_of_the_other_architecture_is_refused(bundle: Bundles) -> None:
     with pytest.raises(OptionError, match=r"^the bundle is an encoder-decoder; use FreeModelForSeq2SeqLM$"):
         FreeModelForCausalLM.from_pretrained(bundle(T5), threads=1)
     with Session(bundle(LLAMA), threads=1) as session, pytest.raises(OptionError, match=r"use FreeModelForCausalLM$"):
@@ -204,7 +204,7 @@ def test_a_bundle_of_the_other_kind_is_refused(bundle: Bundles) -> None:
         FreeModelForCausalLM.from_pretrained(bundle(LLAMA), torch_dtype="auto")
 
 
-def test_it_needs_neither_torch_nor_transformers(bundle: Bundles) -> None:
+def test_module_imports_neither_torch_nor_transformers(bundle: Bundles) -> None:
     code = (
         "import sys; from runtime import FreeModelForCausalLM\n"
         f"model = FreeModelForCausalLM.from_pretrained({str(bundle(LLAMA))!r}, threads=1)\n"

@@ -97,7 +97,7 @@ def gathered(session: Session, prompt: Any, **options: Any) -> tuple[list[Token]
 
 
 @both
-def test_a_stream_gives_what_generate_gives(name: str, open_session: Open) -> None:
+def test_stream_yields_the_tokens_of_generate(name: str, open_session: Open) -> None:
     session = open_session(name)
     for options in ({"threshold": 0.3}, {"mode": "full"}, {"threshold": 0.3, "ignore_eos": True}):
         tokens, result = gathered(session, PROMPT, max_new_tokens=30, **options)
@@ -108,7 +108,7 @@ def test_a_stream_gives_what_generate_gives(name: str, open_session: Open) -> No
         assert "".join(token.text for token in tokens) == result.text
 
 
-def test_closing_a_stream_early_gives_its_slot_back(open_session: Open) -> None:
+def test_closing_a_stream_early_releases_its_slot(open_session: Open) -> None:
     session = open_session()
     whole = session.generate(PROMPT, max_new_tokens=90, ignore_eos=True)
     stream = session.stream(PROMPT, max_new_tokens=90, ignore_eos=True, logits_processor=Gate(2, seconds=0.02))
@@ -125,7 +125,7 @@ def test_closing_a_stream_early_gives_its_slot_back(open_session: Open) -> None:
 # Ends
 
 
-def test_a_cancelled_request_ends_after_the_next_token(open_session: Open) -> None:
+def test_cancelled_request_ends_after_the_next_token(open_session: Open) -> None:
     session, cancel, gate = open_session(), threading.Event(), Gate(3)
     stream = session.stream(PROMPT, cancel=cancel, max_new_tokens=20, logits_processor=gate)
     for _ in range(3):
@@ -221,7 +221,7 @@ def test_a_cache_that_does_not_fit_is_refused_before_anything_is_allocated(
     # 128 + 16 rows of the cache, 128 positions of a prompt; with several slots the rows of common calls too.
     [(1, 144 + 128), (3, 3 * (144 + 2 * 128))],
 )
-def test_what_cross_attention_reads_counts_as_cache(
+def test_cross_attention_cache_counts_as_cache_memory(
     slots: int, positions: int, open_session: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     need = positions * open_session(T5).manifest.kv_bytes_per_token
@@ -252,7 +252,7 @@ def test_what_cross_attention_reads_counts_as_cache(
         ({"threshold": "adaptive"}, {}, "free"),
     ],
 )
-def test_the_default_mode_is_free_where_something_may_exit_else_lossless_from_text(
+def test_default_mode_is_free_if_exits_can_occur_else_lossless_from_text(
     session: dict[str, Any], options: dict[str, Any], mode: str, open_session: Open
 ) -> None:
     opened, given = open_session(**session), {"max_new_tokens": 8, **options}
@@ -270,7 +270,7 @@ def test_the_default_mode_is_free_where_something_may_exit_else_lossless_from_te
     assert str(opened.default_mode).startswith(f"mode {opened.default_mode.mode}")
 
 
-def test_the_default_mode_says_what_the_calibration_expects(bundle: Bundles) -> None:
+def test_default_mode_describes_the_calibrated_speedup(bundle: Bundles) -> None:
     opened = Bundle.open(bundle(BY_NAME[LLAMA], 2))
     calibrated: Any = SimpleNamespace(
         manifest=replace(opened.manifest, threshold=0.8),
@@ -292,7 +292,7 @@ def test_the_default_mode_says_what_the_calibration_expects(bundle: Bundles) -> 
     assert str(fresh) == "mode lossless: the tokens of mode full, with drafts from the text"
 
 
-def test_a_calibrated_threshold_is_not_for_drafts(bundle: Bundles) -> None:
+def test_calibrated_threshold_is_not_used_for_drafts(bundle: Bundles) -> None:
     manifest = replace(Bundle.open(bundle(BY_NAME[LLAMA], 2)).manifest, threshold=0.8)
     calibrated: Any = SimpleNamespace(manifest=manifest, calibration=None)
     plain, given = Thresholds(calibrated, SessionOptions()), Thresholds(calibrated, SessionOptions(threshold=0.5))
@@ -300,7 +300,7 @@ def test_a_calibrated_threshold_is_not_for_drafts(bundle: Bundles) -> None:
     assert (given.decide(None, "lossless")[0], given.decide(0.3, "lossless")[0]) == (0.5, 0.3)
 
 
-def test_passes_are_as_long_as_tuned_in_mode_free_alone(bundle: Bundles, tmp_path: Path) -> None:
+def test_tuned_pass_length_applies_only_to_mode_free(bundle: Bundles, tmp_path: Path) -> None:
     path = Path(shutil.copytree(bundle(BY_NAME[LLAMA], 2), tmp_path / "bundle"))
     manifest = Manifest.from_json((path / MANIFEST).read_text())
     (path / MANIFEST).write_text(replace(manifest, tuned_max_pending=2).to_json())
@@ -313,7 +313,7 @@ def test_passes_are_as_long_as_tuned_in_mode_free_alone(bundle: Bundles, tmp_pat
     assert max(sizes) > 2
 
 
-def test_what_is_wrong_is_refused_before_a_slot_is_taken(open_session: Open) -> None:
+def test_invalid_requests_are_refused_before_taking_a_slot(open_session: Open) -> None:
     session = open_session()
     for options, message in (
         ({"max_tokens": 3}, "unknown option max_tokens; known are max_new_tokens, mode, "),
@@ -336,14 +336,14 @@ def test_what_is_wrong_is_refused_before_a_slot_is_taken(open_session: Open) -> 
     assert within(20, lambda: session.generate(PROMPT, max_new_tokens=2)).stats.tokens == 2
 
 
-def test_the_type_of_decoders_is_no_option() -> None:
+def test_type_of_decoders_is_not_an_option() -> None:
     """With overlap it would be ignored."""
     given: Any = {"decoder_type": Decoder}
     with pytest.raises(OptionError, match="unknown option decoder_type; known are "):
         Session("missing", **given)
 
 
-def test_a_session_that_does_not_trust_templates_takes_token_ids_alone(
+def test_session_with_untrusted_templates_accepts_only_token_ids(
     open_session: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trusting = open_session()
@@ -363,7 +363,7 @@ def test_a_session_that_does_not_trust_templates_takes_token_ids_alone(
 # Closing
 
 
-def test_a_closed_session_leaves_nothing_for_the_garbage_collector(bundle: Bundles) -> None:
+def test_closed_session_leaves_no_reference_cycles(bundle: Bundles) -> None:
     gc.collect()
     gc.disable()
     try:
@@ -382,7 +382,7 @@ def test_a_closed_session_leaves_nothing_for_the_garbage_collector(bundle: Bundl
 
 
 @both
-def test_statistics_add_up(name: str, open_session: Open) -> None:
+def test_statistics_are_consistent(name: str, open_session: Open) -> None:
     options: dict[str, Any] = {"mode": "free", "drafts": "exit", "threshold": 0.3, "max_new_tokens": 30}
     stats = open_session(name).generate(PROMPT, ignore_eos=True, **options).stats
     assert (stats.prompt_tokens, stats.tokens) == (len(PROMPT), 30)
@@ -425,7 +425,7 @@ def _rebound(monkeypatch: pytest.MonkeyPatch) -> list[Call]:
 
 
 @both
-def test_calls_stay_bound_from_one_request_to_the_next(
+def test_engine_calls_stay_bound_across_requests(
     name: str, open_session: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bound: list[OnnxEngine] = []
@@ -446,7 +446,7 @@ def test_calls_stay_bound_from_one_request_to_the_next(
     assert len(bound) == len(rebound) == (0 if name == T5 else 2), "a decoder-only model's prompt at both engines"
 
 
-def test_a_prompt_is_read_without_what_stands_behind_it_from_a_longer_one(
+def test_prompt_is_not_affected_by_leftovers_of_a_longer_prompt(
     open_session: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They share arrays, so that calls stay bound."""
@@ -465,7 +465,7 @@ def test_a_prompt_is_read_without_what_stands_behind_it_from_a_longer_one(
     assert session.generate(short, **options).token_ids == expected
 
 
-def test_onnxruntime_sends_no_telemetry_unless_it_is_asked_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_onnxruntime_telemetry_is_off_by_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Where it would, it keeps an id and a database in the user's cache directory.
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -476,7 +476,7 @@ def test_onnxruntime_sends_no_telemetry_unless_it_is_asked_to(tmp_path: Path, mo
     assert python("import os, runtime; print(os.environ['ORT_DISABLE_TELEMETRY'])") == "0\n"
 
 
-def test_importing_the_runtime_is_fast_and_loads_what_requests_need() -> None:
+def test_import_is_fast_and_loads_the_modules_that_requests_need() -> None:
     code = (
         "import sys; from time import process_time; began = process_time(); import runtime;"
         "print(process_time() - began, *{'torch', 'transformers', 'onnx', 'onnx_ir', 'scipy', 'jinja2', 'psutil',"
@@ -487,7 +487,7 @@ def test_importing_the_runtime_is_fast_and_loads_what_requests_need() -> None:
     assert float(seconds) < 1.5  # of the processor; 0.56 beside other tests on a slow day
 
 
-def test_without_onnx_runtime_the_message_names_what_to_install(bundle: Bundles) -> None:
+def test_missing_onnxruntime_error_says_what_to_install(bundle: Bundles) -> None:
     code = """
 import sys
 class Missing:
@@ -507,7 +507,7 @@ except EngineError as error:
     assert message.count("\n") == 1
 
 
-def test_a_request_that_waits_for_a_slot_can_be_cancelled(open_session: Open) -> None:
+def test_request_waiting_for_a_slot_can_be_cancelled(open_session: Open) -> None:
     session = open_session()
     with session.stream(PROMPT, max_new_tokens=8, logits_processor=Gate(1, seconds=0.05)) as holder:
         next(holder)
@@ -523,7 +523,7 @@ def test_a_request_that_waits_for_a_slot_can_be_cancelled(open_session: Open) ->
 
 @both
 @pytest.mark.parametrize("mode", ["free", "rollback"])
-def test_where_nothing_can_exit_the_shallow_head_is_not_run(
+def test_shallow_head_is_skipped_if_no_exit_can_occur(
     name: str, mode: str, open_session: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     heads: list[bool] = []
@@ -551,7 +551,7 @@ def test_where_nothing_can_exit_the_shallow_head_is_not_run(
 
 
 @both
-def test_free_verifies_its_drafts_where_nothing_can_exit(name: str, open_session: Open) -> None:
+def test_mode_free_verifies_its_drafts_if_no_exit_can_occur(name: str, open_session: Open) -> None:
     session = open_session(name)
     options: dict[str, Any] = {"max_new_tokens": 12, "ignore_eos": True}
     full = session.generate(PROMPT, mode="full", **options)
@@ -563,7 +563,7 @@ def test_free_verifies_its_drafts_where_nothing_can_exit(name: str, open_session
 
 
 @both
-def test_confidences_can_be_had_where_nothing_can_exit(name: str, open_session: Open) -> None:
+def test_confidences_are_available_if_no_exit_can_occur(name: str, open_session: Open) -> None:
     session = open_session(name)
     options: dict[str, Any] = {"max_new_tokens": 12, "ignore_eos": True, "output_confidence": True}
     full, free = session.generate(PROMPT, mode="full", **options), session.generate(PROMPT, threshold=1.0, **options)
@@ -576,7 +576,7 @@ def test_confidences_can_be_had_where_nothing_can_exit(name: str, open_session: 
         session.generate(PROMPT, mode="lossless", **options)
 
 
-def test_a_damaged_onnx_runtime_is_named(open_session: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_damaged_onnxruntime_installation_is_named(open_session: Open, monkeypatch: pytest.MonkeyPatch) -> None:
     # What is left where the two wheels overwrote each other and one was removed: a package without content.
     monkeypatch.setitem(sys.modules, "onnxruntime", type(sys)("onnxruntime"))
     with pytest.raises(EngineError, match="freeexport doctor"):

@@ -21,7 +21,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernel_rows, "HEAD", ((80, 64, 0, True),))
 
 
-def test_two_libraries_are_timed_in_turns(tmp_path: Path) -> None:
+def test_two_libraries_are_timed_alternately(tmp_path: Path) -> None:
     saved = tmp_path / "rows.json"
     arguments = ["--against", str(LIBRARY), "--rounds", "1", "--rows", "3", "--save", str(saved)]
     result = CliRunner().invoke(kernel_rows.main, arguments)
@@ -34,7 +34,7 @@ def test_two_libraries_are_timed_in_turns(tmp_path: Path) -> None:
     assert "GB/s" in result.output
 
 
-def test_threads_share_the_outputs_of_a_product() -> None:
+def test_threads_divide_the_outputs_of_a_product() -> None:
     product = kernel_rows.PackedProduct(weight=kernel_rows.PackedWeight(80, 64, 4, 32, 1000, 2000))
     first, second = (kernel_rows.share(product, thread, 2).weight for thread in range(2))
     assert (first.outputs, first.data, first.scales) == (32, 1000, 2000)
@@ -47,7 +47,7 @@ def test_threads_share_the_outputs_of_a_product() -> None:
     assert "int8 head, activations in int16, this" in result.output
 
 
-def test_libraries_with_other_results_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_libraries_with_different_results_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     multiplied = kernel_rows.multiply
 
     def differs(call: object, *rest: object) -> float:

@@ -15,12 +15,12 @@ from tools import quality
 from tools.quality import chat_prompts, main
 
 
-def test_there_are_200_different_prompts() -> None:
+def test_chat_prompts_are_200_distinct_prompts() -> None:
     prompts = chat_prompts(200)
     assert len({prompt[0]["content"] for prompt in prompts}) == len(prompts) == 200
 
 
-def test_fp32_equals_itself_and_a_coarser_precision_is_less_likely(bundle: Bundles, tmp_path: Path) -> None:
+def test_fp32_equals_itself_and_a_lower_precision_is_less_likely(bundle: Bundles, tmp_path: Path) -> None:
     paths = [str(bundle(BY_NAME["llama-tied"], precision=name)) for name in ("fp32", "int4")]
     arguments = [*paths, "--samples", "10", "--tokens", "12", "--output", str(tmp_path / "q.json")]
     result = CliRunner().invoke(main, arguments, catch_exceptions=False)

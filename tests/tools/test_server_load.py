@@ -17,11 +17,11 @@ from runtime import EngineError
 from tools import server_load
 
 
-def test_gaps_are_between_chunks_and_not_before_the_first() -> None:
+def test_gaps_are_measured_between_chunks_excluding_the_first() -> None:
     assert server_load.gaps([[0.0, 5.0, 6.0, 8.0], [0.0], [0.0, 1.0]]) == [1.0, 2.0]
 
 
-def test_a_server_is_measured_and_ended(chat: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_server_is_measured_and_stopped(chat: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server_load, "CLIENTS", (1, 8))
     given = ["--threads", "1", "--seconds", "0.1", "--rounds", "1", "--max-new-tokens", "8"]
     result = CliRunner().invoke(server_load.main, [str(chat), *given], catch_exceptions=False)
@@ -29,7 +29,7 @@ def test_a_server_is_measured_and_ended(chat: Path, monkeypatch: pytest.MonkeyPa
     assert re.findall(r"^ +(\d+) +\d+ +[\d.]+(?: +[\d.]+){7}  ours$", result.output, re.MULTILINE) == ["1", "8"]
 
 
-def test_a_server_that_ends_without_a_message_is_an_error_of_one_line(
+def test_server_that_ends_without_a_message_gives_a_one_line_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "executable", shutil.which("true"))
@@ -48,7 +48,7 @@ def test_a_server_that_ends_without_a_message_is_an_error_of_one_line(
         (f"{sys.executable} -c 'raise SystemExit(3)' --port 9", "ended with code 3"),
     ],
 )
-def test_another_server_that_never_answers_is_refused_and_ended(
+def test_unresponsive_other_server_is_refused_and_stopped(
     command: str, problem: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(server_load, "START_SECONDS", 10 if "Exit" in command else 1)

@@ -44,7 +44,7 @@ def calibrated(*arguments: Any) -> dict[str, Any]:
     return dict(json.loads(result.stdout))
 
 
-def test_a_bundle_is_updated_and_decodes_and_shows_it(copied: Bundles, data: Path) -> None:
+def test_calibrate_updates_the_bundle_and_inspect_shows_it(copied: Bundles, data: Path) -> None:
     path = copied(T5)
     answer = calibrated(path, "--data", data, "--agreement", 0.2)
     assert 0 < answer["threshold"] < 1
@@ -64,7 +64,7 @@ def test_a_bundle_is_updated_and_decodes_and_shows_it(copied: Bundles, data: Pat
     assert json.loads(invoke("inspect", path, "--json").stdout)["calibration"]["threshold"] == answer["threshold"]
 
 
-def test_never_is_exactly_one_and_the_verdict_is_printed_once(copied: Bundles, data: Path) -> None:
+def test_threshold_that_never_exits_is_1_and_the_verdict_is_printed_once(copied: Bundles, data: Path) -> None:
     path = copied(T5)
     result = succeed("calibrate", path, "--data", data, "--agreement", 0.999999, "--max-new-tokens", 12)
     assert result.stdout.count("Next: ") == 1
@@ -74,7 +74,7 @@ def test_never_is_exactly_one_and_the_verdict_is_printed_once(copied: Bundles, d
     assert "never exits: there is no confidence from which 0.999999 of the tokens agree" in shown
 
 
-def test_times_of_a_busy_machine_are_printed_and_marked(
+def test_timings_on_a_busy_machine_are_printed_and_marked(
     copied: Bundles, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = copied(T5)
@@ -94,7 +94,7 @@ def test_times_of_a_busy_machine_are_printed_and_marked(
     assert "from round to round" in page
 
 
-def test_a_calibration_in_a_file_is_for_another_conversion(
+def test_calibration_file_can_be_used_by_another_conversion(
     checkpoint: Directory, bundle: Bundles, data: Path, tmp_path: Path
 ) -> None:
     file, out = tmp_path / "calibration.json", tmp_path / "bundle"
@@ -115,7 +115,7 @@ def test_a_calibration_in_a_file_is_for_another_conversion(
     assert not (tmp_path / "other").exists()
 
 
-def test_an_interrupted_run_continues_and_other_rules_need_no_decoding(
+def test_interrupted_run_continues_and_other_rules_need_no_decoding(
     copied: Bundles, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = copied(T5)
@@ -154,7 +154,7 @@ def test_an_interrupted_run_continues_and_other_rules_need_no_decoding(
         (36, ("--agreement", "1"), "agreement is 1.0; choose a number between 0 and 1"),
     ],
 )
-def test_what_cannot_be_calibrated_is_refused_with_the_reason(
+def test_uncalibratable_input_is_refused_with_the_reason(
     copied: Bundles, data: Path, lines: int, options: tuple[str, ...], reason: str
 ) -> None:
     path = copied(T5)
@@ -166,13 +166,13 @@ def test_what_cannot_be_calibrated_is_refused_with_the_reason(
         assert not path.with_name(f"{path.name}.traces.jsonl").exists()
 
 
-def test_options_of_two_rules_are_one_too_many(bundle: Bundles, data: Path) -> None:
+def test_options_of_two_rules_are_refused(bundle: Bundles, data: Path) -> None:
     result = invoke("calibrate", bundle(T5), "--data", data, "--rule", "risk", "--target-quality", 0.9)
     assert result.exit_code == 2
     assert "several rules (quality, risk)" in result.stderr
 
 
-def test_data_that_are_missing_broken_or_too_long_are_named(copied: Bundles, data: Path, tmp_path: Path) -> None:
+def test_missing_malformed_and_overlong_data_are_named(copied: Bundles, data: Path, tmp_path: Path) -> None:
     path, lines = copied(T5), data.read_text()
     assert "nowhere cannot be read" in error(invoke("calibrate", path, "--data", tmp_path / "nowhere"))
     data.write_text(lines + "{\n")
@@ -193,7 +193,7 @@ def test_data_that_are_missing_broken_or_too_long_are_named(copied: Bundles, dat
         ({"vocab": {"a": 0}, "unk_token": None}, None),
     ],
 )
-def test_the_unknown_token_is_the_one_of_the_tokenizer(tmp_path: Path, model: Any, unknown: int | None) -> None:
+def test_unknown_token_is_that_of_the_tokenizer(tmp_path: Path, model: Any, unknown: int | None) -> None:
     (tmp_path / "tokenizer.json").write_text(json.dumps({"model": model}))
     assert unknown_of_bundle(tmp_path) == unknown
 
@@ -205,14 +205,14 @@ def test_data_of_another_vocabulary_are_refused() -> None:
         check_unknown([np.array([2, 5]), np.array([2, 9])], 2)
 
 
-def test_what_is_neither_a_bundle_nor_a_checkpoint_is_refused_before_data_are_read(tmp_path: Path) -> None:
+def test_path_without_a_bundle_or_checkpoint_is_refused_before_reading_data(tmp_path: Path) -> None:
     for place in (tmp_path, tmp_path / "nope"):
         message = error(invoke("calibrate", place, "--data", tmp_path / "missing.jsonl"))
         assert f"{place} is neither a bundle nor a checkpoint" in message
 
 
 @pytest.mark.parametrize("rule", [("--target-quality", 0.1), ("--risk", 0.9, "--metric", "chrf")])
-def test_rules_that_decode_show_quality(copied: Bundles, data: Path, rule: tuple[Any, ...]) -> None:
+def test_rules_that_decode_report_quality(copied: Bundles, data: Path, rule: tuple[Any, ...]) -> None:
     answer = calibrated(copied(T5), "--data", data, *rule, "--samples", 6, "--rounds", 1)
     assert {0.5, 0.9} <= {row["threshold"] for row in answer["table"] if row["measured_speedup"]}
     decoded = [row for row in answer["table"] if row["quality"] is not None]
@@ -220,7 +220,7 @@ def test_rules_that_decode_show_quality(copied: Bundles, data: Path, rule: tuple
     assert all(0 <= row["quality"] <= 1 for row in decoded)
 
 
-def test_the_time_of_all_sequences_is_told_after_the_first(
+def test_total_time_is_estimated_after_the_first_sequence(
     copied: Bundles, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, made = copied(T5), list[int]()

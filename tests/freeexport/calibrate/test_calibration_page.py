@@ -35,12 +35,12 @@ GOOD = explained(choose(TRACES, Rule()), "bundle", MANIFEST, TRACES, COSTS, Rule
         (Rule(agreement=0.3), "P(agree | confidence) is at least 0.3 from the threshold on"),
     ],
 )
-def test_a_rule_says_what_it_promises(rule: Rule, text: str) -> None:
+def test_page_states_the_guarantee_of_the_rule(rule: Rule, text: str) -> None:
     traces = mixed(20, 10)
     assert text in promise(explained(choose(traces, rule), "bundle", MANIFEST, traces, COSTS, rule).calibration)
 
 
-def test_a_terminal_shows_what_the_threshold_rests_on(capsys: pytest.CaptureFixture[str]) -> None:
+def test_terminal_shows_the_data_behind_the_threshold(capsys: pytest.CaptureFixture[str]) -> None:
     print_page(tables(replace(GOOD, notes=("read this",))))
     shown = capsys.readouterr().out
     assert "read this" in shown
@@ -78,7 +78,7 @@ SECONDS = st.sampled_from([5e-324, 1e-3, 1e15])
         costs=st.builds(Costs, SECONDS, SECONDS, st.fixed_dictionaries({1: SECONDS, 999_999_999: SECONDS})),
     )
 )
-def test_whatever_figures_a_calibration_file_may_hold_can_be_shown(calibration: Calibration) -> None:
+def test_any_valid_calibration_file_can_be_shown(calibration: Calibration) -> None:
     """`inspect` and a session read them from a bundle that somebody else wrote."""
     read = Calibration.from_json(calibration.to_json())
     assert read == calibration

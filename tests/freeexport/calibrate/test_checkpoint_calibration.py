@@ -65,7 +65,7 @@ def calibrated(*arguments: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("case", [T5, LLAMA, with_exit_layers("llama-tied")], ids=["t5", "llama", "llama-layers"])
-def test_a_checkpoint_is_calibrated_as_its_fp32_bundle_is_and_converts_with_it(
+def test_checkpoint_calibration_matches_its_fp32_bundle_and_is_converted(
     case: Case, trained: Callable[[Case], Path], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(calibrating, "measured_costs", lambda *given: PAYS)
@@ -87,7 +87,7 @@ def test_a_checkpoint_is_calibrated_as_its_fp32_bundle_is_and_converts_with_it(
     assert (before["sequences"], before["positions"]) == (after["sequences"], after["positions"])
 
 
-def test_a_calibration_for_another_confidence_is_left_out(
+def test_calibration_for_another_confidence_is_ignored_with_a_warning(
     trained: Callable[[Case], Path], data: Path, tmp_path: Path
 ) -> None:
     model = trained(LLAMA)
@@ -98,9 +98,7 @@ def test_a_calibration_for_another_confidence_is_left_out(
     assert "not calibrated" in result.stdout
 
 
-def test_other_engines_than_the_checkpoint_are_noticed(
-    trained: Callable[[Case], Path], data: Path, tmp_path: Path
-) -> None:
+def test_differing_engines_are_warned_about(trained: Callable[[Case], Path], data: Path, tmp_path: Path) -> None:
     model = trained(LLAMA)
     calibrated(model, "--data", data)
     lines = [json.loads(line) for line in (model / SAMPLE).read_text().splitlines()]
@@ -110,7 +108,9 @@ def test_other_engines_than_the_checkpoint_are_noticed(
     assert "they differ, so calibrate the bundle" in result.stderr
 
 
-def test_an_output_file_is_for_convert_alone(trained: Callable[[Case], Path], data: Path, tmp_path: Path) -> None:
+def test_calibration_in_an_output_file_is_used_only_by_convert(
+    trained: Callable[[Case], Path], data: Path, tmp_path: Path
+) -> None:
     model, file = trained(LLAMA), tmp_path / "file.json"
     answer = calibrated(model, "--data", data, "--output", file)
     assert answer["verdict"]["next_step"].endswith(f"--calibration {file}")
@@ -120,7 +120,7 @@ def test_an_output_file_is_for_convert_alone(trained: Callable[[Case], Path], da
     assert again["threshold"] == answer["threshold"]
 
 
-def test_a_stale_calibration_is_refused(trained: Callable[[Case], Path], data: Path, tmp_path: Path) -> None:
+def test_stale_calibration_is_refused(trained: Callable[[Case], Path], data: Path, tmp_path: Path) -> None:
     model = trained(LLAMA)
     calibrated(model, "--data", data)
     (weights,) = model.glob("*.safetensors")
@@ -139,13 +139,13 @@ def test_a_stale_calibration_is_refused(trained: Callable[[Case], Path], data: P
         (("--risk", 0.05), "needs at least 59 sequences"),
     ],
 )
-def test_what_a_checkpoint_cannot_do_is_refused(
+def test_options_unsupported_for_checkpoints_are_refused(
     trained: Callable[[Case], Path], data: Path, arguments: tuple[Any, ...], message: str
 ) -> None:
     assert message in refused("calibrate", trained(LLAMA), "--data", data, *arguments)
 
 
-def test_a_checkpoint_without_a_trained_exit_is_refused(
+def test_checkpoint_without_a_trained_exit_is_refused(
     checkpoint: Callable[[Case], Path], trained: Callable[[Case], Path], data: Path
 ) -> None:
     assert "has no trained exit (exit.json); train one" in refused("calibrate", checkpoint(LLAMA), "--data", data)
@@ -166,7 +166,7 @@ def test_data_without_a_usable_line_are_refused(trained: Callable[[Case], Path],
     "line", ['{"prompt": [1]}', '{"prompt": [-1], "tokens": 1, "agreeing": 0, "confident": 0}', "[]", "{",
              '{"prompt": [1], "tokens": 1, "agreeing": 2, "confident": 0}'],
 )  # fmt: skip
-def test_a_sample_that_nobody_wrote_is_refused(line: str, trained: Callable[[Case], Path], data: Path) -> None:
+def test_malformed_sample_is_refused(line: str, trained: Callable[[Case], Path], data: Path) -> None:
     model = trained(LLAMA)
     calibrated(model, "--data", data)
     with (model / SAMPLE).open("a") as file:
@@ -176,14 +176,14 @@ def test_a_sample_that_nobody_wrote_is_refused(line: str, trained: Callable[[Cas
 
 
 @pytest.mark.parametrize("shapes", [(0.3, 3.0), (8.0, 0.6), (40.0, 0.5)])
-def test_the_offline_fit_is_scipys(shapes: tuple[float, float]) -> None:
+def test_offline_fit_matches_scipy(shapes: tuple[float, float]) -> None:
     values = np.clip(np.random.default_rng(7).beta(*shapes, 2000), 1e-6, 1 - 1e-6)
     a, b, _, _ = beta.fit(values, floc=0, fscale=1)
     found = fit_beta(values)
     assert (found.a, found.b) == (pytest.approx(a, rel=1e-4), pytest.approx(b, rel=1e-4))
 
 
-def test_the_online_fit_of_the_runtime_comes_to_the_offline_one() -> None:
+def test_online_fit_converges_to_the_offline_fit() -> None:
     random, count = np.random.default_rng(3), 20_000
     agrees = random.random(count) < 0.8
     confidence = np.where(agrees, random.beta(6, 0.7, count), random.beta(1.2, 2.5, count))

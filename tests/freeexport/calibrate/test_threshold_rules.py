@@ -49,7 +49,7 @@ TOLERANCES = {300: (0.35, 0.06), 3000: (0.10, 0.02), 30000: (0.04, 0.008)}
 @pytest.mark.parametrize("disagree", DISAGREE)
 @pytest.mark.parametrize("smaller", TOLERANCES)
 @pytest.mark.parametrize("weight", [0.7, 0.9])
-def test_a_known_mixture_is_recovered(
+def test_known_mixture_is_recovered(
     agree: tuple[float, float], disagree: tuple[float, float], smaller: int, weight: float
 ) -> None:
     true = BetaMixture(Beta(*agree), Beta(*disagree), weight)
@@ -65,7 +65,7 @@ def test_a_known_mixture_is_recovered(
 
 
 @pytest.mark.parametrize("shapes", [(0.05, 3.0), (1.0, 1.0), (40.0, 0.5), (300.0, 200.0)])
-def test_the_fit_is_the_most_likely_one(shapes: tuple[float, float]) -> None:
+def test_fit_maximizes_the_likelihood(shapes: tuple[float, float]) -> None:
     values = np.random.default_rng(3).beta(*shapes, 500)
     found = fit_mixture(np.append(values, 0.5), np.append(np.ones(500, np.bool_), False), 0.95)
     assert found.mixture is not None
@@ -78,7 +78,7 @@ def test_the_fit_is_the_most_likely_one(shapes: tuple[float, float]) -> None:
         assert likelihood(best) >= likelihood(Beta(best.a * a, best.b * b)) - 1e-6
 
 
-def test_confidences_of_exactly_0_and_1_and_equal_ones_give_finite_fits() -> None:
+def test_extreme_and_equal_confidences_give_finite_fits() -> None:
     agrees = np.array([True] * 20 + [False] * 20)
     found = fit_mixture(np.where(agrees, 1.0, 0.0), agrees, 0.95)
     assert found.mixture is not None
@@ -100,7 +100,7 @@ ASCENDING = np.linspace(0.2, 1, 100)
         (ASCENDING[:59], ASCENDING[:59] > 0, 1.0, "all 59 tokens agree, which are too few to trust; give 60 or more"),
     ],
 )
-def test_classes_that_are_missing_or_small_are_said(
+def test_missing_and_small_classes_are_reported(
     confidence: np.ndarray, agrees: np.ndarray, threshold: float | None, said: str
 ) -> None:
     found = fit_mixture(confidence, agrees, 0.95)
@@ -110,7 +110,7 @@ def test_classes_that_are_missing_or_small_are_said(
 
 
 @pytest.mark.parametrize("bad", [math.nan, -0.1, 1.5])
-def test_confidences_that_are_no_share_are_refused(bad: float) -> None:
+def test_confidences_outside_0_to_1_are_refused(bad: float) -> None:
     with pytest.raises(CalibrationError, match="1 of 3 confidences are not numbers from 0 to 1"):
         fit_mixture(np.array([0.5, bad, 0.7]), np.array([True, False, True]), 0.95)
 
@@ -119,7 +119,7 @@ RISK, DELTA, SETS, SEQUENCES = 0.05, 0.1, 400, 150
 STEPS = (1.0, *np.linspace(0.995, 0.0, 80).tolist())
 
 
-def test_the_exact_binomial_is_for_losses_of_0_and_1_alone() -> None:
+def test_exact_binomial_bound_is_used_only_for_losses_of_0_and_1() -> None:
     losses = np.array([True] * 2 + [False] * 98)
     exact = sum(math.comb(100, k) * 0.05**k * 0.95 ** (100 - k) for k in range(3))
     assert p_value(losses, 0.05) == pytest.approx(exact)
@@ -128,13 +128,13 @@ def test_the_exact_binomial_is_for_losses_of_0_and_1_alone() -> None:
 
 
 @pytest.mark.parametrize(("risk", "delta"), [(0.05, 0.05), (0.3, 0.01)])
-def test_as_many_sequences_are_needed_as_can_pass_without_a_loss(risk: float, delta: float) -> None:
+def test_required_sequences_are_the_fewest_that_can_pass_without_a_loss(risk: float, delta: float) -> None:
     needed = sequences_needed(risk, delta)
     assert hoeffding_bentkus(np.zeros(needed), risk) <= delta
     assert hoeffding_bentkus(np.zeros(needed - 1), risk) > delta
 
 
-def test_testing_stops_at_the_first_that_fails() -> None:
+def test_threshold_search_stops_at_the_first_failure() -> None:
     asked: list[float] = []
 
     def passes(threshold: float) -> bool:
@@ -148,7 +148,7 @@ def test_testing_stops_at_the_first_that_fails() -> None:
         assert (thresholds[0], thresholds[-1]) == (1, 0)
 
 
-def test_the_promise_holds_for_tokens_that_depend_on_each_other() -> None:
+def test_risk_guarantee_holds_for_dependent_tokens() -> None:
     """A large set is the population: its mean losses are the true risks, and calibration sets are drawn from it."""
     population = correlated(6000, seed=5)
     assert _correlation(population) >= 0.3
@@ -216,7 +216,7 @@ def wrong_at(part: np.ndarray, share: float) -> np.ndarray:
     return wrong
 
 
-def test_a_threshold_that_no_token_exceeds_is_never() -> None:
+def test_threshold_above_every_confidence_becomes_1() -> None:
     random = np.random.default_rng(128)
     # 26 tokens as an untrained exit has them: few agree, and none is sure. The fit reaches the target only far beyond.
     agrees = np.arange(26) < 9
@@ -232,7 +232,7 @@ def quality(outputs: DecodedOutputs, delta: float = 0.05) -> Choice:
     return choose(TRACES, Rule("quality", quality=0.95, delta=delta), outputs)
 
 
-def test_the_quality_goes_down_until_too_much_may_be_lost() -> None:
+def test_thresholds_are_lowered_until_too_much_quality_may_be_lost() -> None:
     chooses = ~held_out_of(COUNT)
     outputs = Decoded({0.7: wrong_at(chooses, 0.01), 0.6: wrong_at(chooses, 0.045), 0.5: wrong_at(chooses, 0.0)})
     choice = quality(outputs)
@@ -243,7 +243,7 @@ def test_the_quality_goes_down_until_too_much_may_be_lost() -> None:
     assert choice.notes[0].startswith("100.00% of the full model's exact is kept on 100 sequences")
 
 
-def test_sequences_held_out_report_and_never_choose() -> None:
+def test_held_out_sequences_are_reported_and_never_used_to_choose() -> None:
     chooses, unseen = ~held_out_of(COUNT), held_out_of(COUNT)
     outputs = Decoded({0.7: wrong_at(unseen, 0.2), 0.8: wrong_at(unseen, 0.02), 0.6: wrong_at(chooses, 0.5)})
     choice = quality(outputs)
@@ -252,7 +252,7 @@ def test_sequences_held_out_report_and_never_choose() -> None:
     assert "less than the 0.95 asked for" in choice.notes[0]
 
 
-def test_the_quality_asked_for_is_kept_as_often_as_promised(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_requested_quality_is_kept_as_often_as_guaranteed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Populations of scores in mode full and, by threshold, in mode free: calibration sets are drawn from them."""
     monkeypatch.setattr("freeexport.calibrate.threshold.RESAMPLES", 300)
     random, size, delta, target = np.random.default_rng(3), 20_000, 0.1, 0.97
@@ -286,7 +286,7 @@ def test_the_quality_asked_for_is_kept_as_often_as_promised(monkeypatch: pytest.
     assert naive > 2 * delta * 200  # what was observed alone breaks it
 
 
-def test_the_risk_of_a_metric_is_that_of_the_outputs() -> None:
+def test_risk_of_a_metric_is_that_of_the_outputs() -> None:
     options = Rule(method="risk", metric="exact", risk=0.1, delta=0.05)
     outputs = Decoded({0.5: wrong_at(np.ones(COUNT, np.bool_), 0.05), 0.4: wrong_at(np.ones(COUNT, np.bool_), 0.09)})
     choice = choose(TRACES, options, outputs)
@@ -296,6 +296,6 @@ def test_the_risk_of_a_metric_is_that_of_the_outputs() -> None:
 
 
 @pytest.mark.parametrize("wrong", [{"quality": 0.0}, {"agreement": 1.0}, {"delta": math.nan}])
-def test_shares_out_of_range_are_refused(wrong: dict[str, float]) -> None:
+def test_out_of_range_shares_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(OptionError, match="choose a number between 0 and 1"):
         Rule(**wrong)  # type: ignore[arg-type]

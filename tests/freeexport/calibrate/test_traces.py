@@ -30,13 +30,13 @@ KEY = {"model": "ab" * 32, "data": "cd" * 32, "exit_layer": 2, "confidence": "so
 FIRST, SECOND = trace([0.1, 1 / 3, 1.0], [True, False, True], line=3), trace([], [], line=7)
 
 
-def test_runs_of_exits_end_in_passes_and_the_last_stack_is_dropped() -> None:
+def test_exit_runs_end_in_sync_passes_and_the_last_stack_is_dropped() -> None:
     done = replay(trace([0.9, 0.9, 0.2, 0.1, 0.9, 0.9], [True, False, True, False, True, True]), 0.5, max_pending=8)
     assert done.exits.tolist() == [True, True, False, False, True, True]
     assert (done.agreeing, done.sync_sizes) == (3, {3: 1, 1: 1})
 
 
-def test_the_speedup_is_that_of_the_calls_written_out() -> None:
+def test_speedup_is_computed_from_the_engine_calls() -> None:
     done = replay(trace([0.9, 0.9, 0.2, 0.1, 0.9, 0.9], [True] * 6), 0.5, max_pending=8)
     full = 6 * (1.5 + 3.0)
     free = 6 * 2.0 + (3.2 + 4.0) / 2 + 3.0
@@ -45,7 +45,7 @@ def test_the_speedup_is_that_of_the_calls_written_out() -> None:
     assert done.speedup(costs) == pytest.approx((full + 6 * 0.5) / (free + 6 * 0.7 + 2 * 0.2))
 
 
-def test_independent_exits_cost_what_the_model_of_the_method_says() -> None:
+def test_speedup_of_independent_exits_matches_the_analytic_model() -> None:
     traces = mixed(400, 100, seed=4)
     done = replay(traces, 0.8, max_pending=8)
     confident = float(np.mean(traces.confidence > 0.8))
@@ -53,7 +53,7 @@ def test_independent_exits_cost_what_the_model_of_the_method_says() -> None:
         assert done.speedup(costs) == pytest.approx(costs.speedup(confident, 8), rel=0.02)
 
 
-def test_where_nothing_can_exit_a_session_decodes_as_mode_full() -> None:
+def test_replay_without_exits_equals_mode_full() -> None:
     done = replay(mixed(5, 20), 1.0, 8)
     assert (done.exit_rate, done.agreement, done.sync_sizes) == (0, None, {1: 100})
     assert done.speedup(COSTS) == 1
@@ -66,7 +66,7 @@ def test_where_nothing_can_exit_a_session_decodes_as_mode_full() -> None:
     st.floats(0, 1),
     st.integers(1, 6),
 )
-def test_a_replay_is_decoding_token_by_token(
+def test_replay_equals_decoding_token_by_token(
     sequences: list[list[tuple[float, bool]]], threshold: float, max_pending: int
 ) -> None:
     traces = Traces.joined(trace([c for c, _ in one], [a for _, a in one]) for one in sequences)
@@ -91,7 +91,7 @@ def filled(path: Path) -> Path:
     return path
 
 
-def test_what_was_added_is_there_to_the_last_bit(tmp_path: Path) -> None:
+def test_cached_traces_are_bit_identical(tmp_path: Path) -> None:
     cache = TraceCache(filled(tmp_path / "traces"), KEY)
     for one in (FIRST, SECOND):
         found = cache.get(int(one.line[0]))
@@ -102,7 +102,7 @@ def test_what_was_added_is_there_to_the_last_bit(tmp_path: Path) -> None:
     assert cache.get(4) is None
 
 
-def test_wherever_a_run_was_killed_whole_lines_are_kept(tmp_path: Path) -> None:
+def test_complete_lines_survive_a_kill_at_any_byte(tmp_path: Path) -> None:
     content = filled(tmp_path / "whole").read_bytes()
     ends = [index + 1 for index, byte in enumerate(content) if byte == ord("\n")]
     for cut in range(len(content)):
@@ -116,9 +116,7 @@ def test_wherever_a_run_was_killed_whole_lines_are_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("change", [{"model": "ef" * 32}, {"exit_layer": 3}])
-def test_traces_of_another_run_are_not_used_and_replaced_at_the_first_new_one(
-    tmp_path: Path, change: dict[str, object]
-) -> None:
+def test_traces_of_another_run_are_ignored_and_replaced(tmp_path: Path, change: dict[str, object]) -> None:
     path = filled(tmp_path / "traces")
     before = path.read_bytes()
     other = {**KEY, **change}
@@ -148,7 +146,7 @@ GOOD = '{"line": 1, "confidence": [0.5], "agrees": [1], "nll": [0.1], "token": [
         GOOD.replace('"line": 1', '"line": "1"'),
     ],
 )
-def test_a_file_that_holds_no_traces_is_left_as_it_is(tmp_path: Path, content: str) -> None:
+def test_file_without_traces_is_not_overwritten(tmp_path: Path, content: str) -> None:
     path = tmp_path / "notes"
     if content.startswith('{"line"'):  # a damaged line of a file of ours
         content = f"{filled(path).read_text()}{content}\n"
@@ -164,7 +162,7 @@ EXITS = with_exit_layers("llama-tied"), *(replace(case, model=model_with_vocabul
 
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("case", [T5, LLAMA, *EXITS], ids=lambda case: case.name)
-def test_traces_are_those_of_transformers(case: Case, bundle: Bundles, source_model: Model) -> None:
+def test_traces_match_transformers(case: Case, bundle: Bundles, source_model: Model) -> None:
     requests = [InputLine(number, text) for number, text in enumerate(TEXTS[:10], start=1)]
     layer, model = case.exit_layers[0], source_model(case)
     with ReplaySession(bundle(case, layer)) as session:
@@ -189,7 +187,7 @@ def test_traces_are_those_of_transformers(case: Case, bundle: Bundles, source_mo
 
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("case", [T5, LLAMA, *FEATURES], ids=lambda case: case.name)
-def test_a_trace_is_what_decoding_sees_at_each_token(
+def test_trace_contains_what_decoding_sees_at_each_token(
     case: Case, bundle: Bundles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(

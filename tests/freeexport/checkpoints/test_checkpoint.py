@@ -67,7 +67,7 @@ def assert_equals_model(checkpoint: Checkpoint, model: transformers.PreTrainedMo
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("sharded", [False, True])
-def test_safetensors_equal_the_model_that_saved_them(tmp_path: Path, dtype: torch.dtype, sharded: bool) -> None:
+def test_safetensors_match_the_saved_model(tmp_path: Path, dtype: torch.dtype, sharded: bool) -> None:
     model = llama().to(dtype)
     model.save_pretrained(tmp_path, max_shard_size="4KB" if sharded else "1GB")
     assert (tmp_path / "model.safetensors.index.json").exists() is sharded
@@ -77,7 +77,7 @@ def test_safetensors_equal_the_model_that_saved_them(tmp_path: Path, dtype: torc
 
 
 @pytest.mark.parametrize("sharded", [False, True])
-def test_torch_files_equal_the_model_that_saved_them(tmp_path: Path, sharded: bool) -> None:
+def test_torch_files_match_the_saved_model(tmp_path: Path, sharded: bool) -> None:
     model = t5(tie_word_embeddings=True)
     model.config.save_pretrained(tmp_path)
     state = model.state_dict()
@@ -95,7 +95,7 @@ def test_torch_files_equal_the_model_that_saved_them(tmp_path: Path, sharded: bo
         assert checkpoint.nbytes == sum(parameter.nbytes for parameter in model.parameters())
 
 
-def test_config_has_defaults_and_no_path(tmp_path: Path) -> None:
+def test_config_has_defaults_and_no_local_path(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(str(with_tensors(tmp_path, a=np.zeros(1, np.float32))))
     assert checkpoint.config["rms_norm_eps"] == 1e-6
     assert checkpoint.config.get("rope_parameters", checkpoint.config)["rope_theta"] == 10000.0
@@ -111,7 +111,7 @@ def test_config_has_defaults_and_no_path(tmp_path: Path) -> None:
         ({"decoder_start_token_id": 2}, {"decoder_start_token_id": 2}),
     ],
 )
-def test_generation_config_is_the_file_or_derived(tmp_path: Path, stored: Any, expected: dict[str, Any]) -> None:
+def test_generation_config_is_read_or_derived(tmp_path: Path, stored: Any, expected: dict[str, Any]) -> None:
     t5().save_pretrained(tmp_path)
     (tmp_path / "generation_config.json").unlink()
     if stored is not None:
@@ -129,7 +129,7 @@ def test_sha256_changes_with_config_and_with_weights(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("make", [llama, t5])
-def test_the_reference_is_the_model_in_float32(tmp_path: Path, make: Any) -> None:
+def test_reference_model_is_float32(tmp_path: Path, make: Any) -> None:
     make().to(torch.bfloat16).save_pretrained(tmp_path)
     checkpoint = open_checkpoint(str(tmp_path))
     model = reference_model(checkpoint)
@@ -138,7 +138,7 @@ def test_the_reference_is_the_model_in_float32(tmp_path: Path, make: Any) -> Non
     assert_equals_model(checkpoint, model)
 
 
-def test_what_is_not_there_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_checkpoints_and_files_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     (tmp_path / "a.txt").write_text("")
     for model, part in {
@@ -184,13 +184,13 @@ def test_a_hub_name_is_resolved_from_the_cache_and_weights_are_fetched_last(
         ('{"model_type": "llama", "quantization_config": {"quant_method": "gptq"}}', "stored quantised"),
     ],
 )
-def test_a_config_that_cannot_be_used_is_refused(tmp_path: Path, config: str, part: str) -> None:
+def test_unusable_config_is_refused(tmp_path: Path, config: str, part: str) -> None:
     (tmp_path / "config.json").write_text(config)
     with pytest.raises((CheckpointError, UnsupportedModelError), match=part):
         open_checkpoint(str(tmp_path))
 
 
-def test_packed_weights_are_refused_by_their_names(tmp_path: Path) -> None:
+def test_quantized_weights_are_refused_by_tensor_name(tmp_path: Path) -> None:
     held = {"a.weight": np.zeros((2, 2), np.int8), "a.weight_scale": np.ones(2, np.float32)}
     with pytest.raises(CheckpointError, match=r"stored quantised, as its tensor a\.weight_scale says; give the orig"):
         open_checkpoint(str(with_tensors(tmp_path, **held)))
@@ -200,7 +200,7 @@ def test_packed_weights_are_refused_by_their_names(tmp_path: Path) -> None:
     ("name", "value"),
     [("num_hidden_layers", 10**12), ("head_dim", 10**9), ("rms_norm_eps", float("nan"))],
 )
-def test_a_configuration_out_of_range_is_refused_before_work(tmp_path: Path, name: str, value: float) -> None:
+def test_out_of_range_configuration_is_refused_before_reading_weights(tmp_path: Path, name: str, value: float) -> None:
     with_tensors(tmp_path, a=np.zeros(1, np.float32))
     write_config(tmp_path, model_type="qwen3", **{name: value})
     with pytest.raises(UnsupportedModelError, match=f"{name} is {value} in the configuration; it must be a "):
@@ -228,7 +228,7 @@ def entry(start: int, stop: int, *shape: int, dtype: str = "F32") -> dict[str, A
         pytest.param([], id="no object"),
     ],
 )
-def test_a_wrong_safetensors_header_is_refused(tmp_path: Path, header: Any) -> None:
+def test_invalid_safetensors_header_is_refused(tmp_path: Path, header: Any) -> None:
     write_config(tmp_path)
     write_safetensors(tmp_path / "model.safetensors", header, bytes(8))
     with pytest.raises(CheckpointError, match=r"model\.safetensors is not a complete safetensors file") as caught:
@@ -236,7 +236,7 @@ def test_a_wrong_safetensors_header_is_refused(tmp_path: Path, header: Any) -> N
     assert "\n" not in str(caught.value)
 
 
-def test_types_of_8_bits_are_read_and_an_unsupported_one_is_refused(tmp_path: Path) -> None:
+def test_8_bit_types_are_read_and_an_unsupported_type_is_refused(tmp_path: Path) -> None:
     write_config(tmp_path)
     values = torch.tensor([[1.5, -2.0, 0.0625], [0.0, 448.0, -0.25]])
     tensors = {name: values.to(getattr(torch, name)) for name in ("float8_e4m3fn", "float8_e5m2")}
@@ -259,7 +259,7 @@ def test_types_of_8_bits_are_read_and_an_unsupported_one_is_refused(tmp_path: Pa
         ({}, "no weight_map"),
     ],
 )
-def test_a_wrong_index_is_refused(tmp_path: Path, weight_map: dict[str, str], part: str) -> None:
+def test_invalid_index_is_refused(tmp_path: Path, weight_map: dict[str, str], part: str) -> None:
     write_config(tmp_path)
     save_file({"a": np.zeros(1, np.float32)}, tmp_path / "x.safetensors")
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
@@ -267,7 +267,7 @@ def test_a_wrong_index_is_refused(tmp_path: Path, weight_map: dict[str, str], pa
         open_checkpoint(str(tmp_path))
 
 
-def test_an_unreadable_torch_file_is_refused(tmp_path: Path) -> None:
+def test_unreadable_torch_file_is_refused(tmp_path: Path) -> None:
     path = write_config(tmp_path) / "pytorch_model.bin"
     torch.save({"a": torch.zeros(1000)}, path)
     cut = path.read_bytes()[:-100]
@@ -282,7 +282,7 @@ def test_an_unreadable_torch_file_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_a_tensor_that_is_not_there_or_not_finite_is_named(tmp_path: Path, value: float) -> None:
+def test_missing_or_non_finite_tensor_is_named(tmp_path: Path, value: float) -> None:
     array = np.zeros((3, 4), np.float32)
     array[1, 2] = value
     checkpoint = open_checkpoint(str(with_tensors(tmp_path, good=np.zeros(2, np.float32), bad=array)))
@@ -296,7 +296,7 @@ def test_a_tensor_that_is_not_there_or_not_finite_is_named(tmp_path: Path, value
             method("none")
 
 
-def test_greedy_decoding_leaves_the_filters_of_warnings_alone(tmp_path: Path) -> None:
+def test_greedy_decoding_does_not_change_warning_filters(tmp_path: Path) -> None:
     model = llama()
     model.save_pretrained(tmp_path)
     (found,) = greedy_ids(model, open_checkpoint(str(tmp_path)), [np.array([3, 4])], 2)

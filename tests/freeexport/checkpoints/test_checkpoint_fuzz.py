@@ -47,7 +47,9 @@ def altered(content: bytes, header: int) -> st.SearchStrategy[bytes]:
 
 
 @pytest.mark.parametrize("architecture", ["llama", "t5"])
-def test_gguf_files(architecture: str, tmp_path: Path, place: Callable[[bytes], Path]) -> None:
+def test_altered_gguf_files_are_read_or_refused(
+    architecture: str, tmp_path: Path, place: Callable[[bytes], Path]
+) -> None:
     content = write_gguf(tmp_path / "whole.gguf", architecture).read_bytes()
 
     def read(example: bytes) -> None:
@@ -60,7 +62,7 @@ def test_gguf_files(architecture: str, tmp_path: Path, place: Callable[[bytes], 
     fuzz(altered(content, content.index(b"blk.1")), FreeExportError)(read)()
 
 
-def test_whole_gguf_checkpoints(tmp_path: Path, place: Callable[[bytes], Path]) -> None:
+def test_altered_gguf_checkpoints_open_or_are_refused(tmp_path: Path, place: Callable[[bytes], Path]) -> None:
     content = write_gguf(tmp_path / "whole.gguf").read_bytes()
 
     def read(example: bytes) -> None:
@@ -70,7 +72,7 @@ def test_whole_gguf_checkpoints(tmp_path: Path, place: Callable[[bytes], Path]) 
     fuzz(altered(content, content.index(b"token_embd")), FreeExportError, examples=50)(read)()
 
 
-def test_safetensors(place: Callable[[bytes], Path]) -> None:
+def test_altered_safetensors_are_read_or_refused(place: Callable[[bytes], Path]) -> None:
     tensors = {f"layer.{index}": np.ones((index, 3), np.float32) for index in range(4)}
     content = save({**tensors, "half": np.ones(5, np.float16), "whole": np.ones((2, 2), np.int64)})
     (length,) = struct.unpack_from("<Q", content)
@@ -88,7 +90,7 @@ def test_safetensors(place: Callable[[bytes], Path]) -> None:
     fuzz(altered(content, 8 + length) | headers, FreeExportError)(read)()
 
 
-def test_jsonl(place: Callable[[bytes], Path]) -> None:
+def test_altered_jsonl_lines_are_read_or_reported(place: Callable[[bytes], Path]) -> None:
     chat = [{"role": "user", "content": "hi"}]
     records: list[Any] = [{"input": "é", "target": "b", "id": 1}, {"input": chat, "id": "x"}, {"text": "a"}, [1e9]]
     content = "\n".join(json.dumps(record) for record in records).encode()
@@ -113,7 +115,9 @@ ROPE = st.dictionaries(
 
 
 @pytest.mark.parametrize("name", ["llama-tied", "t5-deep-decoder"])
-def test_configurations(name: str, checkpoint: Callable[[Case], Path], tmp_path: Path) -> None:
+def test_altered_configurations_are_described_or_refused(
+    name: str, checkpoint: Callable[[Case], Path], tmp_path: Path
+) -> None:
     source = checkpoint(BY_NAME[name])
     whole = json.loads((source / "config.json").read_text())
     (tmp_path / "model.safetensors").symlink_to(source / "model.safetensors")

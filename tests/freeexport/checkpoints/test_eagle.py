@@ -80,7 +80,7 @@ REFUSED: tuple[tuple[dict[str, Any], Callable[[dict[str, np.ndarray]], Any] | No
 
 
 @pytest.mark.parametrize(("config", "change", "reason"), REFUSED, ids=[case[2][:40] for case in REFUSED])
-def test_a_head_that_does_not_fit_is_refused_in_a_line(
+def test_mismatched_head_is_refused_in_one_line(
     config: dict[str, Any],
     change: Callable[[dict[str, np.ndarray]], Any] | None,
     reason: str,
@@ -122,7 +122,7 @@ def test_other_families_are_refused(name: str, tmp_path: Path, checkpoint: Calla
         apply_eagle_head(open_checkpoint(str(checkpoint(BY_NAME[name]))), head)
 
 
-def test_gpus_and_other_exit_layers_are_refused(tmp_path: Path, checkpoint: Callable[[Case], Path]) -> None:
+def test_gpu_targets_and_other_exit_layers_are_refused(tmp_path: Path, checkpoint: Callable[[Case], Path]) -> None:
     head = str(write_eagle(tmp_path / "head"))
     for options, reason in (
         ({"target": "cuda"}, "target cuda does not support EAGLE-3 heads; choose --target cpu"),
@@ -132,7 +132,7 @@ def test_gpus_and_other_exit_layers_are_refused(tmp_path: Path, checkpoint: Call
             convert(str(checkpoint(EIGHT_LAYERS)), tmp_path / "out", ConvertOptions(exit=head, **options))
 
 
-def test_layers_are_counted_as_vllm_and_as_sglang_do() -> None:
+def test_tapped_layers_are_counted_as_in_vllm_and_sglang() -> None:
     assert tapped_layers({}, 32) == (2, 16, 29)
     assert tapped_layers({TAPS: [3, 9, 20]}, 32) == (3, 9, 20)
     assert tapped_layers({"eagle_config": {TAPS: [1, 15, 28]}}, 32) == (2, 16, 29)
@@ -140,7 +140,7 @@ def test_layers_are_counted_as_vllm_and_as_sglang_do() -> None:
         tapped_layers({}, 6)
 
 
-def test_a_bundle_names_its_head_and_refuses_another(
+def test_bundle_names_its_head_and_refuses_another(
     tmp_path: Path, checkpoint: Callable[[Case], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = str(checkpoint(EIGHT_LAYERS))

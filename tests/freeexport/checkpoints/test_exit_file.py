@@ -59,7 +59,7 @@ def with_exit(checkpoint: Callable[[Case], Path], tmp_path: Path) -> Callable[..
         ({"text": "[]"}, "holds list"),
     ],
 )
-def test_wrong_values_are_refused(tmp_path: Path, change: dict[str, Any], reason: str) -> None:
+def test_invalid_values_are_refused(tmp_path: Path, change: dict[str, Any], reason: str) -> None:
     assert read_exit_file(tmp_path) is None
     write_exit_file(tmp_path, PLAIN)
     assert read_exit_file(tmp_path) == PLAIN
@@ -70,7 +70,7 @@ def test_wrong_values_are_refused(tmp_path: Path, change: dict[str, Any], reason
         read_exit_file(tmp_path)
 
 
-def test_the_fields_of_older_versions_are_read(tmp_path: Path) -> None:
+def test_fields_of_older_versions_are_read(tmp_path: Path) -> None:
     written = ExitFile(2, "0" * 64, "logit-kd", "exit", exit_layers=1)
     write_exit_file(tmp_path, written)
     values = json.loads((tmp_path / EXIT_FILE).read_text()) | {"exit_norm": True, "adapter_rank": 0}
@@ -78,7 +78,7 @@ def test_the_fields_of_older_versions_are_read(tmp_path: Path) -> None:
     assert read_exit_file(tmp_path) == written
 
 
-def test_checkpoint_reads_the_exits_tensors_and_hashes_them(
+def test_exit_tensors_are_read_and_hashed_with_the_checkpoint(
     with_exit: Callable[..., Path], checkpoint: Callable[[Case], Path]
 ) -> None:
     directory = with_exit()
@@ -109,7 +109,7 @@ def test_exit_of_other_weights_is_refused(with_exit: Callable[..., Path]) -> Non
         ({EXIT_MAP: np.zeros((3, WIDTH), np.float32)}, rf"is \[3, {WIDTH}\], not \[{WIDTH}, {WIDTH}\]"),
     ],
 )
-def test_exit_weights_that_do_not_fit_are_refused(
+def test_exit_weights_of_wrong_shape_are_refused(
     with_exit: Callable[..., Path], change: dict[str, Any], reason: str
 ) -> None:
     with pytest.raises(CheckpointError, match=reason):

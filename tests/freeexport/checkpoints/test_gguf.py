@@ -23,7 +23,7 @@ from runtime.errors import FreeExportError
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "t5", "gemma2", "gemma3", "phi3", "gpt2"])
-def test_gguf_tensors_equal_what_transformers_loads(tmp_path: Path, architecture: str) -> None:
+def test_gguf_tensors_match_transformers(tmp_path: Path, architecture: str) -> None:
     checkpoint = open_checkpoint(str(write_gguf(tmp_path / "tiny.gguf", architecture)))
     # Not `reference_model`: transformers takes every T5 of a GGUF to be gated, whatever its configuration says.
     loader = transformers.AutoModelForSeq2SeqLM if architecture == "t5" else transformers.AutoModelForCausalLM
@@ -34,7 +34,7 @@ def test_gguf_tensors_equal_what_transformers_loads(tmp_path: Path, architecture
     assert_equals_model(checkpoint, model)
 
 
-def test_a_gguf_is_described_like_a_directory_and_its_model_can_be_saved(tmp_path: Path) -> None:
+def test_gguf_is_described_like_a_directory_and_its_model_can_be_saved(tmp_path: Path) -> None:
     source = open_checkpoint(str(write_gguf(tmp_path / "tiny.gguf")))
     assert (source.name, source.architecture) == ("tiny.gguf", "llama")
     assert (source.config["num_key_value_heads"], source.config["tie_word_embeddings"]) == (2, False)
@@ -108,7 +108,7 @@ MANY = 500_000
         ),
     ],
 )
-def test_a_header_that_does_not_fit_the_file_is_refused_at_once(tmp_path: Path, content: bytes, part: str) -> None:
+def test_header_that_exceeds_the_file_is_refused_quickly(tmp_path: Path, content: bytes, part: str) -> None:
     path, begin = tmp_path / "bad.gguf", time.process_time()
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match=r"bad\.gguf is not a complete GGUF file") as caught:
@@ -118,7 +118,9 @@ def test_a_header_that_does_not_fit_the_file_is_refused_at_once(tmp_path: Path, 
     assert time.process_time() - begin < 5  # one took 72 s and another 121 s
 
 
-def test_an_unsupported_architecture_is_the_first_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unsupported_architecture_is_reported_before_other_problems(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Before the vocabulary is read, which takes transformers a minute, or the weights, which are damaged."""
     fields = (text(b"general.architecture"), TEXT, text(b"falcon"), TOKENS, ARRAY, TEXT, number(1 << 60))
     content = header(*fields, fields=2, tensors=9)
@@ -130,7 +132,7 @@ def test_an_unsupported_architecture_is_the_first_reason(tmp_path: Path, monkeyp
         open_checkpoint(str(tmp_path / "falcon.gguf"))
 
 
-def test_a_vocabulary_without_weights_is_refused(tmp_path: Path) -> None:
+def test_vocabulary_larger_than_the_embedding_is_refused(tmp_path: Path) -> None:
     content = write_gguf(tmp_path / "whole.gguf").read_bytes()
     tokens = TOKENS + ARRAY + TEXT + number(33) + 33 * text(b"a")
     fields = int.from_bytes(content[16:24], "little")
@@ -159,7 +161,7 @@ def test_special_tokens_are_those_of_the_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("order", list(gguf.GGUFEndian))
-def test_the_quick_reader_reads_what_the_usual_one_reads(tmp_path: Path, order: gguf.GGUFEndian) -> None:
+def test_fast_reader_matches_the_gguf_package(tmp_path: Path, order: gguf.GGUFEndian) -> None:
     writer = gguf.GGUFWriter(tmp_path / "a.gguf", "llama", endianess=order)
     writer.add_token_list(["", "<s>", "é"])
     writer.add_token_scores([0.5, -1.0, 2.0])
@@ -197,7 +199,7 @@ def test_the_quick_reader_reads_what_the_usual_one_reads(tmp_path: Path, order: 
         ),
     ],
 )
-def test_gguf_metadata_out_of_range_is_refused(tmp_path: Path, key: str, value: float, part: str) -> None:
+def test_out_of_range_gguf_metadata_is_refused(tmp_path: Path, key: str, value: float, part: str) -> None:
     content = write_gguf(tmp_path / "tiny.gguf").read_bytes()
     name = f"llama.{key}".encode()
     at = content.index(name) + len(name) + 4

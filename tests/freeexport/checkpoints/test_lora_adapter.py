@@ -62,7 +62,7 @@ def test_weights_are_merged_when_read(
         assert merged.shape(name) == base.shape(name)
 
 
-def test_weights_stored_transposed_are_merged_transposed(tmp_path: Path) -> None:
+def test_transposed_weights_are_merged_transposed(tmp_path: Path) -> None:
     class Base:
         def __contains__(self, name: object) -> bool:
             return name == "fc.weight"
@@ -81,7 +81,7 @@ def test_weights_stored_transposed_are_merged_transposed(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("name", ["llama-tied", "gpt2"])
-def test_the_reference_has_the_weights_that_peft_merges(
+def test_reference_model_has_the_weights_merged_by_peft(
     name: str, checkpoint: Callable[[Case], Path], tmp_path: Path
 ) -> None:
     """GPT-2 stores its weights as [inputs, outputs]."""
@@ -111,7 +111,7 @@ def test_hash_depends_on_base_adapter_and_settings(adapter: Path) -> None:
     assert len(hashes) == 3
 
 
-def test_base_may_stand_beside_the_adapter(adapter: Path, checkpoint: Callable[[Case], Path]) -> None:
+def test_base_can_be_in_a_sibling_directory(adapter: Path, checkpoint: Callable[[Case], Path]) -> None:
     shutil.copytree(checkpoint(LLAMA), adapter.parent / "base")
     configure(adapter, base_model_name_or_path="../base")
     assert open_checkpoint(str(adapter)).path.resolve() == (adapter.parent / "base").resolve()
@@ -139,7 +139,7 @@ def test_base_may_stand_beside_the_adapter(adapter: Path, checkpoint: Callable[[
         ({"lora_alpha": "6"}, "lora_alpha is '6'"),
     ],
 )
-def test_other_adapters_are_refused(adapter: Path, change: dict[str, Any], reason: str) -> None:
+def test_unsupported_adapters_are_refused(adapter: Path, change: dict[str, Any], reason: str) -> None:
     configure(adapter, **change)
     with pytest.raises(CheckpointError, match=reason):
         open_checkpoint(str(adapter))
@@ -156,14 +156,14 @@ def test_other_adapters_are_refused(adapter: Path, change: dict[str, Any], reaso
         (f"base_model.model.{QUERY}.lora_A.weight", np.zeros(64, np.float32), "of one rank from 1; train"),
     ],
 )
-def test_adapter_weights_that_do_not_fit_are_refused(adapter: Path, name: str, value: np.ndarray, reason: str) -> None:
+def test_adapter_weights_of_wrong_shape_are_refused(adapter: Path, name: str, value: np.ndarray, reason: str) -> None:
     path = adapter / "adapter_model.safetensors"
     save_file(load_file(path) | {name: value}, path)
     with pytest.raises(CheckpointError, match=reason):
         open_checkpoint(str(adapter))
 
 
-def test_adapters_whose_bases_are_adapters_are_refused(adapter: Path, tmp_path: Path) -> None:
+def test_adapter_of_an_adapter_is_refused(adapter: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     shutil.copytree(adapter, other)
     configure(adapter, base_model_name_or_path=str(other))
@@ -184,7 +184,7 @@ def test_damaged_adapter_is_refused_in_one_line(adapter: Path, name: str, conten
     assert "\n" not in str(caught.value)
 
 
-def test_an_adapter_that_makes_weights_infinite_is_refused_when_read(adapter: Path) -> None:
+def test_adapter_that_makes_weights_infinite_is_refused_when_read(adapter: Path) -> None:
     path = adapter / "adapter_model.safetensors"
     tensors = load_file(path)
     save_file({name: value * np.float32(1e30) for name, value in tensors.items()}, path)

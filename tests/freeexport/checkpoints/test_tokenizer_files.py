@@ -97,7 +97,7 @@ def test_a_fast_tokenizer_is_written_with_added_tokens_and_without_truncation_or
 
 
 @pytest.mark.parametrize("spaces", [False, True])
-def test_merges_are_strings_which_load_faster_unless_tokens_have_spaces(directory: Path, spaces: bool) -> None:
+def test_merges_are_written_as_strings_unless_tokens_contain_spaces(directory: Path, spaces: bool) -> None:
     save_byte_level(directory)
     given = json.loads((directory / "tokenizer.json").read_text())
     if spaces:
@@ -113,7 +113,7 @@ def test_merges_are_strings_which_load_faster_unless_tokens_have_spaces(director
 
 
 @pytest.mark.parametrize("add_bos", [False, True])
-def test_llama_tokenizers_equal_transformers(directory: Path, add_bos: bool) -> None:
+def test_llama_tokenizers_match_transformers(directory: Path, add_bos: bool) -> None:
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     tokenizer.decoder = decoders.Metaspace(prepend_scheme="first")
@@ -179,7 +179,7 @@ def sentence_pieces(path: Path, texts: list[str], kind: str) -> list[str]:
 
 
 @pytest.mark.parametrize("kind", ["unigram", "bpe"])
-def test_tokenizers_of_translation_models_equal_transformers(directory: Path, kind: str) -> None:
+def test_tokenizers_of_translation_models_match_transformers(directory: Path, kind: str) -> None:
     marian = kind == "unigram"
     pieces = sentence_pieces(directory / ("source.spm" if marian else "sentencepiece.bpe.model"), CORPUS, kind)
     texts = [*(text.strip() for text in TEXTS[:3]), "quick  fox", "unknown \u4e00\u4e01 here", "a</s> b"]
@@ -211,7 +211,7 @@ def test_tokenizers_of_translation_models_equal_transformers(directory: Path, ki
     assert languages.tokens[code] == (0 if marian else reference.get_lang_id("de"))
 
 
-def test_byt5_is_built(directory: Path) -> None:
+def test_byt5_tokenizer_is_built(directory: Path) -> None:
     (directory / "config.json").write_text('{"model_type": "t5", "d_model": 8, "vocab_size": 384}')
     reference = transformers.ByT5Tokenizer()
     reference.save_pretrained(directory)
@@ -227,7 +227,7 @@ def test_byt5_is_built(directory: Path) -> None:
     assert special == {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
 
 
-def test_without_a_tokenizer_none_is_written(directory: Path) -> None:
+def test_checkpoint_without_a_tokenizer_writes_none(directory: Path) -> None:
     checkpoint = open_checkpoint(str(directory))
     assert not has_tokenizer(checkpoint)
     assert write_tokenizer(checkpoint, directory.parent / "out") == ["generation_config.json"]
@@ -250,7 +250,7 @@ def changed_byte_level(index: int) -> str:
         pytest.param(changed_byte_level(-1), id="a negative id"),
     ],
 )
-def test_a_broken_tokenizer_is_refused_and_nothing_is_written(directory: Path, text: str) -> None:
+def test_broken_tokenizer_is_refused_and_nothing_is_written(directory: Path, text: str) -> None:
     save_byte_level(directory)
     (directory / "tokenizer.json").write_text(text)
     with pytest.raises(CheckpointError, match="tokenizer cannot be read"):

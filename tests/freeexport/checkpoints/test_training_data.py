@@ -53,7 +53,7 @@ def written(path: Path, *lines: Any) -> Path:
         ([{"input": "a", "target": "b"}, "", "{broken"], "line 3: not JSON"),
     ],
 )
-def test_broken_data_is_refused_with_its_line(tmp_path: Path, lines: list[Any], reason: str) -> None:
+def test_malformed_data_is_refused_with_its_line(tmp_path: Path, lines: list[Any], reason: str) -> None:
     with pytest.raises(DataError, match=reason):
         read_examples(written(tmp_path / "data.jsonl", *lines), need_target=TARGETS_WANTED)
 
@@ -71,7 +71,7 @@ def test_split_is_stable_keeps_equal_inputs_together_and_has_both_parts(tmp_path
         split([InputLine(1, "a", "x"), InputLine(2, "a", "y")], 0.02, tmp_path)
 
 
-def test_too_long_examples_are_left_out_or_cut_on_request_and_counted(form: Any, tmp_path: Path) -> None:
+def test_overlong_examples_are_skipped_or_truncated_and_counted(form: Any, tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     requests = [InputLine(4, "ab", "c"), InputLine(5, "a", "d" * 20), InputLine(9, "efghijklmnopqrstuvwxyz", "f")]
     for case in (T5, LLAMA):
@@ -101,7 +101,7 @@ def test_too_long_examples_are_left_out_or_cut_on_request_and_counted(form: Any,
         encode(requests[1:2], form(T5, 10), path)
 
 
-def test_limit_is_for_both_parts_together_in_a_decoder_only_model(form: Any, tmp_path: Path) -> None:
+def test_length_limit_covers_prompt_and_target_in_a_decoder_only_model(form: Any, tmp_path: Path) -> None:
     requests = [InputLine(1, "abcdef", "ghijkl")]
     assert encode(requests, form(T5, 7), tmp_path)[1] is None  # 7 tokens each, with their end
     assert encode(requests, form(LLAMA, 14), tmp_path)[1] is None
@@ -109,7 +109,7 @@ def test_limit_is_for_both_parts_together_in_a_decoder_only_model(form: Any, tmp
         encode(requests, form(LLAMA, 13), tmp_path)
 
 
-def test_encoding_is_what_the_runtime_feeds(form: Any, tmp_path: Path) -> None:
+def test_encoding_matches_the_runtime(form: Any, tmp_path: Path) -> None:
     messages = [{"role": "user", "content": "hi"}]
     text, chat = encode([InputLine(1, "ab", "c"), InputLine(2, messages, "d")], form(LLAMA, 99), tmp_path)[0]
     tokenizer = form(LLAMA, 99).tokenizer
@@ -133,7 +133,7 @@ def test_encoder_decoder_batch_shifts_the_target_and_pads_on_the_right() -> None
     assert batch["labels"].tolist() == [[7, 1, -100], [9, 10, 1]]
 
 
-def test_decoder_only_batch_predicts_the_target_alone() -> None:
+def test_decoder_only_batch_predicts_only_the_target() -> None:
     examples = [example([1, 5, 6], [7, 2]), example([1, 5], [2])]
     batch = Collator(start=None)(examples)
     assert batch["input_ids"].tolist() == [[1, 5, 6, 7], [1, 5, 0, 0]]
@@ -161,7 +161,7 @@ def test_batches_cover_every_example_each_epoch(tokens: int, devices: int) -> No
     assert list(again) == orders[0][0]
 
 
-def test_batches_hold_little_padding_and_a_longer_example_stands_alone() -> None:
+def test_batches_have_little_padding_and_an_overlong_example_its_own_batch() -> None:
     lengths = np.random.default_rng(1).integers(1, 300, 4000)
     batches = list(LengthBatches(lengths.tolist(), 4096, 0))
     padded = sum(len(batch) * lengths[batch].max() for batch in batches)
@@ -180,7 +180,7 @@ def requests_of(*targets: str) -> list[InputLine]:
     return [InputLine(line, "a word", target) for line, target in enumerate(targets, 1)]
 
 
-def test_targets_that_the_tokenizer_cannot_write_are_counted(phonemes: TextFormat, tmp_path: Path) -> None:
+def test_untokenizable_targets_are_counted(phonemes: TextFormat, tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     fine = requests_of("D AH K", "AA  B")
     assert unwritable(fine, phonemes, path) is None
@@ -192,7 +192,7 @@ def test_targets_that_the_tokenizer_cannot_write_are_counted(phonemes: TextForma
 
 
 @pytest.mark.parametrize("case", [T5, LLAMA])
-def test_a_tokenizer_of_bytes_writes_every_target(
+def test_byte_tokenizer_encodes_every_target(
     case: Case, form: Callable[[Case, int], TextFormat], tmp_path: Path
 ) -> None:
     assert unwritable(requests_of('{"a": [1]}', "naïve", " two  spaces\n"), form(case, 64), tmp_path) is None

@@ -52,7 +52,7 @@ def fake_onnxruntime(working: Collection[str], silent: Collection[str] = ()) -> 
     )
 
 
-def test_neither_and_both_wheels_are_problems_with_a_command() -> None:
+def test_zero_or_two_onnxruntime_wheels_are_reported_with_a_command() -> None:
     report = examine({}.get)
     assert (report["ok"], report["wheels"], report["providers"]) == (False, {}, [])
     assert "pip install 'freeexport[cpu]'" in report["problems"][0]
@@ -71,14 +71,14 @@ def test_this_installation_can_decode_on_the_cpu() -> None:
     assert report["packages"]["numpy"] == np.__version__
 
 
-def test_a_wheel_that_does_not_load_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wheel_that_fails_to_import_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", SimpleNamespace())  # what an overwritten wheel leaves behind
     providers, problems = probe_onnxruntime("onnxruntime-gpu")
     assert providers == []
     assert "pip install --force-reinstall --no-deps onnxruntime-gpu" in problems[0]
 
 
-def test_a_provider_that_raises_or_falls_back_silently_is_not_usable() -> None:
+def test_provider_that_raises_or_falls_back_is_not_usable() -> None:
     assert provider_problem(fake_onnxruntime({CPU}), CUDA) == "libcublas.so.12 not found"
     assert provider_problem(fake_onnxruntime({CPU}, silent={CUDA}), CUDA)
 
@@ -139,7 +139,7 @@ WHOLE = {"onnxruntime-gpu": "1.31.1", "cuda-bindings": "13.5.0", "nvidia-cudnn-c
         ("nvidia-cudnn-cu13", 13000, "cuDNN 9 is not installed as a package"),
     ],
 )
-def test_cuda_that_does_not_fit_comes_with_what_to_do(
+def test_cuda_mismatch_is_reported_with_a_remedy(
     missing: str | None, driver: int, problem: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(doctor, "_built_for", lambda: "13.0")
@@ -165,7 +165,7 @@ def test_cuda_that_does_not_fit_comes_with_what_to_do(
         ("11.4.0", False, "cannot be imported"),
     ],
 )
-def test_tensorrt_says_why_it_builds_nothing(
+def test_tensorrt_that_cannot_build_is_reported_with_the_reason(
     version: str | None, loads: bool, problem: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake = ModuleType("tensorrt")

@@ -63,7 +63,7 @@ def test_every_option_of_sampling_and_modes_reaches_the_session(generate: Run, s
     assert ours["top_logprobs"] == [[list(pair) for pair in best] for best in expected.top_logprobs or ()]
 
 
-def test_drafts_are_taken_from_the_sources_asked_for(generate: Run, session: Session, tmp_path: Path) -> None:
+def test_draft_options_reach_the_session(generate: Run, session: Session, tmp_path: Path) -> None:
     full = session.generate("Hi there", mode="lossless", max_new_tokens=60, drafts="none")
     draft = tmp_path / "draft.txt"
     draft.write_text(full.text, encoding="utf-8")
@@ -81,7 +81,7 @@ def test_drafts_are_taken_from_the_sources_asked_for(generate: Run, session: Ses
         assert message in error(generate(*arguments, *more))
 
 
-def test_outputs_are_constrained(generate: Run, tmp_path: Path) -> None:
+def test_constraint_options_reach_the_session(generate: Run, tmp_path: Path) -> None:
     pytest.importorskip("llguidance")
     schema = tmp_path / "schema.json"
     schema.write_text('{"enum": ["yes", "no"]}')
@@ -102,7 +102,7 @@ def silent(generate: Run, session: Session) -> Callable[..., Result]:
     return lambda *arguments: generate(*arguments, "-o", f'sequence_bias={{"{end}": 1000}}', "--max-new-tokens", "3")
 
 
-def test_an_empty_answer_to_a_raw_prompt_hints_at_the_chat_template_once(
+def test_empty_answer_to_a_raw_prompt_suggests_the_chat_template_once(
     generate: Run, silent: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     result = silent("Hi", "--json")
@@ -119,7 +119,7 @@ def test_an_empty_answer_to_a_raw_prompt_hints_at_the_chat_template_once(
     assert "--chat" not in silent("Hi").stderr
 
 
-def test_more_tokens_than_the_context_has_room_for_are_refused(generate: Run, session: Session, tmp_path: Path) -> None:
+def test_more_tokens_than_the_remaining_context_are_refused(generate: Run, session: Session, tmp_path: Path) -> None:
     read = len(session.encode("Hi there"))
     room = session.capacity - read + 1
     line = error(generate("Hi there", "--max-new-tokens", str(room + 1)))
@@ -147,7 +147,7 @@ def test_more_tokens_than_the_context_has_room_for_are_refused(generate: Run, se
         (("-o", "num_beams=2", "--mode", "full"), "beam search is for encoder-decoders"),
     ],
 )
-def test_options_that_do_not_fit_are_one_line(arguments: tuple[str, ...], message: str, generate: Run) -> None:
+def test_mismatched_options_give_a_one_line_error(arguments: tuple[str, ...], message: str, generate: Run) -> None:
     result = generate("Hi", *arguments)
     assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
     assert message in result.stderr
@@ -164,9 +164,7 @@ def test_options_that_do_not_fit_are_one_line(arguments: tuple[str, ...], messag
         (("--input", "in", "--output", "out", "--batch-size", "0"), "0 is not in the range"),
     ],
 )
-def test_options_that_contradict_each_other_are_usage_errors(
-    arguments: tuple[str, ...], message: str, generate: Run
-) -> None:
+def test_contradictory_options_are_usage_errors(arguments: tuple[str, ...], message: str, generate: Run) -> None:
     result = generate(*arguments)
     assert result.exit_code == 2
     assert message in result.stderr
@@ -176,7 +174,7 @@ def on_a_gpu(path: Path, *arguments: str) -> Result:
     return invoke("generate", path, "Hi there", "--max-new-tokens", "8", *arguments)
 
 
-def test_a_device_is_where_the_session_runs(bundle: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_device_option_reaches_the_session(bundle: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
     path = bundle(CASE, target="cuda", precision="fp32")
     expected = json.loads(on_a_gpu(path, "--json").stdout)
     machine = Machine(monkeypatch)
@@ -195,7 +193,7 @@ def test_a_device_is_where_the_session_runs(bundle: Bundles, monkeypatch: pytest
         ({}, "cuda", "gpu", "device is 'gpu'; choose 'cpu', or 'cuda:0'"),
     ],
 )
-def test_a_device_that_cannot_be_had_is_one_line(
+def test_unavailable_device_is_a_one_line_error(
     machine: Any, target: str, device: str, message: str, bundle: Bundles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = bundle(CASE, target=target, precision="fp32")
@@ -205,7 +203,7 @@ def test_a_device_that_cannot_be_had_is_one_line(
     assert message in error(result)
 
 
-def test_without_trust_prompts_and_results_are_token_ids(generate: Run, session: Session, tmp_path: Path) -> None:
+def test_untrusted_bundle_reads_and_prints_token_ids(generate: Run, session: Session, tmp_path: Path) -> None:
     ids = list(session.generate([1, 5, 7], max_new_tokens=5).token_ids)
     bare = ("--no-trust-templates", "--max-new-tokens", "5")
     assert generate("1, 5 7", *bare).stdout.split() == list(map(str, ids))
@@ -222,7 +220,7 @@ def test_without_trust_prompts_and_results_are_token_ids(generate: Run, session:
     assert "takes no text" in lines[1]["error"]
 
 
-def test_first_line_is_the_mode_that_runs(generate: Run) -> None:
+def test_first_line_names_the_mode(generate: Run) -> None:
     drafting = "mode lossless: the tokens of mode full, with drafts from"
     for more, expected in (
         ((), f"{drafting} the text\n"),
@@ -242,7 +240,7 @@ def test_first_line_is_the_mode_that_runs(generate: Run) -> None:
     assert generate("Hi", "--max-new-tokens", "3", "--json").stderr == ""
 
 
-def test_a_calibrated_bundle_is_said_to_draft_if_its_mode_is_lossless(copied: Bundles) -> None:
+def test_calibrated_lossless_bundle_is_described_as_drafting(copied: Bundles) -> None:
     path = copied(CASE, 2)
     manifest = Bundle.open(path).manifest
     (path / MANIFEST).write_text(replace(manifest, threshold=0.135).to_json())
@@ -253,7 +251,7 @@ def test_a_calibrated_bundle_is_said_to_draft_if_its_mode_is_lossless(copied: Bu
     )
 
 
-def test_convert_inspect_and_generate_name_the_source_of_drafts_in_one_wording(
+def test_convert_inspect_and_generate_describe_draft_sources_alike(
     checkpoint: Callable[[Case], Path], tmp_path: Path
 ) -> None:
     out = tmp_path / "bundle"

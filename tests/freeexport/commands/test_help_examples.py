@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.mark.parametrize("line", [line for line in examples() if not line.startswith("curl ")])
-def test_a_verb_takes_the_examples_of_its_help(line: str) -> None:
+def test_help_examples_are_accepted_by_their_command(line: str) -> None:
     _, _, given = line.partition("freeexport ")
     verb, *arguments = shlex.split(given)
     command = cli.main.get_command(click.Context(cli.main), verb)
@@ -28,7 +28,7 @@ def test_a_verb_takes_the_examples_of_its_help(line: str) -> None:
             find_exit(context.params["exit_"])
 
 
-def test_every_exit_that_a_page_names_comes_along() -> None:
+def test_every_exit_named_in_a_page_is_included() -> None:
     named = dict[str, str]()
     for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
         for name in re.findall(r"--exit ([a-z0-9][a-z0-9-]*)\b(?![./])", path.read_text(encoding="utf-8")):

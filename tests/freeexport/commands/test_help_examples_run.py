@@ -83,9 +83,7 @@ def files(checkpoint: Callable[[Case], Path], bundle: Bundles, tmp_path_factory:
 
 
 @pytest.mark.parametrize("line", EXAMPLES)
-def test_an_example_of_the_help_runs(
-    line: str, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
-) -> None:
+def test_help_examples_run(line: str, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
     if line in SERVED:
         pytest.skip("part of the example that serves")
     words = shlex.split(line)

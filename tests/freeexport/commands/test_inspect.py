@@ -47,7 +47,7 @@ def test_page_shows_model_exit_and_cache(tmp_path: Path) -> None:
     assert row(result, "deep.onnx").startswith("11 B")
 
 
-def test_the_first_line_is_the_mode_and_what_it_gives(tmp_path: Path) -> None:
+def test_first_line_names_the_mode_and_its_effect(tmp_path: Path) -> None:
     result = inspect(write_bundle(tmp_path / "bundle"))
     assert result.stdout.splitlines()[0].startswith("mode lossless: the tokens of mode full, with drafts")
     assert row(result, "threshold") == "1 (not calibrated)"
@@ -57,7 +57,7 @@ def test_the_first_line_is_the_mode_and_what_it_gives(tmp_path: Path) -> None:
     )
 
 
-def test_calibrated_threshold_and_break_even(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_calibrated_threshold_and_break_even_are_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result = inspect(write_bundle(tmp_path / "bundle", threshold=0.8125, costs=COSTS))
     assert row(result, "threshold") == "0.8125"
     assert row(result, "break-even") == "the exit pays once 11.3% of the tokens exit, by the engines' measured times"
@@ -71,7 +71,7 @@ def test_calibrated_threshold_and_break_even(tmp_path: Path, monkeypatch: pytest
     assert "by the bytes that are read" in " ".join(result.stdout.split())
 
 
-def test_an_untrained_exit_is_called_so_and_promises_nothing(tmp_path: Path) -> None:
+def test_untrained_exit_is_labelled_and_promises_nothing(tmp_path: Path) -> None:
     bundle = write_bundle(tmp_path / "bundle", exit_trained=False, costs=COSTS)
     agreement = {"value": 0.0397, "count": 252, "low": 0.02, "high": 0.08}
     seen = {**VERIFICATION, "exit": {"agreement": agreement}}
@@ -90,7 +90,7 @@ def test_an_untrained_exit_is_called_so_and_promises_nothing(tmp_path: Path) -> 
     assert answer["verdict"]["text"].startswith("does not pay")
 
 
-def test_damaged_agreement_in_the_report_is_not_repeated(tmp_path: Path) -> None:
+def test_invalid_agreement_in_the_report_is_not_shown(tmp_path: Path) -> None:
     bundle = write_bundle(tmp_path / "bundle", exit_trained=False)
     wrong = ("x", {"value": 7.0, "count": 3, "low": 0.1, "high": 0.2}, {"value": 0.5, "count": None}, {})
     for seen in ("much", {}, *({"agreement": one} for one in wrong)):
@@ -110,7 +110,7 @@ def test_json_has_the_manifest_and_derived_sizes(tmp_path: Path) -> None:
     assert answer["verification"] == VERIFICATION
 
 
-def test_a_flipped_byte_is_an_error_that_names_the_file(tmp_path: Path) -> None:
+def test_flipped_byte_is_an_error_that_names_the_file(tmp_path: Path) -> None:
     bundle = write_bundle(tmp_path / "bundle")
     (bundle / "deep.onnx").write_bytes(b"\x12\x09deeP.onnx")
     result = inspect(bundle)
@@ -121,7 +121,7 @@ def test_a_flipped_byte_is_an_error_that_names_the_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("report", [{"checks": 5}, {"checks": [{}]}, {"greedy": []}, {"quality": {"agreement": "x"}}])
-def test_a_report_of_another_kind_is_an_error_that_says_what_to_do(report: dict[str, Any], tmp_path: Path) -> None:
+def test_report_of_another_kind_is_refused_with_a_remedy(report: dict[str, Any], tmp_path: Path) -> None:
     bundle = write_bundle(tmp_path / "bundle")
     (bundle / "verification.json").write_text(json.dumps(report))
     result = inspect(bundle)

@@ -33,7 +33,7 @@ def printed(*arguments: str) -> str:
 
 
 @pytest.mark.usefixtures("no_library")
-def test_without_the_library_all_three_say_that_the_slower_kernels_are_used(
+def test_commands_report_slower_kernels_if_the_library_is_missing(
     tmp_path: Path, checkpoint: Callable[[Any], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert "ONNX Runtime's slower ones are used" in json.loads(printed("doctor", "--json"))["kernels"]
@@ -49,7 +49,7 @@ def test_without_the_library_all_three_say_that_the_slower_kernels_are_used(
 
 
 @pytest.mark.skipif(missing() is not None, reason="the library is not built")
-def test_with_the_library_its_instructions_are_named(tmp_path: Path, checkpoint: Callable[[Any], Path]) -> None:
+def test_commands_name_the_instruction_set_of_the_library(tmp_path: Path, checkpoint: Callable[[Any], Path]) -> None:
     here = runtime.engines.kernels.instructions()
     assert json.loads(printed("doctor", "--json"))["kernels"] == here
     for needed in (9, VERSION):  # the version that runs, not the oldest that could
@@ -64,12 +64,12 @@ def test_with_the_library_its_instructions_are_named(tmp_path: Path, checkpoint:
     assert "kernels: ONNX Runtime's\n" in convert(checkpoint(CASE), tmp_path / "other", "--kernels", "onnxruntime")
 
 
-def test_a_bundle_in_fp32_has_no_kernels_to_speak_of(tmp_path: Path) -> None:
+def test_kernels_are_not_mentioned_for_an_fp32_bundle(tmp_path: Path) -> None:
     assert "kernels" not in printed("inspect", str(write_bundle(tmp_path / "fp32")))
 
 
 @pytest.mark.usefixtures("no_library")
-def test_what_could_not_be_verified_here_is_refused_before_the_long_work(
+def test_bundle_that_cannot_be_verified_here_is_refused_before_long_work(
     tmp_path: Path, checkpoint: Callable[[Any], Path]
 ) -> None:
     arguments = ["convert", str(checkpoint(CASE)), str(tmp_path / "out"), "--exit-layer", "1", "--precision", "int8"]

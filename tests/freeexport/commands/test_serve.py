@@ -15,7 +15,7 @@ from command_line import invoke
 from running_server import ENDLESS, MESSAGES, command
 
 
-def test_sigterm_under_load_answers_everybody_and_torch_is_never_imported(chat: Path, t5: Path) -> None:
+def test_sigterm_under_load_finishes_requests_and_torch_is_never_imported(chat: Path, t5: Path) -> None:
     options = ("--name", "chat", "--name", "t5", "--port", "0", "--threads", "1", "--shutdown-timeout", "60")
     with command(str(chat), str(t5), *options) as (process, url, said):
         assert "serving chat, t5 on" in said[-1]
@@ -49,7 +49,7 @@ def test_sigterm_under_load_answers_everybody_and_torch_is_never_imported(chat: 
     assert err.splitlines()[-1].strip() == "imported"
 
 
-def test_a_server_whose_output_nobody_reads_ends_all_the_same(chat: Path) -> None:
+def test_server_with_unread_output_still_terminates(chat: Path) -> None:
     with command(str(chat), "--port", "0", "--threads", "1") as (process, url, _):
         for stream in (process.stdout, process.stderr):
             assert stream is not None
@@ -68,7 +68,7 @@ def refused(*arguments: str, **variables: str) -> str:
     return last
 
 
-def test_a_port_in_use_is_named_before_anything_is_loaded(tmp_path: Path) -> None:
+def test_port_in_use_is_reported_before_loading(tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -79,7 +79,7 @@ def test_a_port_in_use_is_named_before_anything_is_loaded(tmp_path: Path) -> Non
     assert "choose another --host" in refused(str(tmp_path), "--host", "no.such.host.invalid", "--port", "0")
 
 
-def test_bundles_that_cannot_be_served_are_named(tmp_path: Path, chat: Path) -> None:
+def test_unservable_bundles_are_named(tmp_path: Path, chat: Path) -> None:
     missing = refused("--port", "0")
     assert "no bundle is given" in missing
     assert set(re.findall(r"--[a-z-]+", missing)) <= set(re.findall(r"--[a-z-]+", invoke("serve", "--help-all").stdout))
@@ -91,7 +91,7 @@ def test_bundles_that_cannot_be_served_are_named(tmp_path: Path, chat: Path) -> 
     assert "threshold is 3.0" in refused(str(chat), "--threshold", "3")
 
 
-def test_the_variable_is_the_key_of_clients_and_never_shown(chat: Path) -> None:
+def test_api_key_is_read_from_the_environment_and_never_shown(chat: Path) -> None:
     with command(str(chat), "--port", "0", "--threads", "1", FREEEXPORT_API_KEY="secret") as (process, url, said):
         assert httpx.get(url + "/v1/models").status_code == 401
         assert httpx.get(url + "/v1/models", headers={"Authorization": "Bearer secret"}).status_code == 200

@@ -40,7 +40,7 @@ def kind(option: click.Option) -> Any:
     return "flag" if option.is_flag else option.type.name.removesuffix(" range")
 
 
-def test_an_option_takes_the_same_kind_of_value_in_every_verb() -> None:
+def test_option_takes_the_same_type_in_every_command() -> None:
     kinds: dict[str, dict[Any, list[str]]] = defaultdict(lambda: defaultdict(list))
     for verb, option in options():
         for name in option.opts:
@@ -52,13 +52,13 @@ def test_an_option_takes_the_same_kind_of_value_in_every_verb() -> None:
 
 
 @pytest.mark.parametrize("name", ["--threads", "--device", "--samples"])
-def test_an_option_of_several_verbs_has_one_help(name: str) -> None:
+def test_shared_option_has_one_help_text(name: str) -> None:
     helps = {verb: option.help for verb, option in options() if name in option.opts}
     assert len(helps) > 1
     assert len(set(helps.values())) == 1, helps
 
 
-def test_every_verb_has_both_helps() -> None:
+def test_every_command_has_short_and_long_help() -> None:
     """Of a verb without rare options they are the same text."""
     for verb, command in commands():
         short, long = (invoke(verb, flag) for flag in ("--help", "--help-all"))
@@ -69,7 +69,7 @@ def test_every_verb_has_both_helps() -> None:
 
 
 @pytest.mark.parametrize("verb", LONG)
-def test_a_long_help_is_in_sections_that_have_every_option_once(verb: str) -> None:
+def test_long_help_lists_every_option_once_in_sections(verb: str) -> None:
     command = dict(commands())[verb]
     CliRunner().invoke(command, ["--help"])  # a run without the group must not change the help
     flag = "--help-all" if any(getattr(option, "rare", False) for option in command.params) else "--help"
@@ -87,7 +87,7 @@ def test_a_long_help_is_in_sections_that_have_every_option_once(verb: str) -> No
             assert hasattr(parameter, "section"), first
 
 
-def test_every_choice_of_a_long_help_is_explained() -> None:
+def test_every_choice_is_explained_in_the_long_help() -> None:
     obvious = {"--schedule", "--lora-preset", "--dtype", "--compute", "--head"}
     for verb, option in options():
         if verb in LONG and isinstance(option.type, click.Choice) and option.opts[0] not in obvious:
@@ -96,7 +96,7 @@ def test_every_choice_of_a_long_help_is_explained() -> None:
             assert unexplained == [], (verb, option.opts[0])
 
 
-def test_options_stand_below_the_heading_above_them_and_rare_ones_are_shown_with_help_all_alone() -> None:
+def test_options_follow_their_heading_and_rare_ones_appear_only_in_the_long_help() -> None:
     @click.command(cls=SectionedCommand)
     @click.option("--first", help="1.")
     @section("Later")
@@ -118,7 +118,7 @@ def test_options_stand_below_the_heading_above_them_and_rare_ones_are_shown_with
     assert CliRunner().invoke(command, ["--third", "x"]).exit_code == 0
 
 
-def test_there_are_at_most_13_verbs_and_150_options() -> None:
+def test_at_most_13_commands_and_150_options_exist() -> None:
     assert len(cli.main.list_commands(click.Context(cli.main))) <= 13
     counts = Counter(verb for verb, _ in options())
     assert sum(counts.values()) <= 150, counts
@@ -143,13 +143,13 @@ def test_every_option_is_in_the_documentation() -> None:
         (["train", "model", "out", "--exit-layers", "1"], "--exit-layers was removed; give --exit-head-layers"),
     ],
 )
-def test_a_removed_name_gives_one_line_with_its_successor(arguments: list[str], successor: str) -> None:
+def test_removed_name_gives_one_line_with_its_successor(arguments: list[str], successor: str) -> None:
     result = invoke(*arguments)
     assert result.exit_code == 2
     assert f"Error: {successor}" in result.stderr.splitlines()[-1]
 
 
-def test_no_successor_is_itself_gone() -> None:
+def test_successors_of_removed_names_exist() -> None:
     named = {(verb, name) for verb, option in options() for name in option.opts}
     for (verb, old), successor in REMOVED.items():
         assert (verb, old) not in named

@@ -19,7 +19,7 @@ NEWER = replace(CALIBRATION, threshold=0.5, rollback_threshold=1.5)
 CHANGES = {Path: ("replace", "unlink"), os: ("fsync",)}
 
 
-def test_the_bundle_has_the_latest_calibration_and_its_thresholds(tmp_path: Path) -> None:
+def test_bundle_has_the_latest_calibration_and_its_thresholds(tmp_path: Path) -> None:
     path = write_bundle(tmp_path / "bundle")
     update_bundle(path, CALIBRATION)
     bundle = Bundle.open(path, verify="full")
@@ -35,7 +35,7 @@ def test_the_bundle_has_the_latest_calibration_and_its_thresholds(tmp_path: Path
     assert Bundle.open(path, verify="full").calibration is not None
 
 
-def test_wherever_the_update_is_killed_the_bundle_is_the_old_or_the_new_one(tmp_path: Path) -> None:
+def test_update_killed_at_any_step_leaves_the_old_or_new_bundle(tmp_path: Path) -> None:
     path = write_bundle(tmp_path / "bundle")
     update_bundle(path, CALIBRATION)
     found, done = [], False
@@ -67,7 +67,7 @@ def test_wherever_the_update_is_killed_the_bundle_is_the_old_or_the_new_one(tmp_
         ({"confidence": "entropy"}, "another confidence measure 'entropy', not 'softmax'"),
     ],
 )
-def test_a_calibration_of_something_else_is_refused_and_nothing_changes(
+def test_mismatched_calibration_is_refused_and_changes_nothing(
     tmp_path: Path, change: dict[str, object], reason: str
 ) -> None:
     path = write_bundle(tmp_path / "bundle")

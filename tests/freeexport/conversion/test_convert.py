@@ -89,7 +89,7 @@ def place(tmp_path: Path) -> Path:
 # What is written
 
 
-def test_a_verified_bundle_says_so_and_generates(
+def test_verified_bundle_is_labelled_and_generates(
     checkpoint: Checkpoint, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("freeexport.verification.verification.run_child", run_child)  # in a process of its own
@@ -121,7 +121,7 @@ def test_a_verified_bundle_says_so_and_generates(
         assert session.generate("Hello", max_new_tokens=4).stats.tokens == 4
 
 
-def test_defaults_are_those_of_the_model_and_json_is_the_manifest(checkpoint: Checkpoint, place: Path) -> None:
+def test_defaults_come_from_the_model_and_json_prints_the_manifest(checkpoint: Checkpoint, place: Path) -> None:
     arguments = ["convert", str(checkpoint(LLAMA)), str(place / "out"), "--verify", "none", "--json"]
     result = succeed(*arguments, "--confidence", "entropy")
     assert "note: exit after layer 2 of 5, a third of them, as llama-tied has no exit.json; --exit-" in result.stderr
@@ -139,7 +139,7 @@ def test_defaults_are_those_of_the_model_and_json_is_the_manifest(checkpoint: Ch
         ((), "is already a bundle; give a checkpoint, or omit OUT and give --build"),
     ],
 )
-def test_build_is_for_tensorrt_and_a_bundle_is_no_checkpoint(
+def test_build_option_requires_tensorrt_and_a_bundle_is_not_a_checkpoint(
     arguments: tuple[str, ...], message: str, bundle: Bundles, checkpoint: Checkpoint, place: Path
 ) -> None:
     model = checkpoint(LLAMA) if arguments else bundle(LLAMA)
@@ -156,7 +156,7 @@ def test_converting_twice_gives_the_same_bytes(checkpoint: Checkpoint, bundle: B
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @pytest.mark.parametrize("case", LARGER, ids=lambda case: case.name)
-def test_weights_stand_once(case: Case, precision: str, checkpoint: Checkpoint, bundle: Bundles) -> None:
+def test_weights_are_stored_once(case: Case, precision: str, checkpoint: Checkpoint, bundle: Bundles) -> None:
     path = bundle(case, precision=precision)
     tensors = load_file(checkpoint(case) / "model.safetensors")
     needed = sum(tensor.size * (4 if precision == "fp32" else 2) for tensor in tensors.values())
@@ -193,14 +193,14 @@ OF_T5 = "encoder.final_layer_norm.weight"
         ("t5-relu-tied", OF_T5, lambda a: a[:-1], f"weight {OF_T5} is [31], the configuration says [32]"),
     ],
 )
-def test_a_checkpoint_with_a_wrong_tensor_is_refused_by_its_name(
+def test_invalid_tensor_is_refused_by_name(
     case: str, name: str, change: Change | None, message: str, changed: Callable[..., Path], place: Path
 ) -> None:
     assert message in failed(convert(changed(BY_NAME[case], {name: change}), place / "out", *FAST))
     assert os.listdir(place) == []
 
 
-def test_a_weight_out_of_range_of_fp16_is_refused_by_its_name(changed: Callable[..., Path], place: Path) -> None:
+def test_weight_beyond_fp16_is_refused_by_name(changed: Callable[..., Path], place: Path) -> None:
     arguments = (*FAST, "--precision", "fp16", "--kernels", "onnxruntime")
     line = failed(convert(changed(LLAMA, {UP: ending_in(1e6)}), place / "out", *arguments))
     assert UP in line
@@ -208,7 +208,7 @@ def test_a_weight_out_of_range_of_fp16_is_refused_by_its_name(changed: Callable[
     assert os.listdir(place) == []
 
 
-def test_our_kernels_read_a_weight_out_of_range_of_fp16_in_fp32(
+def test_weight_beyond_fp16_is_stored_in_fp32_for_our_kernels(
     changed: Callable[..., Path], checkpoint: Checkpoint, place: Path
 ) -> None:
     sizes = []
@@ -219,14 +219,14 @@ def test_our_kernels_read_a_weight_out_of_range_of_fp16_in_fp32(
     assert sizes[1] - sizes[0] == 2 * 96 * 64
 
 
-def test_another_architecture_is_refused_with_those_supported(changed: Callable[..., Path], place: Path) -> None:
+def test_unsupported_architecture_is_refused_with_the_supported_ones(changed: Callable[..., Path], place: Path) -> None:
     line = failed(convert(changed(LLAMA, model_type="bert", architectures=["Other"]), place / "out", *FAST))
     assert "'bert' is not supported" in line
     assert all(name in line for name in supported_architectures())
     assert os.listdir(place) == []
 
 
-def test_end_tokens_that_the_model_has_no_row_for_end_nothing(changed: Callable[..., Path]) -> None:
+def test_end_tokens_beyond_the_vocabulary_are_ignored(changed: Callable[..., Path]) -> None:
     model = changed(LLAMA)
     (model / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 288, 999, -1]}))
     assert known_ends(open_checkpoint(str(model)), 288) == (2,)
@@ -235,7 +235,7 @@ def test_end_tokens_that_the_model_has_no_row_for_end_nothing(changed: Callable[
 HEADS_OF_8 = {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 8}
 
 
-def test_heads_without_a_fused_kernel_take_the_standard_dialect_and_convert_says_so(
+def test_heads_without_a_fused_kernel_select_the_standard_dialect_with_a_note(
     changed: Callable[..., Path], place: Path
 ) -> None:
     result = convert(changed(LLAMA, **HEADS_OF_8), place / "out", *FAST)
@@ -259,7 +259,7 @@ def test_heads_without_a_fused_kernel_take_the_standard_dialect_and_convert_says
         ),
     ],
 )
-def test_heads_without_a_fused_kernel_are_refused_where_it_is_needed(
+def test_options_that_require_a_fused_kernel_are_refused_for_other_head_sizes(
     arguments: tuple[str, ...], message: str, changed: Callable[..., Path], place: Path
 ) -> None:
     assert message in failed(convert(changed(LLAMA, **HEADS_OF_8), place / "out", *FAST, *arguments))
@@ -301,7 +301,7 @@ def no_weights_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
         ),
     ],
 )
-def test_a_bad_option_is_refused_before_any_work(
+def test_invalid_option_is_refused_before_any_work(
     arguments: tuple[str, ...], message: str, checkpoint: Checkpoint, place: Path
 ) -> None:
     assert message in failed(convert(checkpoint(LLAMA), place / "out", *arguments))
@@ -310,7 +310,7 @@ def test_a_bad_option_is_refused_before_any_work(
 
 @pytest.mark.usefixtures("no_weights_are_read")
 @pytest.mark.parametrize("option", ["--kv-cache int8", "--activations int16"])
-def test_an_option_of_our_kernels_without_the_library_is_refused_with_what_to_install(
+def test_kernel_option_without_the_library_says_what_to_install(
     option: str, checkpoint: Checkpoint, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
@@ -322,7 +322,7 @@ def test_an_option_of_our_kernels_without_the_library_is_refused_with_what_to_in
 
 
 @pytest.mark.usefixtures("no_weights_are_read")
-def test_a_model_without_a_start_is_refused_before_any_work(
+def test_model_without_a_start_token_is_refused_before_any_work(
     changed: Callable[..., Path], place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = changed(BY_NAME["t5-relu-tied"])
@@ -332,7 +332,7 @@ def test_a_model_without_a_start_is_refused_before_any_work(
     assert os.listdir(place) == []
 
 
-def test_what_stands_at_out_is_refused_before_the_model_is_opened(bundle: Bundles, place: Path) -> None:
+def test_existing_output_is_refused_before_opening_the_model(bundle: Bundles, place: Path) -> None:
     shutil.copytree(bundle(LLAMA), place / "out")
     assert "--overwrite" in failed(convert(place / "no-model", place / "out", *FAST))
     (place / "file").write_text("x")
@@ -341,7 +341,7 @@ def test_what_stands_at_out_is_refused_before_the_model_is_opened(bundle: Bundle
         assert "exists and was not written by this command" in line
 
 
-def test_a_full_disk_is_one_line_and_leaves_what_was_there(
+def test_full_disk_gives_a_one_line_error_and_keeps_the_old_bundle(
     bundle: Bundles, checkpoint: Checkpoint, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = Path(shutil.copytree(bundle(LLAMA), place / "out"))
@@ -372,7 +372,7 @@ def refused(directory: Path, *_: object, **__: object) -> bool:
     raise VerificationError("prefill: deep logits differs")
 
 
-def test_a_refused_bundle_is_kept_beside_with_its_report(
+def test_bundle_that_fails_verification_is_kept_separately_with_its_report(
     checkpoint: Checkpoint, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a bundle whose weights were damaged just before."""
@@ -405,7 +405,7 @@ def test_a_refused_bundle_is_kept_beside_with_its_report(
         assert session.generate("Hello", max_new_tokens=3, ignore_eos=True).stats.tokens == 3
 
 
-def test_a_refused_bundle_replaces_an_earlier_one_and_leaves_out_alone(
+def test_failed_bundle_replaces_an_earlier_failed_one_and_not_the_output(
     bundle: Bundles, checkpoint: Checkpoint, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(bundle(LLAMA), place / "out")
@@ -423,7 +423,9 @@ def test_a_refused_bundle_replaces_an_earlier_one_and_leaves_out_alone(
 
 
 @pytest.mark.usefixtures("no_weights_are_read")
-def test_what_is_no_refused_bundle_is_never_replaced(checkpoint: Checkpoint, place: Path) -> None:
+def test_path_of_failed_bundles_is_not_overwritten_if_it_holds_something_else(
+    checkpoint: Checkpoint, place: Path
+) -> None:
     other = write_bundle(place / "out.unverified", verified=True)
     before = digest(other)
     assert f"{other} holds a verified bundle" in failed(convert(checkpoint(LLAMA), place / "out"))
@@ -448,7 +450,7 @@ main(sys.argv[1:])
 """
 
 
-def test_an_interrupted_conversion_leaves_the_old_bundle_alone(
+def test_interrupted_conversion_leaves_the_old_bundle_unchanged(
     bundle: Bundles, checkpoint: Checkpoint, place: Path
 ) -> None:
     """Interrupted in the middle of writing weights."""

@@ -59,13 +59,13 @@ def assert_converted(bundle: Path, model: Any, directory: Path) -> None:
 
 
 @pytest.mark.parametrize("case", [LOCAL, pytest.param(GLOBAL, marks=pytest.mark.slow)], ids=lambda case: case.name)
-def test_a_longt5_bundle_decodes_as_transformers_does(
+def test_longt5_bundle_matches_transformers(
     case: Case, bundle: Bundles, checkpoint: Directory, source_model: Callable[[Case], Any]
 ) -> None:
     assert_converted(bundle(case), source_model(case), checkpoint(case))
 
 
-def test_weights_of_an_exported_encoder_stand_once(bundle: Bundles, checkpoint: Directory) -> None:
+def test_weights_of_an_exported_encoder_are_stored_once(bundle: Bundles, checkpoint: Directory) -> None:
     manifest = Bundle.open(bundle(LOCAL)).manifest
     stored = (checkpoint(LOCAL) / "model.safetensors").stat().st_size
     assert manifest.weight_bytes <= 1.05 * stored
@@ -73,9 +73,7 @@ def test_weights_of_an_exported_encoder_stand_once(bundle: Bundles, checkpoint: 
 
 
 @pytest.mark.slow
-def test_an_exported_encoder_is_stored_in_fp16_and_declares_what_is_widened(
-    bundle: Bundles, checkpoint: Directory
-) -> None:
+def test_exported_encoder_is_stored_in_fp16_and_declares_widened_bytes(bundle: Bundles, checkpoint: Directory) -> None:
     path = bundle(GLOBAL, precision="fp16")
     report = verify(Bundle.open(path, "full"), str(checkpoint(GLOBAL)))
     assert report["passed"], failure(report)
@@ -93,7 +91,7 @@ TARGETS = (
 
 
 @pytest.mark.parametrize("options", TARGETS, ids=lambda options: options.get("target", "cpu"))
-def test_an_exported_encoder_computes_for_every_target(
+def test_exported_encoder_is_verified_for_every_target(
     options: dict[str, Any], bundle: Bundles, checkpoint: Directory
 ) -> None:
     opened = Bundle.open(bundle(LONGT5, **options))
@@ -104,7 +102,7 @@ def test_an_exported_encoder_computes_for_every_target(
         assert check_bundle(opened.path, load_table()) == []
 
 
-def test_on_a_stand_in_of_a_gpu_it_decodes_as_on_the_cpu(bundle: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fake_gpu_matches_the_cpu(bundle: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = Bundle.open(bundle(LONGT5, precision="bf16", target="cuda"))
     options: dict[str, Any] = {"max_new_tokens": 12, "threshold": 0.5}
     with fp32_copy(opened, rounds=True) as copy, Session(copy.path, threads=1) as session:
@@ -120,7 +118,7 @@ def test_every_node_of_a_global_encoder_has_a_cuda_kernel(bundle: Bundles) -> No
 
 
 @pytest.mark.slow
-def test_a_global_block_whose_sums_round_is_refused(tmp_path: Path) -> None:
+def test_global_block_size_with_rounded_sums_is_refused(tmp_path: Path) -> None:
     """transformers counts blocks by adding 1 / size in float64, which a graph in float32 does not repeat for 3."""
     options = {"encoder_attention_type": "transient-global", "local_radius": 5, "global_block_size": 3}
     case = _t5("longt5-thirds", (1, 2), model="LongT5", num_layers=2, **options)
@@ -128,7 +126,7 @@ def test_a_global_block_whose_sums_round_is_refused(tmp_path: Path) -> None:
     assert_refused(tmp_path, UnsupportedModelError, r"is wrong for prompts of .* differs by")
 
 
-def test_an_encoder_that_no_exporter_takes_is_refused_with_the_reason(
+def test_encoder_that_cannot_be_exported_is_refused_with_the_reason(
     checkpoint: Directory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: Any) -> None:

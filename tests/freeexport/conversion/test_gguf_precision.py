@@ -51,7 +51,7 @@ def quantization(bundle: Bundle) -> Quantization:
         ("Q4_1", "onnxruntime", False),
     ],
 )
-def test_bits_of_a_file_are_not_rounded_again(kind: str, kernels: Kernels, kept: bool, tmp_path: Path) -> None:
+def test_quantized_gguf_weights_are_not_rounded_again(kind: str, kernels: Kernels, kept: bool, tmp_path: Path) -> None:
     model = write_gguf(tmp_path / "model.gguf", kind=kind, only="")
     named = kind in ("Q5_0", "Q5_1")
     bundle = converted(model, kernels, None if named else "int4")
@@ -73,7 +73,7 @@ def test_bits_of_a_file_are_not_rounded_again(kind: str, kernels: Kernels, kept:
 
 
 @needs_kernels
-def test_what_a_file_in_4_bits_has_in_more_is_not_rounded_to_4(tmp_path: Path) -> None:
+def test_higher_precision_tensors_of_a_4_bit_file_are_not_rounded_to_4_bits(tmp_path: Path) -> None:
     bundle = converted(write_gguf(tmp_path / "model.gguf", kind="Q4_1", only="attn"), "freeexport")
     deep = [item for item in quantization(bundle).higher if item.engine == "deep"]
     assert [(item.tensor.split(".")[-2], item.wanted, item.stored) for item in deep] == [
@@ -84,7 +84,7 @@ def test_what_a_file_in_4_bits_has_in_more_is_not_rounded_to_4(tmp_path: Path) -
 
 
 @needs_kernels
-def test_values_that_heads_share_stay_in_one_product_with_queries_and_keys(tmp_path: Path) -> None:
+def test_shared_value_projections_stay_fused_with_queries_and_keys(tmp_path: Path) -> None:
     """They would have 8 bits, if they were to be rounded."""
     bundle = converted(write_gguf(tmp_path / "model.gguf", kind="Q4_1", only=""), "freeexport")
     assert not quantization(bundle).higher
@@ -100,7 +100,7 @@ def test_values_that_heads_share_stay_in_one_product_with_queries_and_keys(tmp_p
     ("kind", "only"),
     [("Q4_0", ""), ("Q4_1", ""), ("Q5_0", ""), ("Q5_1", "ffn"), ("Q8_0", ""), ("Q8_0", "attn_v"), ("F16", "")],
 )
-def test_fp32_has_the_bits_of_a_file_and_the_logits_of_its_values(
+def test_fp32_bundle_keeps_the_bits_of_a_file_and_matches_its_values(
     kind: str, only: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = write_gguf(tmp_path / "model.gguf", kind=kind, only=only)
@@ -120,7 +120,7 @@ def test_fp32_has_the_bits_of_a_file_and_the_logits_of_its_values(
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
-def test_the_bits_of_a_file_are_its_values(kind: str) -> None:
+def test_repacked_gguf_values_equal_those_of_the_file(kind: str) -> None:
     type_ = gguf.GGMLQuantizationType[kind]
     block, size = gguf.GGML_QUANT_SIZES[type_]
     rng = np.random.default_rng(len(kind))

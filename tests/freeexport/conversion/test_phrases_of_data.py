@@ -25,7 +25,7 @@ FAST = ("--verify", "none", "--capacity", "64", "--exit-layer", "1")
 
 
 @pytest.mark.parametrize("name", ["llama-tied", "t5-relu-tied"])
-def test_outputs_like_the_targets_are_drafted(
+def test_outputs_similar_to_the_targets_are_drafted(
     name: str, checkpoint: Callable[[Case], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     draft_texts(monkeypatch)
@@ -82,7 +82,7 @@ def answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return packed
 
 
-def test_the_answers_are_counted_in_the_tokens_of_each_decoder_only_model(
+def test_shipped_answers_are_tokenized_for_each_decoder_only_model(
     answers: Path, checkpoint: Callable[[Case], Path], tmp_path: Path
 ) -> None:
     for name in ("llama-tied", "gpt2"):
@@ -98,13 +98,15 @@ def test_the_answers_are_counted_in_the_tokens_of_each_decoder_only_model(
     assert not any((tmp_path / name / PHRASES).exists() for name in ("without", "bart"))
 
 
-def test_a_small_vocabulary_gets_no_answers(checkpoint: Callable[[Case], Path], tmp_path: Path) -> None:
+def test_model_with_a_small_vocabulary_gets_no_shipped_answers(
+    checkpoint: Callable[[Case], Path], tmp_path: Path
+) -> None:
     succeed("convert", checkpoint(BY_NAME["llama-tied"]), tmp_path / "out", *FAST)
     assert not (tmp_path / "out" / PHRASES).exists()
 
 
 @pytest.mark.parametrize("content", [None, b"no archive", lzma.compress(b'{"target": 3\n'), lzma.compress(b"{}")[:-5]])
-def test_a_damaged_file_in_the_package_is_one_line(
+def test_damaged_package_file_gives_a_one_line_error(
     content: bytes | None, answers: Path, checkpoint: Callable[[Case], Path], tmp_path: Path
 ) -> None:
     if content is None:
@@ -117,7 +119,9 @@ def test_a_damaged_file_in_the_package_is_one_line(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_chat_ends_with_the_token_of_its_template(checkpoint: Callable[[Case], Path], tmp_path: Path) -> None:
+def test_chat_phrases_end_with_the_end_token_of_the_template(
+    checkpoint: Callable[[Case], Path], tmp_path: Path
+) -> None:
     succeed("convert", checkpoint(BY_NAME["llama-tied"]), tmp_path / "out", *FAST)
     tokenizer = Tokenizer.load(tmp_path / "out")
     assert tokenizer is not None
@@ -136,7 +140,7 @@ def test_a_chat_ends_with_the_token_of_its_template(checkpoint: Callable[[Case],
         assert phrases._end_of_answer(loaded, []) == []
 
 
-def test_the_answers_of_the_package_are_whole() -> None:
+def test_shipped_answers_are_complete() -> None:
     with lzma.open(phrases.READY_MADE, "rt", encoding="utf-8") as file:
         lines = [json.loads(line) for line in file]
     assert len(lines) > 10_000

@@ -65,7 +65,7 @@ def rounded_for(case: Case, model: Path, text: Path, **options: Any) -> RoundedW
 
 
 @pytest.mark.parametrize(("case", "kernels"), [(LLAMA, "freeexport"), (T5, "onnxruntime")])
-def test_it_loses_less_on_other_text(
+def test_rounding_for_data_loses_less_quality_on_other_text(
     case: Case, kernels: Kernels, text: Path, bundle: Bundles, source_model: Callable[[Case], Any], tmp_path: Path
 ) -> None:
     other = lines(tmp_path / "other.jsonl", 100, 10)
@@ -82,7 +82,7 @@ def test_it_loses_less_on_other_text(
 
 
 @each
-def test_each_layer_is_rounded_for_what_the_rounded_layers_before_give(
+def test_each_layer_is_fitted_to_the_outputs_of_the_rounded_layers_before_it(
     case: Case, text: Path, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All weights of a layer, from the moments of whole passes of transformers' model with all before it rounded."""
@@ -143,7 +143,7 @@ def moments_of(model: Any, modules: dict[str, Any], texts: list[Any]) -> dict[st
 
 
 @each
-def test_decoder_weights_with_4_bits_are_rounded_and_no_others(case: Case, text: Path, checkpoint: Checkpoint) -> None:
+def test_only_4_bit_decoder_weights_are_fitted(case: Case, text: Path, checkpoint: Checkpoint) -> None:
     model = load(checkpoint(case))
     inside = "decoder.block." if case is T5 else "model.layers."
     linear = {
@@ -160,7 +160,7 @@ def test_decoder_weights_with_4_bits_are_rounded_and_no_others(case: Case, text:
         assert set(rounded_for(case, checkpoint(case), text, **options).weights) == wanted
 
 
-def test_values_that_heads_share_are_not_fitted_where_they_have_8_bits(text: Path, checkpoint: Checkpoint) -> None:
+def test_shared_value_projections_in_8_bits_are_not_fitted(text: Path, checkpoint: Checkpoint) -> None:
     model = checkpoint(case := BY_NAME["mistral-window"])
     theirs, ours = (set(rounded_for(case, model, text, kernels=each).weights) for each in ("onnxruntime", "freeexport"))
     layers = range(open_checkpoint(str(model)).config["num_hidden_layers"])
@@ -168,7 +168,7 @@ def test_values_that_heads_share_are_not_fitted_where_they_have_8_bits(text: Pat
     assert ours < theirs
 
 
-def test_what_was_fitted_is_what_a_bundle_has(text: Path, bundle: Bundles, checkpoint: Checkpoint) -> None:
+def test_bundle_contains_the_fitted_weights(text: Path, bundle: Bundles, checkpoint: Checkpoint) -> None:
     """Also where query, key and value are one product."""
     path = bundle(LLAMA, EXIT_LAYER, precision="int4", rounding_data=text, kernels="onnxruntime")
     found = rounded_for(LLAMA, checkpoint(LLAMA), text).weights
@@ -185,7 +185,7 @@ def test_what_was_fitted_is_what_a_bundle_has(text: Path, bundle: Bundles, check
     assert read == found.keys()
 
 
-def test_the_manifest_and_inspect_say_what_for(text: Path, bundle: Bundles) -> None:
+def test_manifest_and_inspect_show_the_rounding_data(text: Path, bundle: Bundles) -> None:
     opened = Bundle.open(path := bundle(LLAMA, EXIT_LAYER, precision="int4", rounding_data=text))
     assert opened.manifest.quantization is not None
     data = opened.manifest.quantization.rounding_data
@@ -199,7 +199,7 @@ def test_the_manifest_and_inspect_say_what_for(text: Path, bundle: Bundles) -> N
     assert "fitted to" not in invoke("inspect", plain).stdout
 
 
-def test_long_texts_are_cut_and_late_lines_are_left(
+def test_long_texts_are_truncated_and_later_lines_ignored(
     text: Path, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rounding_data, "MAX_TOKENS", 600)
@@ -243,7 +243,7 @@ def convert(model: Path, out: Path, *arguments: str) -> Result:
         ('{"input": "x", "target": "y"}\n', "tokens for the decoder; rounding needs at least 512, give more lines"),
     ],
 )
-def test_bad_data_is_one_line(content: str, said: str, checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_invalid_data_gives_a_one_line_error(content: str, said: str, checkpoint: Checkpoint, tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     path.write_text(content)
     out = tmp_path / "out"
@@ -254,14 +254,14 @@ def test_bad_data_is_one_line(content: str, said: str, checkpoint: Checkpoint, t
 
 
 @pytest.mark.parametrize("options", [("--precision", "int8"), ("--precision", "int4", "--target", "cuda"), ()])
-def test_where_nothing_has_4_bits_text_is_refused(
+def test_rounding_data_is_refused_without_4_bit_weights(
     options: tuple[str, ...], text: Path, checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
     line = error(convert(checkpoint(LLAMA), tmp_path / "out", *options, "--quantization-data", str(text)))
     assert "--quantization-data is for weights in 4 bits on a CPU (--precision int4 or mixed, or --head int4)" in line
 
 
-def test_where_all_4_bits_are_kept_there_is_nothing_to_fit(
+def test_nothing_is_fitted_if_the_file_already_has_4_bits(
     text: Path, checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(IntegerScheme, "keeps", lambda scheme, weight, scales: True)
@@ -269,7 +269,7 @@ def test_where_all_4_bits_are_kept_there_is_nothing_to_fit(
     assert "--quantization-data has nothing to fit: llama-tied has its weights in 4 bits already" in line
 
 
-def test_too_little_memory_is_said_before_the_model_is_loaded(
+def test_insufficient_memory_is_reported_before_loading_the_model(
     text: Path, checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rounding_data, "available_memory", lambda: 1000)

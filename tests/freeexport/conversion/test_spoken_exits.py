@@ -77,7 +77,7 @@ def test_recordings_are_packed_with_the_models_transcripts(whisper: Path) -> Non
     assert found == pytest.approx(packed.about.agreement, abs=0.1)  # measured before parameters were rounded
 
 
-def test_levels_are_monotonic_and_symmetric() -> None:
+def test_audio_levels_are_monotonic_and_symmetric() -> None:
     ramp = np.linspace(-1, 1, 2001, dtype=np.float32)
     levels = fields_of_sounds([ramp])["sound.0"]
     assert (np.diff(levels.astype(int)) >= 0).all()
@@ -85,7 +85,7 @@ def test_levels_are_monotonic_and_symmetric() -> None:
     assert [levels[0], levels[1000], levels[-1]] == [-127, 0, 127]
 
 
-def test_other_weights_take_an_exit_that_agrees_with_them(
+def test_exit_is_applied_to_other_weights_if_its_predictions_agree(
     whisper: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     near = tmp_path / "near"
@@ -149,7 +149,7 @@ def test_damaged_recordings_are_refused(
     assert "\n" not in str(raised.value)
 
 
-def test_samples_of_speech_need_recordings(whisper: Path, tmp_path: Path) -> None:
+def test_speech_samples_require_recordings(whisper: Path, tmp_path: Path) -> None:
     source = whisper / "exit.safetensors"
     tensors = {name: array for name, array in load_file(source).items() if not name.startswith("sound.")}
     packed = read_packed(rewritten(source, tmp_path / "silent.safetensors", tensors))

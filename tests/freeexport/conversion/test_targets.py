@@ -43,7 +43,7 @@ Checkpoint = Callable[[Case], Path]
         ({"target": "cuda", "precision": "int4"}, ("cuda", "standard", "int4")),
     ],
 )
-def test_a_target_decides_what_is_left_open(options: dict[str, Any], expected: Any, checkpoint: Checkpoint) -> None:
+def test_target_decides_unspecified_options(options: dict[str, Any], expected: Any, checkpoint: Checkpoint) -> None:
     source = open_checkpoint(str(checkpoint(LLAMA)))
     engines = engine_options(describe(source.config, source), ConvertOptions(**options), 1)
     assert (engines.target, engines.dialect, engines.precision) == expected
@@ -64,7 +64,7 @@ def test_a_target_decides_what_is_left_open(options: dict[str, Any], expected: A
         (("--target", "cpu", "--precision", "bf16"), "target cpu has no precision bf16"),
     ],
 )
-def test_what_a_target_cannot_do_is_refused(
+def test_options_unsupported_by_a_target_are_refused(
     arguments: tuple[str, ...], message: str, checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
     result = invoke("convert", checkpoint(LLAMA), tmp_path / "out", "--exit-layer", 1, *arguments)
@@ -73,7 +73,7 @@ def test_what_a_target_cannot_do_is_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_bf16_is_verified_as_if_a_cpu_had_it_and_decodes_on_none(checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_bf16_is_verified_by_simulation_and_runs_on_no_cpu(checkpoint: Checkpoint, tmp_path: Path) -> None:
     arguments = ("--target", "tensorrt", "--precision", "bf16", "--exit-layer", 1, "--capacity", 128)
     succeed("convert", checkpoint(LLAMA), tmp_path / "out", *arguments)
     bundle = Bundle.open(tmp_path / "out")
@@ -85,7 +85,7 @@ def test_bf16_is_verified_as_if_a_cpu_had_it_and_decodes_on_none(checkpoint: Che
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
 
-def test_a_bf16_bundle_with_a_few_wrong_weights_does_not_pass(
+def test_bf16_bundle_with_a_few_wrong_weights_fails_verification(
     bundle: Bundles, checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
     path = shutil.copytree(bundle(LLAMA, target="cuda", precision="int8", compute="bf16"), tmp_path / "bundle")
@@ -98,7 +98,7 @@ def test_a_bf16_bundle_with_a_few_wrong_weights_does_not_pass(
     assert "differs by" in failure(verify(Bundle.open(path), str(checkpoint(LLAMA)), extent=QUICK))
 
 
-def test_the_capacity_of_a_bundle_for_tensorrt_is_fixed(bundle: Bundles) -> None:
+def test_capacity_of_a_tensorrt_bundle_is_fixed(bundle: Bundles) -> None:
     path = bundle(LLAMA, target="tensorrt")
     with pytest.raises(CapacityError, match="capacity 64 is not the 128 positions"):
         Session(path, capacity=64)
@@ -125,7 +125,7 @@ def test_targets_and_a_fixed_cache_change_no_token(name: str, bundle: Bundles) -
 
 
 @pytest.mark.parametrize("case", [T5, LLAMA, *EXITS], ids=lambda case: case.name)
-def test_a_bundle_for_tensorrt_is_verified_against_its_checkpoint(
+def test_tensorrt_bundle_is_verified_against_its_checkpoint(
     case: Case, bundle: Bundles, checkpoint: Checkpoint
 ) -> None:
     report = verify(Bundle.open(bundle(case, target="tensorrt")), str(checkpoint(case)), extent=QUICK)

@@ -27,7 +27,7 @@ def data(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(("case", "tune"), [(T5, "full"), (LLAMA, "lora"), (T5, "exit")])
-def test_a_trained_exit_converts_at_its_layer_and_verifies(
+def test_trained_exit_is_converted_at_its_layer_and_verified(
     case: Case, tune: str, data: Path, tmp_path: Path, checkpoint: Callable[[Case], Path]
 ) -> None:
     trained, out = tmp_path / "trained", tmp_path / "bundle"

@@ -40,7 +40,7 @@ REPEATED = "one two three one two three one two three"
 
 
 @pytest.mark.parametrize("name", ["llama-tied", "t5-gated-tied"])
-def test_weights_of_engines_are_those_of_their_layers_and_the_head(
+def test_engine_bytes_are_those_of_their_layers_and_the_head(
     name: str, bundle: Bundles, checkpoint: Callable[[Case], Path]
 ) -> None:
     opened = open_checkpoint(str(checkpoint(BY_NAME[name])))
@@ -55,7 +55,7 @@ def test_weights_of_engines_are_those_of_their_layers_and_the_head(
     assert shallow.own == deep.own == 0
 
 
-def test_layers_of_the_exits_own_are_neither_the_models_nor_the_head(bundle: Bundles) -> None:
+def test_exit_layers_are_counted_apart_from_model_layers_and_head(bundle: Bundles) -> None:
     plain, own = (Bundle.open(bundle(case, EXIT_LAYER)) for case in (BY_NAME["llama-tied"], OWN))
     without, found = (engine_bytes(one.engine("shallow")) for one in (plain, own))
     assert found.layers == pytest.approx(without.layers, rel=0.01)  # and a constant
@@ -77,7 +77,7 @@ def test_layers_of_the_exits_own_are_neither_the_models_nor_the_head(bundle: Bun
         ),
     ],
 )
-def test_an_embedding_that_rows_are_taken_from_is_not_read(options: dict[str, Any], size: int, bundle: Bundles) -> None:
+def test_embedding_table_is_not_counted_as_read(options: dict[str, Any], size: int, bundle: Bundles) -> None:
     made = Bundle.open(bundle(BY_NAME["llama-tied"], **options))
     embedding = made.manifest.vocab_size * made.manifest.hidden_size * size
     stored = sum(file.size for name, file in made.manifest.files.items() if name.endswith(".data"))
@@ -87,7 +87,7 @@ def test_an_embedding_that_rows_are_taken_from_is_not_read(options: dict[str, An
     assert shallow.layers + deep.layers + deep.head == pytest.approx(stored, rel=0.05)
 
 
-def test_bytes_of_a_token(bundle: Bundles) -> None:
+def test_bytes_per_token_are_summed_over_engines(bundle: Bundles) -> None:
     made = Bundle.open(bundle(BY_NAME["llama-tied"]))
     shallow, deep = (engine_bytes(made.engine(engine)) for engine in ("shallow", "deep"))
     model = ByteModel(made, "")
@@ -120,7 +120,7 @@ def test_bytes_of_a_token(bundle: Bundles) -> None:
     ],
     ids=lambda options: "-".join(map(str, options.values())),
 )
-def test_calls_are_those_that_ran(
+def test_costs_use_the_calls_that_ran(
     case: Case, options: dict[str, Any], bundle: Bundles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ran: list[tuple[bool, int, int, bool]] = []
@@ -151,7 +151,7 @@ def test_calls_are_those_that_ran(
     assert Calls.read({**vars(calls), "passes": {str(rows): count for rows, count in calls.passes.items()}}) == calls
 
 
-def test_bytes_and_the_speed_that_they_predict_are_those_worked_out_by_hand(bundle: Bundles) -> None:
+def test_bytes_and_predicted_speed_match_hand_computed_values(bundle: Bundles) -> None:
     """Ten tokens after a prompt of five: all of them by the whole model, eight that exit, and drafts from text."""
     made = Bundle.open(bundle(OWN, EXIT_LAYER))
     manifest, model = made.manifest, ByteModel(made, "avx2")
@@ -182,7 +182,7 @@ def test_bytes_and_the_speed_that_they_predict_are_those_worked_out_by_hand(bund
         ("t5-gated-tied", 6 * 32 * 32 + 3 * 32 * 64, 288 * 32),
     ],
 )
-def test_bytes_of_a_step_are_those_of_its_matrices_in_8_bits(
+def test_step_bytes_are_those_of_its_int8_matrices(
     name: str, layer: int, head: int, checkpoint: Callable[[Case], Path]
 ) -> None:
     opened = open_checkpoint(str(checkpoint(BY_NAME[name])))
@@ -190,7 +190,7 @@ def test_bytes_of_a_step_are_those_of_its_matrices_in_8_bits(
     assert (found.layer, found.head) == (layer, head)
 
 
-def test_costs_at_a_layer_split_the_model_and_an_early_exit_saves_more() -> None:
+def test_costs_of_an_exit_split_the_model_and_earlier_exits_save_more() -> None:
     size = CALL_BYTES
     step = StepBytes(layer=20 * size, head=30 * size, map=size, row=0.1)
     at = step.at(4, 10)
@@ -205,7 +205,7 @@ def test_costs_at_a_layer_split_the_model_and_an_early_exit_saves_more() -> None
 
 
 @pytest.mark.parametrize("case", [BY_NAME["llama-tied"], BY_NAME["t5-gated-tied"]], ids=lambda case: case.name)
-def test_a_checkpoint_and_its_bundle_have_one_break_even(
+def test_checkpoint_and_bundle_have_the_same_break_even(
     case: Case, bundle: Bundles, checkpoint: Callable[[Case], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`train` and `convert` say the same of one exit."""
@@ -220,7 +220,7 @@ def test_a_checkpoint_and_its_bundle_have_one_break_even(
     assert other == pytest.approx(one, abs=0.05)
 
 
-def test_times_of_a_busy_machine_give_way_to_bytes(bundle: Bundles) -> None:
+def test_bytes_replace_timings_of_a_busy_machine(bundle: Bundles) -> None:
     made = Bundle.open(bundle(BY_NAME["llama-tied"]))
     timed = Costs(2.0, 1.0, {1: 3.0})
     assert known_costs(made, None, timed) is timed

@@ -13,7 +13,7 @@ from freeexport.costs.intervals import share
     # Brown, Cai and DasGupta's formula (2001), by hand.
     [(30, 229, 0.0934, 0.1809), (0, 100, 0.0, 0.0370), (100, 100, 0.9630, 1.0)],
 )
-def test_independent_tokens_have_wilsons_interval(hits: int, count: int, low: float, high: float) -> None:
+def test_independent_tokens_have_the_wilson_interval(hits: int, count: int, low: float, high: float) -> None:
     found = share([hits], [count])
     assert found is not None
     assert share([0, 0], [0, 0]) is None
@@ -21,7 +21,7 @@ def test_independent_tokens_have_wilsons_interval(hits: int, count: int, low: fl
     assert (found.low, found.high) == (pytest.approx(low, abs=1e-4), pytest.approx(high, abs=1e-4))
 
 
-def test_sequences_that_are_easy_or_hard_as_a_whole_are_worth_fewer_tokens() -> None:
+def test_correlated_tokens_of_a_sequence_widen_the_interval() -> None:
     clustered, mixed = share([20, 0] * 10, [20] * 20), share([10] * 20, [20] * 20)
     assert clustered is not None
     assert mixed is not None
@@ -31,7 +31,7 @@ def test_sequences_that_are_easy_or_hard_as_a_whole_are_worth_fewer_tokens() -> 
     assert (mixed.low, mixed.high) == (pytest.approx(0.451, abs=0.001), pytest.approx(0.549, abs=0.001))
 
 
-def test_the_interval_holds_the_truth_about_as_often_as_it_says() -> None:
+def test_interval_covers_the_truth_at_its_nominal_rate() -> None:
     random = np.random.default_rng(0)
     held = 0
     for _ in range(400):

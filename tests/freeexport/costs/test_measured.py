@@ -83,7 +83,7 @@ def test_speedups_at_other_exit_rates_are_predicted_from_noisy_requests(exit_rat
     )
 
 
-def test_noise_makes_nothing_negative_nor_a_longer_pass_cheaper() -> None:
+def test_noise_makes_no_cost_negative_and_no_longer_pass_cheaper() -> None:
     drawn = [sample(kind, 40, seed) for seed in range(3) for kind in (None, 0.5, 0.9)]
     shuffled = [replace(one, shallow=one.shallow / (1 + one.passes), outside=-0.1, deep={k: 1 / k for k in one.deep})
                 for one in drawn]  # fmt: skip
@@ -93,7 +93,7 @@ def test_noise_makes_nothing_negative_nor_a_longer_pass_cheaper() -> None:
     assert seconds == sorted(seconds)
 
 
-def test_a_process_of_its_own_measures_and_says_what_failed(
+def test_costs_are_measured_in_a_child_process_that_reports_failures(
     bundle: Bundles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("freeexport.costs.measured.run_child", run_child)
@@ -105,7 +105,7 @@ def test_a_process_of_its_own_measures_and_says_what_failed(
     assert str(failed.value).startswith(f"{tmp_path} is not a bundle: it has no freeexport.json; ")
 
 
-def test_costs_of_a_session_that_decodes(bundle: Bundles) -> None:
+def test_costs_are_measured_with_a_decoding_session(bundle: Bundles) -> None:
     with ReplaySession(bundle(LLAMA, max_pending=4), threads=1) as session:
         prompts = [np.array([5, 6, 7]), np.array([8])]
         costs = measured_costs(session, prompts, tokens=12, rounds=2, seconds=0.2)
@@ -116,7 +116,7 @@ def test_costs_of_a_session_that_decodes(bundle: Bundles) -> None:
     assert costs.measured
 
 
-def test_speedups_are_those_of_the_passes_that_ran() -> None:
+def test_speedup_at_an_exit_rate_matches_the_expected_passes() -> None:
     """At a rate of exits, of the passes that come of it on average."""
     sizes = sizes_of(200_000, 0.7, seed=3)
     assert TRUE.speedup(0.7, 16) == pytest.approx(TRUE.speedup_of(sizes, 200_000), rel=0.01)
@@ -127,17 +127,17 @@ def test_speedups_are_those_of_the_passes_that_ran() -> None:
     assert replace(TRUE, shallow=9.0).break_even(16) is None
 
 
-def test_what_is_not_measured_or_cannot_be_is_not_recorded() -> None:
+def test_missing_and_implausible_costs_are_not_recorded() -> None:
     assert recordable(TRUE) is TRUE
     for change in ({"measured": False}, {"shallow": 0.0}, {"deep": {2: 1.0}}, {"deep": {1: -1.0}}):
         assert recordable(replace(TRUE, **change)) is None  # type: ignore[arg-type]
 
 
-def test_bandwidth_is_of_this_world() -> None:
+def test_measured_bandwidth_is_plausible() -> None:
     assert 1e8 < measure_bandwidth(1, size=1 << 22, passes=1) < 1e13
 
 
-def test_tokens_exit_as_the_trace_says_and_only_while_it_is_replayed(bundle: Bundles) -> None:
+def test_tokens_exit_as_in_the_trace_only_during_its_replay(bundle: Bundles) -> None:
     trace = [True, True, False, True, False, False]
     prompt = list(PROMPTS[0])
     options: dict[str, Any] = {"threshold": THRESHOLD, "drafts": "exit", "max_new_tokens": 7, "ignore_eos": True}
@@ -152,7 +152,7 @@ def test_tokens_exit_as_the_trace_says_and_only_while_it_is_replayed(bundle: Bun
         assert session.generate(prompt, mode="free", **options).confidence == expected
 
 
-def test_a_full_stack_forces_a_pass_even_if_all_tokens_exit(bundle: Bundles) -> None:
+def test_full_stack_forces_a_pass_even_if_all_tokens_exit(bundle: Bundles) -> None:
     with ReplaySession(bundle(LLAMA, max_pending=3), threads=1) as session:
         session.script.trace = [True]
         options: dict[str, Any] = {"mode": "free", "drafts": "exit", "threshold": THRESHOLD}
@@ -160,7 +160,7 @@ def test_a_full_stack_forces_a_pass_even_if_all_tokens_exit(bundle: Bundles) -> 
     assert result.exited == (False, True, True, False, True, True, False)
 
 
-def test_drawn_exits_are_the_same_each_time_and_have_the_given_rate() -> None:
+def test_drawn_exits_are_reproducible_and_have_the_given_rate() -> None:
     assert drawn(0.8, 0) == drawn(0.8, 0) != drawn(0.8, 1)
     assert sum(drawn(0.8, 0)) / len(drawn(0.8, 0)) == pytest.approx(0.8, abs=0.02)
     assert not any(drawn(0.0, 0))

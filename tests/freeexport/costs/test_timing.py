@@ -9,7 +9,7 @@ import numpy as np
 from freeexport.costs.timing import interleave, speeds_by_round
 
 
-def test_settings_take_turns_and_none_always_follows_the_same_other() -> None:
+def test_settings_alternate_in_varying_order() -> None:
     order: list[tuple[str, int]] = []
 
     def decode(setting: str, prompt: int) -> str:
@@ -30,7 +30,7 @@ def test_settings_take_turns_and_none_always_follows_the_same_other() -> None:
     assert all(len(firsts) > 1 for firsts in before.values())
 
 
-def test_turns_that_are_done_are_not_repeated() -> None:
+def test_finished_turns_are_not_repeated() -> None:
     calls: list[tuple[str, int]] = []
 
     def decode(setting: str, prompt: int) -> None:
@@ -45,5 +45,5 @@ def test_turns_that_are_done_are_not_repeated() -> None:
     assert not calls  # nothing to measure, nothing to warm up
 
 
-def test_a_setting_without_tokens_has_no_speed() -> None:
+def test_setting_without_tokens_has_no_speed() -> None:
     assert np.isnan(speeds_by_round([0], [1], 1, lambda setting, prompt: (0, 0.0))[0, 0])

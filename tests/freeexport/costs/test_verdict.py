@@ -58,7 +58,7 @@ NEVER = replace(EXITS, threshold=1.0, why_never="no token agrees")
         (replace(NEVER, trained=False), "bad", "is untrained and never exits", "lossless"),
     ],
 )  # fmt: skip
-def test_a_verdict_says_whether_an_exit_pays_and_what_to_do(
+def test_verdict_states_whether_an_exit_pays_and_the_next_step(
     facts: ExitFacts, level: str, text: str, next_step: str
 ) -> None:
     found = verdict(facts)
@@ -68,20 +68,20 @@ def test_a_verdict_says_whether_an_exit_pays_and_what_to_do(
     assert str(found) == f"{found.text}. Next: {found.next_step}"
 
 
-def test_a_heavy_head_is_named() -> None:
+def test_heavy_head_is_named() -> None:
     facts = replace(EXITS, trained=False, speedup=0.7)
     assert "--exit-vocab" not in verdict(facts).next_step
     assert "--exit-vocab N" in verdict(replace(facts, heavy_head=True)).next_step
 
 
-def test_an_exit_without_a_threshold_needs_one_for_mode_free() -> None:
+def test_exit_without_a_threshold_requires_one_for_mode_free() -> None:
     assert verdict(TIMED).text == (
         "not calibrated, so mode free needs a threshold; the exit after layer 10 of 30 pays once 30.0% of the tokens "
         "exit, by the engines' measured times"
     )
 
 
-def test_unmeasured_ready_made_exit_has_the_results_of_its_file() -> None:
+def test_unmeasured_ready_made_exit_shows_the_results_of_its_file() -> None:
     """Neither the costs nor the bytes that were read tell what its drafts add to those from the text."""
     for basis in ("unknown", "bytes", "measured"):
         facts = replace(TIMED, trained=True, basis=basis, ready_made="chat", card="0.95x in int8.")
@@ -116,7 +116,7 @@ def test_a_measured_gain_decides_whether_an_exit_pays() -> None:
 BYTES = Costs(2.0, 1.0, {1: 3.0, 8: 4.0}, measured=False)
 
 
-def test_an_exit_to_be_trained_has_the_break_even_of_its_bundle() -> None:
+def test_untrained_exit_has_the_break_even_of_its_bundle() -> None:
     even = BYTES.break_even(MAX_PENDING)
     assert [basis_of(one) for one in (None, BYTES, replace(BYTES, measured=True))] == ["unknown", "bytes", "measured"]
     assert basis_of(replace(BYTES, measured=True, busy=1.3)) == "unknown"

@@ -134,7 +134,7 @@ def test_every_method_is_decoded_and_compared(done: Done) -> None:
     assert any("is not calibrated" in note for note in content["notes"])
 
 
-def test_the_figures_say_which_code_weights_and_data_they_are_of(done: Done, path: Path, data: Path) -> None:
+def test_results_record_commit_weights_and_data(done: Done, path: Path, data: Path) -> None:
     content = json.loads((done.out / "evaluation.json").read_text())
     (about,) = content["bundles"].values()
     manifest = Bundle.open(path).manifest
@@ -145,7 +145,7 @@ def test_the_figures_say_which_code_weights_and_data_they_are_of(done: Done, pat
     assert {"made", "commit", "machine"} <= set(content)
 
 
-def test_the_commit_is_that_of_the_checkout_and_says_whether_files_were_changed(tmp_path: Path) -> None:
+def test_commit_is_that_of_the_checkout_with_a_flag_for_changes(tmp_path: Path) -> None:
     assert commit_of(tmp_path) is None
     git = ["git", "-C", str(tmp_path), "-c", "user.name=n", "-c", "user.email=e"]
     (tmp_path / "file").write_text("x")
@@ -158,7 +158,7 @@ def test_the_commit_is_that_of_the_checkout_and_says_whether_files_were_changed(
     assert commit_of(tmp_path) == f"{commit}-dirty"
 
 
-def test_lines_without_targets_are_compared_with_what_the_full_model_writes(run: Run, tmp_path: Path) -> None:
+def test_lines_without_targets_are_compared_with_the_full_model(run: Run, tmp_path: Path) -> None:
     file = tmp_path / "prompts.jsonl"
     file.write_text("".join(json.dumps({"input": text}) + "\n" for text in ("one two", "five six seven")))
     result = run("--methods", "full,static,lossless", "--json", file=file)
@@ -170,7 +170,7 @@ def test_lines_without_targets_are_compared_with_what_the_full_model_writes(run:
     assert any("compared with those of the full model" in note for note in report["notes"])
 
 
-def test_tables_pictures_and_a_page_of_escaped_text_are_written(done: Done) -> None:
+def test_tables_plots_and_an_escaped_page_are_written(done: Done) -> None:
     with (done.out / "evaluation.csv").open(newline="") as file:
         listed = list(csv.DictReader(file))
     assert [row["setting"] for row in listed] == [row["setting"] for row in done.found.rows]
@@ -191,7 +191,7 @@ def test_tables_pictures_and_a_page_of_escaped_text_are_written(done: Done) -> N
     assert not any(word in text for word in ("<script", "src=", "<link", "@import"))  # it loads nothing
 
 
-def test_a_share_reads_the_same_in_the_table_and_in_the_verdict() -> None:
+def test_share_is_rounded_alike_in_table_and_verdict() -> None:
     """With an error rate, both show 1 minus the rate."""
     scores = {"value": 0.96, "relative": 0.98, "low": 0.97, "high": 0.99, "error": 0.04, "support": 180.0}
     full = {"bundle": "b", "method": "full", "setting": "full", "lines": 200, "scores": {"per": scores}}
@@ -210,7 +210,7 @@ def test_a_share_reads_the_same_in_the_table_and_in_the_verdict() -> None:
     assert verdict.endswith("at 98.0 % (97.0 to 99.0)")
 
 
-def test_the_legend_explains_columns_that_are_shown_alone(done: Done) -> None:
+def test_legend_explains_only_the_columns_shown(done: Done) -> None:
     whole = tables.settings_sheet(done.found)
     names = {name.rstrip("#") for name in whole.columns}
     for count in range(1, len(names)):
@@ -220,7 +220,7 @@ def test_the_legend_explains_columns_that_are_shown_alone(done: Done) -> None:
     assert names & {name for name, _ in tables.facts(done.found)} >= {"speed", "predicted"}
 
 
-def test_the_table_fits_80_columns_and_says_what_is_the_same_in_every_row(done: Done) -> None:
+def test_table_fits_80_columns_and_states_constant_columns_once(done: Done) -> None:
     lines = done.stdout.splitlines()
     table = lines[: lines.index("")]
     assert max(map(len, (line.rstrip() for line in table))) <= 80
@@ -230,7 +230,7 @@ def test_the_table_fits_80_columns_and_says_what_is_the_same_in_every_row(done: 
     assert "precision: fp32" in lines
 
 
-def test_bundles_are_interleaved_as_settings_are(
+def test_bundles_alternate_like_settings(
     run: Run, bundle: Bundles, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A machine that is slow for some lines must slow the same lines of every bundle."""
@@ -257,7 +257,7 @@ def test_bundles_are_interleaved_as_settings_are(
     assert len({tuple(name for _, name, _ in turn) for turn in turns}) > 2  # in another order each time
 
 
-def test_an_interrupted_run_goes_on_and_decodes_nothing_again(
+def test_interrupted_run_continues_without_decoding_again(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decode, lines = measure.decode, list[bytes]()
@@ -299,7 +299,7 @@ def test_lines_are_sampled_with_their_numbers_as_seeds(run: Run, path: Path, dat
     assert "sampled at temperature 1.5, each line with its number as seed, at most 12 tokens" in " ".join(told.split())
 
 
-def test_an_output_of_another_run_is_refused_by_what_differs(run: Run, tmp_path: Path) -> None:
+def test_output_of_another_run_is_refused_with_the_difference(run: Run, tmp_path: Path) -> None:
     assert run("--methods", "full").exit_code == 0
     result = run("--methods", "full,static", "--samples", 3)
     assert result.exit_code == 1
@@ -309,7 +309,7 @@ def test_an_output_of_another_run_is_refused_by_what_differs(run: Run, tmp_path:
     assert "is no output of this command (no run.json)" in run("--overwrite").stderr
 
 
-def test_an_adaptive_threshold_is_learned_on_and_kept_for_the_next_run(
+def test_adaptive_threshold_continues_in_the_next_run(
     run: Run, bundle: Bundles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("freeexport.calibrate.calibrate.measured_costs", partial(measured_costs, rounds=1, seconds=0.1))
@@ -341,7 +341,7 @@ def test_an_adaptive_threshold_is_learned_on_and_kept_for_the_next_run(
         (("--temperature", "-1"), "temperature is -1.0"),
     ],
 )
-def test_what_cannot_be_is_refused_before_anything_is_decoded(
+def test_invalid_options_are_refused_before_decoding(
     run: Run, tmp_path: Path, arguments: tuple[str, ...], message: str
 ) -> None:
     result = run(*arguments)

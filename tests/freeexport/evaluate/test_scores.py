@@ -46,7 +46,7 @@ def records() -> dict[tuple[str, str], dict[int, list[Record]]]:
 REFERENCES = {1: Reference(("right",)), 2: Reference(("right",))}
 
 
-def test_the_first_token_of_an_encoder_decoder_is_decided_like_any_other(tmp_path: Path) -> None:
+def test_first_token_of_an_encoder_decoder_counts_like_any_other(tmp_path: Path) -> None:
     """Ten tokens, of which seven exit, the first among them; and ten of which three do, without the first."""
     path = write_bundle(tmp_path / "one", layers=30, exit_layer=10, encoder_capacity=64, decoder_start_token_id=0)
     entry = Entry("one", Bundle.open(path), (FULL, FREE))
@@ -65,7 +65,7 @@ def test_the_first_token_of_an_encoder_decoder_is_decided_like_any_other(tmp_pat
     assert row["first_speed"] == pytest.approx(2)
 
 
-def test_rows_are_those_worked_out_by_hand(entry: Entry) -> None:
+def test_rows_match_hand_computed_values(entry: Entry) -> None:
     full, static, free = rows_of([entry], records(), REFERENCES, [metric_of("exact")])
     assert [full[name] for name in ("request_speed", "token_speed", "same", "exit_rate", "layers")] == [1, 1, 1, 0, 30]
     assert free["request_speed"] == pytest.approx(1.1 / 0.6)
@@ -88,7 +88,7 @@ def test_acceptance_by_position_is_summed_over_lines(entry: Entry) -> None:
     assert full["drafts"] == {}
 
 
-def test_layers_of_the_exits_own_count_wherever_they_run(tmp_path: Path) -> None:
+def test_exit_layers_count_wherever_they_run(tmp_path: Path) -> None:
     bundle = write_bundle(tmp_path / "one", layers=30, exit_layer=10, exit_layers=2, packed=True)
     entry = Entry("one", Bundle.open(bundle), (FULL, STATIC, FREE))
     rows = rows_of([entry], records(), REFERENCES, [metric_of("exact")])
@@ -106,7 +106,7 @@ def test_the_median_round_of_each_line_counts(entry: Entry) -> None:
     assert static["spread"] is None
 
 
-def test_scores_are_relative_to_the_first_full_model_or_where_it_has_none_to_nothing(entry: Entry) -> None:
+def test_scores_are_relative_to_the_first_full_model_if_there_is_one(entry: Entry) -> None:
     other = replace(entry, name="two", settings=(STATIC,))
     found = {**records(), ("two", "static"): records()["one", "static"]}
     row = rows_of([entry, other], found, REFERENCES, [metric_of("exact")])[-1]
@@ -117,7 +117,7 @@ def test_scores_are_relative_to_the_first_full_model_or_where_it_has_none_to_not
     assert all(curve["fastest"] is None for curve in curves_of(rows, metric_of("exact"), 0.99))
 
 
-def test_shares_of_an_error_rate_are_those_of_what_is_right() -> None:
+def test_share_of_an_error_rate_is_computed_from_accuracy() -> None:
     """Two wrong lines of ten, and three: an eighth less of what is right, in tables and in verdicts."""
     whole, worse = (np.stack([np.arange(10) >= wrong, np.ones(10)], axis=1).astype(float) for wrong in (2, 3))
     found = score(metric_of("exact-error"), worse, whole)
@@ -126,7 +126,7 @@ def test_shares_of_an_error_rate_are_those_of_what_is_right() -> None:
     assert found == score(metric_of("exact"), worse, whole) | {"error": found["error"]}
 
 
-def test_bundles_are_compared_with_the_first_ones_full_model_too(entry: Entry) -> None:
+def test_bundles_are_also_compared_with_the_full_model_of_the_first(entry: Entry) -> None:
     other = replace(entry, name="two", settings=(FULL, STATIC))
     found = {**records(), ("two", "static"): records()["one", "static"]}
     found["two", "full"] = {
@@ -166,7 +166,7 @@ def many(wrong: int, lines: int = 200) -> dict[tuple[str, str], dict[int, list[R
         (0, MIN_LINES - 1, None, "no winner: 99 lines are too few"),
     ],
 )
-def test_a_winner_keeps_the_quality_by_the_lower_bound_of_its_interval(
+def test_winner_keeps_the_quality_by_the_lower_bound_of_its_interval(
     entry: Entry, wrong: int, lines: int, fastest: str | None, said: str
 ) -> None:
     metric = metric_of("exact")
@@ -180,7 +180,7 @@ def test_a_winner_keeps_the_quality_by_the_lower_bound_of_its_interval(
     assert said in verdict
 
 
-def test_a_setting_that_may_be_slower_than_full_is_no_winner(entry: Entry) -> None:
+def test_setting_that_may_be_slower_than_full_does_not_win(entry: Entry) -> None:
     """Faster by a little on average, on half of the lines only."""
     found = many(0)
     found["one", FREE.name] = {
@@ -193,7 +193,7 @@ def test_a_setting_that_may_be_slower_than_full_is_no_winner(entry: Entry) -> No
     assert "no setting that keeps 99 % of full's exact is surely faster than full: free 0.5 has 1.0" in verdict
 
 
-def test_no_verdict_on_quality_if_one_line_is_worth_more_than_the_margin(entry: Entry) -> None:
+def test_no_quality_verdict_if_one_line_outweighs_the_margin(entry: Entry) -> None:
     """Full and free are right in the same line of 200: the paired interval is 100 % to 100 %, and tells nothing."""
     found = many(0)
     references = {line: Reference(("right" if line == 7 else "other",)) for line in range(200)}
@@ -217,7 +217,7 @@ def test_no_verdict_on_quality_if_one_line_is_worth_more_than_the_margin(entry: 
     assert "no verdict on the others: exact of the full model rests on 1 of 200 lines" in verdict
 
 
-def test_support_is_the_number_of_lines_that_the_score_rests_on() -> None:
+def test_support_counts_the_lines_behind_a_score() -> None:
     """A score that all lines share rests on all of them, and one with unequal lines on fewer."""
     for right in ([0.5] * 8, [1.0] * 3 + [0.0] * 5, [1.0, 0.5, 0.5] + [0.0] * 5):
         table = np.stack([right, np.ones(8)], axis=1)
@@ -226,7 +226,7 @@ def test_support_is_the_number_of_lines_that_the_score_rests_on() -> None:
     assert score(metric_of("exact"), table, 0 * table + [0, 1])["support"] == 0
 
 
-def test_the_interval_of_a_speed_is_over_lines_and_paired() -> None:
+def test_speed_interval_is_paired_over_lines() -> None:
     full = np.random.default_rng(1).uniform(1, 3, 300)
     assert speed_interval(full / 2, full) == (pytest.approx(2), pytest.approx(2))
     low, high = speed_interval(full / np.random.default_rng(2).uniform(1.5, 2.5, 300), full)
@@ -239,7 +239,7 @@ def test_the_interval_of_a_speed_is_over_lines_and_paired() -> None:
     assert speed_interval(tokens / 2, tokens) == (pytest.approx(1), pytest.approx(1))
 
 
-def test_the_interval_is_paired() -> None:
+def test_quality_interval_is_paired() -> None:
     random = np.random.default_rng(1)
     whole = np.stack([random.integers(0, 2, 400), np.ones(400)], axis=1).astype(float)
     metric = metric_of("exact")

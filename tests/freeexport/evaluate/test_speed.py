@@ -41,7 +41,7 @@ def rows(reference: str | None = None, **runs: list[list[Record]]) -> list[dict[
     return speed_rows(found, dict.fromkeys(runs, "fp32"), reference)
 
 
-def test_figures_of_a_row() -> None:
+def test_row_has_speeds_latencies_and_their_spread() -> None:
     (row,) = rows(one=[[run_of()], [run_of(step=0.2)], [run_of(step=0.3)]])
     assert row["tokens_per_second"] == pytest.approx(4 / 1.1)
     assert row["spread"] == pytest.approx((4 / 0.8 - 4 / 1.4) / (4 / 1.1))
@@ -50,13 +50,13 @@ def test_figures_of_a_row() -> None:
     assert (row["ratio"], row["agreement"]) == (1, None)
 
 
-def test_a_round_that_was_interrupted_does_not_count() -> None:
+def test_interrupted_round_does_not_count() -> None:
     lines = {1: [run_of(), run_of(step=0.2)], 2: [run_of()]}
     (row,) = speed_rows({"one": lines}, {"one": "fp32"}, None)
     assert (row["tokens_per_second"], row["spread"]) == (pytest.approx(8 / 1.6), 0)
 
 
-def test_ratios_are_of_speeds_in_the_same_round() -> None:
+def test_ratios_compare_speeds_of_the_same_round() -> None:
     """A machine that is slower in the second round slows both."""
     found = rows(one=[[run_of(step=0.5)], [run_of(step=1.0)]], two=[[run_of()], [run_of(step=0.2)]])
     one, two = ([row[name] for name in ("ratio_low", "ratio", "ratio_high")] for row in found)
@@ -64,7 +64,7 @@ def test_ratios_are_of_speeds_in_the_same_round() -> None:
     assert two == pytest.approx([2 / 0.8, (2 / 0.8 + 3.5 / 1.1) / 2, 3.5 / 1.1])
 
 
-def test_agreement_and_where_it_ends() -> None:
+def test_agreement_and_first_difference_are_reported() -> None:
     one, two = [[run_of(), run_of((1, 2, 9, 4))]], [[run_of(), run_of()]]
     first, second = rows("two", one=one, two=two)
     assert (first["agreement"], first["first_difference"]) == (7 / 8, 2)
@@ -72,13 +72,13 @@ def test_agreement_and_where_it_ends() -> None:
 
 
 @pytest.mark.parametrize(("decided", "passes"), [(3, 2 / 3), (4, 1 / 2)])
-def test_deep_passes_a_token_are_counted(decided: int, passes: float) -> None:
+def test_deep_passes_per_token_are_counted(decided: int, passes: float) -> None:
     calls = Calls(5, decided, steps=decided, heads=0, own=False, further=0, passes={1: 1, 2: 1})
     (row,) = rows(one=[[run_of(calls=calls, exited=(False, True, False, False), overhead=4e-5)]])
     assert (row["passes"], row["overhead_us"], row["exit_rate"]) == pytest.approx((passes, 10, 1 / decided))
 
 
-def test_other_decoders_have_one_pass_a_token() -> None:
+def test_other_decoders_have_one_pass_per_token() -> None:
     (row,) = rows(one=[[run_of()]])
     assert (row["passes"], row["overhead_us"], row["exit_rate"], row["acceptance"]) == (1, None, 0, 1)
 
@@ -90,7 +90,7 @@ def test_other_decoders_have_one_pass_a_token() -> None:
         ((0.05, 0.11), "nothing is faster than one in every round"),
     ],
 )
-def test_a_winner_is_faster_in_its_slowest_round(steps: tuple[float, float], said: str) -> None:
+def test_winner_is_faster_even_in_its_slowest_round(steps: tuple[float, float], said: str) -> None:
     two = [[run_of(step=step)] for step in steps]
     found = rows(one=[[run_of()]] * 2, two=two, replayed=[[run_of(step=0.01)]] * 2)
     assert speed_verdict(found, ["one", "two"]) == said
@@ -116,7 +116,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
         (("--metric", "exact"), "give --data FILE and --output DIRECTORY"),
     ],
 )
-def test_bad_options(arguments: tuple[str, ...], said: str, bundle: Bundles) -> None:
+def test_invalid_options_are_refused(arguments: tuple[str, ...], said: str, bundle: Bundles) -> None:
     result = evaluate(bundle(LLAMA), *FEW, *arguments)
     assert result.exit_code == 1
     assert said in result.stderr
@@ -124,17 +124,17 @@ def test_bad_options(arguments: tuple[str, ...], said: str, bundle: Bundles) -> 
     assert result.stderr.count("\n") == 1
 
 
-def test_a_share_of_a_metric_needs_one(bundle: Bundles) -> None:
+def test_share_of_a_metric_requires_a_metric(bundle: Bundles) -> None:
     assert "give --metric" in evaluate(bundle(LLAMA), "--target-quality", "0.9").stderr
 
 
-def test_bundles_are_of_one_checkpoint_and_named_once(bundle: Bundles) -> None:
+def test_bundles_must_be_of_one_checkpoint_and_named_once(bundle: Bundles) -> None:
     assert "is of another checkpoint" in evaluate(bundle(LLAMA), bundle(T5), *FEW).stderr
     assert "is named twice" in evaluate(bundle(LLAMA), bundle(LLAMA), *FEW).stderr
 
 
 @pytest.mark.parametrize("case", [LLAMA, T5], ids=lambda case: case.name)
-def test_every_kind_of_setting_in_one_run(
+def test_every_kind_of_setting_runs_together(
     case: Case, bundle: Bundles, quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(OtherLoad, "so_far", lambda self: 1.7)
@@ -171,7 +171,7 @@ def test_every_kind_of_setting_in_one_run(
     assert json.loads((out / "evaluation.json").read_text())["rows"] == found["rows"]
 
 
-def test_free_runs_at_the_calibrated_threshold_if_no_other_is_given(bundle: Bundles, quick: None) -> None:
+def test_mode_free_defaults_to_the_calibrated_threshold(bundle: Bundles, quick: None) -> None:
     """This bundle is not calibrated."""
     found = json.loads(evaluate(bundle(LLAMA), *FEW, "--json").stdout)
     assert [row["name"] for row in found["rows"]] == ["full", "static", "lossless"]
@@ -179,7 +179,7 @@ def test_free_runs_at_the_calibrated_threshold_if_no_other_is_given(bundle: Bund
     assert [row["name"] for row in found["rows"]] == ["full", "static", "free 0.5", "lossless"]
 
 
-def test_a_table_fits_80_columns_and_leaves_out_what_nobody_has(bundle: Bundles, quick: None) -> None:
+def test_table_fits_80_columns_and_omits_empty_columns(bundle: Bundles, quick: None) -> None:
     given = ("--threshold", "0", "--methods", "full,free,lookup,lossless")
     result = evaluate(bundle(LLAMA), *FEW, *given)
     table = result.stdout.split("\n\n")[0].splitlines()
@@ -206,7 +206,7 @@ def test_bundles_that_do_not_fit_a_gpu_together_are_refused_before_any_work(
     assert f"of 2 bundles needs {needed} bytes of device cuda:0, and {needed - 1} are free" in refused
 
 
-def test_a_bundle_runs_on_a_gpu(bundle: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bundle_is_measured_on_a_gpu(bundle: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
     Machine(monkeypatch)
     path = bundle(LLAMA, target="cuda", precision="fp16")
     result = invoke("evaluate", path, "--device", "cuda:0", "--methods", "full,lossless", *FEW)

@@ -33,7 +33,7 @@ def planned(options: FitOptions) -> planning.Plan:
 
 
 @pytest.mark.parametrize("case", ["llama-tied", "t5-deep-decoder"])
-def test_a_plan_keeps_to_its_budget_and_names_all_that_it_decided(options: Options, case: str) -> None:
+def test_plan_keeps_its_budget_and_names_its_decisions(options: Options, case: str) -> None:
     given = options(case)
     found = planned(given)
     assert found.exit is not None
@@ -53,7 +53,7 @@ def test_a_plan_keeps_to_its_budget_and_names_all_that_it_decided(options: Optio
 
 
 @pytest.mark.parametrize(("name", "layer"), [("llama-tied", 1), ("t5-deep-decoder", 0)])
-def test_an_exit_reads_the_feature_where_that_is_fastest(
+def test_exit_reads_the_feature_if_that_is_fastest(
     name: str, layer: int, options: Options, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = options(name)
@@ -73,7 +73,7 @@ def test_an_exit_reads_the_feature_where_that_is_fastest(
     assert alone[alone.index("--exit-input") + 1] == "feature"
 
 
-def test_without_data_nothing_is_trained(options: Options) -> None:
+def test_nothing_is_trained_without_data(options: Options) -> None:
     found = planned(options(data=None))
     assert (found.exit, found.training, list(found.seconds)) == (None, None, ["convert", "speed"])
     assert (
@@ -81,7 +81,7 @@ def test_without_data_nothing_is_trained(options: Options) -> None:
     )
 
 
-def test_a_ready_made_exit_that_fits_is_used_where_it_leaves_the_model_as_it_is(
+def test_fitting_ready_made_exit_is_used_if_it_leaves_the_model_unchanged(
     options: Options, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adapters = {"extraction": "{}", "general": None, "other": None}
@@ -97,7 +97,7 @@ def test_a_ready_made_exit_that_fits_is_used_where_it_leaves_the_model_as_it_is(
     assert step.arguments[-2:] == ("--exit", "general")
 
 
-def test_where_prompts_take_the_time_nothing_is_trained(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_trained_if_prompts_take_most_of_the_time(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planning, "PROMPT", 100.0)
     found = planned(options())
     assert found.exit is None
@@ -105,13 +105,13 @@ def test_where_prompts_take_the_time_nothing_is_trained(options: Options, monkey
     assert list(found.seconds) == ["given", "evaluate"]
 
 
-def test_a_request_gains_what_its_prompt_leaves() -> None:
+def test_request_speedup_excludes_the_prompt() -> None:
     # SmolLM2 on the extraction task: 2.05x a token was measured as 1.66x a request.
     assert Texts(144, 92, 128, share=planning.PROMPT).request(2.05) == pytest.approx(1.7, abs=0.1)
     assert Texts(0, 92, 128, share=planning.PROMPT).request(2.05) == pytest.approx(2.05)
 
 
-def test_a_budget_that_is_too_small_has_a_plan_and_says_what_is_missing(options: Options) -> None:
+def test_too_small_budget_has_a_plan_that_names_the_missing_time(options: Options) -> None:
     given = options(budget=60.0)
     found = planned(given)
     shown = dict(describe_plan(given, found))
@@ -124,7 +124,7 @@ def test_a_budget_that_is_too_small_has_a_plan_and_says_what_is_missing(options:
     assert not planned(options(budget=60.0 * int(needed[1]))).missing
 
 
-def test_a_small_budget_gets_smaller_steps(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_budget_gets_smaller_steps(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
 
     def speed(*given: Any, **options: Any) -> dict[str, float]:
@@ -143,7 +143,7 @@ def test_a_small_budget_gets_smaller_steps(options: Options, monkeypatch: pytest
     assert planned(options(budget=4000.0)).training.batch_tokens == 2048  # type: ignore[union-attr]
 
 
-def test_threads_reach_training(options: Options) -> None:
+def test_threads_option_reaches_training(options: Options) -> None:
     given = options(threads=1)
     steps = steps_of(given, planned(given))
     trained = [step.arguments for step in steps if step.arguments[0] == "train"]
@@ -152,7 +152,7 @@ def test_threads_reach_training(options: Options) -> None:
         assert arguments[arguments.index("--threads") + 1] == "1"
 
 
-def test_an_exit_that_is_there_is_evaluated_and_training_goes_on_with_it(with_exit: Options) -> None:
+def test_existing_exit_is_evaluated_and_trained_further(with_exit: Options) -> None:
     given = with_exit(budget=200.0)
     found = planned(given)
     assert found.exit is not None
@@ -169,13 +169,13 @@ def test_an_exit_that_is_there_is_evaluated_and_training_goes_on_with_it(with_ex
     assert joint[joint.index("--loss") + 1] == "logit-kd"
 
 
-def test_targets_that_cannot_be_written_are_in_the_plan(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_untokenizable_targets_are_listed_in_the_plan(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planning, "unwritable", lambda *given: "the tokenizer cannot write 3 of 330 targets")
     given = options()
     assert ("note", "the tokenizer cannot write 3 of 330 targets") in describe_plan(given, planned(given))
 
 
-def test_a_plan_in_4_bits_says_so(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_4_bit_plan_names_its_precision(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
     given = options(data=None)
     in_8_bits = planned(given)
     monkeypatch.setattr(planning, "as_stored", lambda checkpoint: "int4")
@@ -184,7 +184,7 @@ def test_a_plan_in_4_bits_says_so(options: Options, monkeypatch: pytest.MonkeyPa
     assert "tokens/s of the full model in 4 bits, by" in dict(describe_plan(given, found))["speed"]
 
 
-def test_a_model_that_does_not_fit_in_memory_is_trained_at_its_exit_alone(
+def test_model_too_large_for_memory_is_trained_only_at_its_exit(
     options: Options, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(planning, "ACTIVATIONS", 1 << 60)
@@ -194,7 +194,7 @@ def test_a_model_that_does_not_fit_in_memory_is_trained_at_its_exit_alone(
     assert "joint" not in found.seconds
 
 
-def test_a_metric_that_does_not_fit_the_targets_is_refused(options: Options) -> None:
+def test_metric_that_does_not_fit_the_targets_is_refused(options: Options) -> None:
     with pytest.raises(MetricError, match="no capital letters"):
         planned(options(metric="case-f1"))
     with pytest.raises(MetricError, match="gives the targets themselves 0"):
@@ -210,12 +210,12 @@ def test_a_metric_that_does_not_fit_the_targets_is_refused(options: Options) -> 
         ({"metric": "rouge"}, "'rouge' is no metric"),
     ],
 )
-def test_options_out_of_range_are_refused(options: Options, change: dict[str, object], problem: str) -> None:
+def test_out_of_range_options_are_refused(options: Options, change: dict[str, object], problem: str) -> None:
     with pytest.raises(OptionError, match=problem):
         options(**change)
 
 
-def test_data_of_five_lines_are_refused_before_the_model_is_read(options: Options, task: Path) -> None:
+def test_too_few_lines_are_refused_before_the_model_is_read(options: Options, task: Path) -> None:
     task.write_text("".join(f"{line}\n" for line in task.read_text().splitlines()[:5]))
     with pytest.raises(DataError, match="has 5 lines"):
         read_lines(task, planning.min_lines())
@@ -236,7 +236,7 @@ def test_training_steps_are_timed(options: Options, tmp_path: Path, monkeypatch:
         assert {path.name for path in directory.iterdir()} <= {"states"}
 
 
-def test_a_bundle_for_a_gpu_is_fp16_and_every_step_names_the_device(
+def test_gpu_plan_uses_fp16_and_passes_the_device_to_every_step(
     options: Options, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Machine(monkeypatch)
@@ -253,7 +253,7 @@ def test_a_bundle_for_a_gpu_is_fp16_and_every_step_names_the_device(
     assert "--device cuda:0" in steps["evaluate"]
 
 
-def test_a_device_that_is_missing_or_too_small_is_refused_before_any_work(
+def test_missing_or_too_small_device_is_refused_before_any_work(
     options: Options, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(planning, "bandwidth_of", lambda threads: pytest.fail("work was done"))

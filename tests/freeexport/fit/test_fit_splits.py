@@ -25,7 +25,7 @@ def lines_of(texts: list[str]) -> list[InputLine]:
     return [InputLine(number, text, "target") for number, text in enumerate(texts, 1)]
 
 
-def test_texts_that_share_most_of_what_is_their_own_are_one_family() -> None:
+def test_texts_with_mostly_shared_content_are_one_family() -> None:
     texts = [record(number) for number in range(60)]
     texts += [texts[3] + " indeed", texts[3].upper().casefold(), texts[7], "a short one", "a short one", "another"]
     found = families(texts).tolist()
@@ -36,7 +36,7 @@ def test_texts_that_share_most_of_what_is_their_own_are_one_family() -> None:
     assert len({*found[:60]}) == 60
 
 
-def test_splits_have_their_sizes_and_no_family_is_in_two() -> None:
+def test_splits_have_their_sizes_and_share_no_family() -> None:
     texts = [f"{record(number)}{suffix}" for number in range(150) for suffix in ("", " once more")]
     sizes = {"test": 40, "calibration": 30, "validation": 20}
     found = split_lines(lines_of(texts), sizes, Path("data.jsonl"))

@@ -48,7 +48,7 @@ def here(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
         pytest.param("t5-deep-decoder", "feature", marks=pytest.mark.slow),
     ],
 )
-def test_a_run_ends_with_a_bundle_a_report_and_a_sentence(
+def test_run_ends_with_a_bundle_a_report_and_a_summary(
     name: str, reads: str, options: Options, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if reads == "feature":
@@ -71,7 +71,7 @@ def test_a_run_ends_with_a_bundle_a_report_and_a_sentence(
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("here")
-def test_an_exit_that_is_there_competes_with_the_one_that_training_makes_of_it(with_exit: Options) -> None:
+def test_existing_exit_competes_with_its_further_trained_version(with_exit: Options) -> None:
     given = with_exit(quality=0.5)
     verdict = fit(given, planned(given, keep=True))
     report = json.loads((given.report / "evaluation.json").read_text())
@@ -86,7 +86,7 @@ def test_an_exit_that_is_there_competes_with_the_one_that_training_makes_of_it(w
 
 
 @pytest.mark.usefixtures("here")
-def test_without_data_the_model_is_converted_as_it_is(options: Options, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_data_the_model_is_converted_unchanged(options: Options, capsys: pytest.CaptureFixture[str]) -> None:
     given = options(data=None)
     verdict = fit(given, planned(given, keep=True))
     said = "there are no data to train an exit on; mode lossless: the tokens of mode full, with drafts from the text: "
@@ -119,7 +119,7 @@ def pretended(log: Path) -> Callable[..., str]:
     return run
 
 
-def test_a_killed_run_goes_on_and_trains_nothing_twice(
+def test_killed_run_continues_without_repeating_training(
     options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given, log = options(), tmp_path / "log"
@@ -143,7 +143,7 @@ def test_a_killed_run_goes_on_and_trains_nothing_twice(
     assert all(run_of(given).finished(name) for name in ("calibrate", "evaluate"))
 
 
-def test_a_training_that_was_interrupted_is_resumed(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_training_is_resumed(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
     given = options()
     joint = steps_of(given, planned(given, keep=True))[1]
     assert recipe._resumed(joint) == joint.arguments
@@ -151,7 +151,7 @@ def test_a_training_that_was_interrupted_is_resumed(options: Options, monkeypatc
     assert recipe._resumed(joint) == (*joint.arguments, "--resume")
 
 
-def test_another_metric_calibrates_and_evaluates_again_and_trains_nothing(
+def test_changed_metric_recalibrates_and_reevaluates_without_training(
     options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = options()
@@ -168,7 +168,7 @@ def test_another_metric_calibrates_and_evaluates_again_and_trains_nothing(
 
 
 @pytest.mark.parametrize("change", [{"budget": 100.0}, {"threads": 2}])
-def test_a_run_with_other_options_is_not_mixed_with_the_one_before(options: Options, change: dict[str, Any]) -> None:
+def test_run_with_other_options_is_not_mixed_with_an_earlier_one(options: Options, change: dict[str, Any]) -> None:
     planned(options(), keep=True)
     assert planned(options(**change), keep=False).seconds
     problem = f"holds another run, with other {next(iter(change))}; .* start anew with --overwrite"
@@ -177,7 +177,7 @@ def test_a_run_with_other_options_is_not_mixed_with_the_one_before(options: Opti
     assert planned(options(**change, overwrite=True), keep=True).seconds
 
 
-def test_what_is_not_ours_is_not_replaced(options: Options) -> None:
+def test_foreign_directory_is_not_replaced(options: Options) -> None:
     given = options(overwrite=True)
     for name in ("out", "out.work", "out.report"):
         place = given.out.with_name(name)
@@ -189,7 +189,7 @@ def test_what_is_not_ours_is_not_replaced(options: Options) -> None:
         place.rmdir()
 
 
-def test_a_step_that_fails_says_that_the_run_can_go_on(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_step_says_that_the_run_can_continue(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*arguments: str, **shown: Any) -> str:
         raise ChildError("disk full while writing out; free some space and run again")
 
@@ -259,7 +259,7 @@ FREE = {"calibrated": True, "same": 0.6}
     ],
     ids=["lossless", "free", "free loses quality", "worse as it came", "worse trained", "loss", "few", "few, loss"],
 )  # fmt: skip
-def test_the_sentence_and_the_command_are_of_the_fastest_that_keeps_enough(
+def test_summary_and_command_are_of_the_fastest_acceptable_setting(
     rows: Sequence[Any], quality: float | None, bundle: str, text: str, mode: str, options: Options,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
@@ -275,7 +275,7 @@ def test_the_sentence_and_the_command_are_of_the_fastest_that_keeps_enough(
     assert verdict.level == ("neutral" if "the best gives" in text else "good")
 
 
-def test_the_command_prints_the_plan_and_stops(options: Options, tmp_path: Path) -> None:
+def test_dry_run_prints_the_plan_and_stops(options: Options, tmp_path: Path) -> None:
     given = options()
     arguments = ["fit", given.model, str(given.out), "--data", str(given.data), "--metric", "chrf", "--budget", "1h30m"]
     result = succeed(*arguments, "--plan")
@@ -284,7 +284,7 @@ def test_the_command_prints_the_plan_and_stops(options: Options, tmp_path: Path)
     assert not any(path.name.startswith("out") for path in tmp_path.iterdir())
 
 
-def test_a_budget_that_is_too_small_gets_a_plan_and_starts_nothing(options: Options, tmp_path: Path) -> None:
+def test_too_small_budget_prints_a_plan_and_starts_nothing(options: Options, tmp_path: Path) -> None:
     given = options()
     arguments = ["fit", given.model, str(given.out), "--data", str(given.data), "--metric", "chrf"]
     assert "missing " in succeed(*arguments, "--budget", "60s", "--plan").stdout
@@ -306,7 +306,7 @@ def test_a_budget_that_is_too_small_gets_a_plan_and_starts_nothing(options: Opti
         (["--metric", "chrf", "--budget", "2h x"], "'2h x' is not a duration"),
     ],
 )
-def test_options_that_cannot_be_read_are_refused(more: list[str], problem: str, options: Options) -> None:
+def test_unparsable_options_are_refused(more: list[str], problem: str, options: Options) -> None:
     given = options()
     result = invoke("fit", given.model, given.out, "--data", given.data, *more)
     assert result.exit_code == 2

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -12,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from child_processes import processes_of
 from sounds import sound, wav
 
 from freeexport.serving import audio_process
@@ -38,23 +41,22 @@ def damaged_by(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, code: str) -> by
     return b"fLaC" + bytes(100)
 
 
-def test_files_are_read_in_one_process_after_another(reader: AudioReader) -> None:
+def test_files_are_read_one_after_another_in_one_process(reader: AudioReader) -> None:
     reader.prepare()
-    prepared = reader._idle[:]
     np.testing.assert_array_equal(reader.read(SOUND, NEVER), read_audio(SOUND))
-    assert reader._idle == prepared
-    (process,) = prepared
+    (process,) = processes_of(audio_process)
     with pytest.raises(PromptError, match=r"^the audio is no WAV file of PCM samples \(it ends early\)"):
         reader.read(b"none", NEVER)
     assert len(reader.read(SOUND, NEVER)) == len(read_audio(SOUND))
-    assert reader._idle == [process]
-    process.kill()  # by the system
-    process.wait()
+    assert processes_of(audio_process) == {process}
+    os.kill(process, signal.SIGKILL)  # as the system may
+    os.waitid(os.P_PID, process, os.WEXITED | os.WNOWAIT)
     assert len(reader.read(SOUND, NEVER)) == len(read_audio(SOUND))
-    assert reader._idle != [process]
+    (other,) = processes_of(audio_process)
+    assert other != process
 
 
-def test_a_file_that_crashes_its_decoder_is_refused(
+def test_file_that_crashes_its_decoder_is_refused(
     reader: AudioReader, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     content = damaged_by(monkeypatch, tmp_path, "import ctypes; ctypes.string_at(0)")
@@ -62,10 +64,10 @@ def test_a_file_that_crashes_its_decoder_is_refused(
         assert len(reader.read(SOUND, NEVER)) == len(read_audio(SOUND))
         with pytest.raises(PromptError, match="the audio makes its decoder crash; convert it to a WAV file"):
             reader.read(content, NEVER)
-    assert len(reader._idle) == 1  # for the next file
+    assert len(processes_of(audio_process)) == 1  # for the next file
 
 
-def test_a_file_that_takes_too_long_or_too_much_memory_is_refused(
+def test_file_that_takes_too_much_time_or_memory_is_refused(
     reader: AudioReader, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     greedy = damaged_by(monkeypatch, tmp_path, "bytearray(5 << 30)")
@@ -80,12 +82,10 @@ def test_a_file_that_takes_too_long_or_too_much_memory_is_refused(
     with pytest.raises(PromptError, match=r"^the audio takes more than 0\.2 s to read; send a shorter file$"):
         reader.read(slow, NEVER)
     reader.close()
-    assert reader._idle == []
+    assert processes_of(audio_process) == set()
 
 
-def test_closing_ends_files_that_are_being_read(
-    reader: AudioReader, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_close_stops_files_being_read(reader: AudioReader, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     slow = damaged_by(monkeypatch, tmp_path, "import time; time.sleep(1000)")
     failures = list[BaseException]()
 
@@ -104,7 +104,7 @@ def test_closing_ends_files_that_are_being_read(
     assert [error.status for error in failures] == [503]  # type: ignore[attr-defined]
 
 
-def test_decoders_write_nothing_to_standard_error(reader: AudioReader, capfd: pytest.CaptureFixture[str]) -> None:
+def test_audio_decoders_write_nothing_to_standard_error(reader: AudioReader, capfd: pytest.CaptureFixture[str]) -> None:
     soundfile = pytest.importorskip("soundfile")
     buffer = io.BytesIO()
     soundfile.write(buffer, sound(1.0), RATE, format="MP3", subtype="MPEG_LAYER_III")

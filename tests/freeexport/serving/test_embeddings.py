@@ -34,7 +34,7 @@ def embedding(t5: Path) -> Iterator[Session]:
 
 
 @pytest.mark.parametrize("name", ["t5-relu-tied", "bart"])
-def test_an_embedding_is_the_mean_of_transformers_states(
+def test_embedding_is_the_mean_of_the_hidden_states_in_transformers(
     name: str, bundle: Bundles, source_model: Callable[[Case], Any]
 ) -> None:
     import torch
@@ -63,7 +63,7 @@ def test_an_embedding_is_the_mean_of_transformers_states(
         np.testing.assert_allclose(unit, found / np.linalg.norm(found, axis=1, keepdims=True), rtol=1e-5)
 
 
-def test_what_has_no_embedding_is_refused_in_a_line(session: Session, embedding: Session) -> None:
+def test_models_without_embeddings_are_refused_in_one_line(session: Session, embedding: Session) -> None:
     with pytest.raises(OptionError, match=r"^the bundle is decoder-only; embeddings need an encoder of text[^\n]*$"):
         session.embed(["a"])
     for prompt, error in (("", PromptError), ([999_999], PromptError), ([5] * 129, PromptLengthError)):
@@ -71,7 +71,7 @@ def test_what_has_no_embedding_is_refused_in_a_line(session: Session, embedding:
             embedding.embed(["a", prompt])  # type: ignore[list-item]
 
 
-def test_the_official_client_gets_unit_vectors(client: openai.OpenAI, embedding: Session) -> None:
+def test_official_client_receives_unit_vectors(client: openai.OpenAI, embedding: Session) -> None:
     wanted = embedding.embed(TEXTS, normalize=True)
     ids = [embedding.encode(text).tolist() for text in TEXTS]
     inputs: list[tuple[Any, np.ndarray]] = [
@@ -105,14 +105,14 @@ def test_the_official_client_gets_unit_vectors(client: openai.OpenAI, embedding:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_other_requests_are_refused(client: openai.OpenAI, given: dict[str, Any], message: str) -> None:
+def test_invalid_requests_are_refused(client: openai.OpenAI, given: dict[str, Any], message: str) -> None:
     with pytest.raises(openai.BadRequestError) as raised:
         client.embeddings.create(**given)
     assert message in raised.value.message
     assert "\n" not in raised.value.message
 
 
-def test_requests_wait_for_their_turn_within_limits(t5: Path) -> None:
+def test_requests_are_queued_within_limits(t5: Path) -> None:
     async def embed(session: Session, count: int, deadline: float | None) -> list[Any]:
         embedder = Embedder()
         works = [embedder.embed(session, ["once"], deadline) for _ in range(count)]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
+from child_processes import processes_of
 
 from freeexport.serving import grammar_trial
 from freeexport.serving.errors import ApiError
@@ -30,7 +32,7 @@ def tried(bundle: Path, use: Callable[[GrammarTrial], Awaitable[None]]) -> None:
     asyncio.run(main())
 
 
-def test_what_compiles_passes_and_what_does_not_is_said(chat: Path) -> None:
+def test_valid_constraints_pass_and_invalid_ones_are_reported(chat: Path) -> None:
     async def use(trial: GrammarTrial) -> None:
         await trial.check("regex", "[a-c]{3}")
         await trial.check("choice", '["yes", "n\u00f6"]')
@@ -38,16 +40,15 @@ def test_what_compiles_passes_and_what_does_not_is_said(chat: Path) -> None:
             await trial.check("regex", "(")
         with pytest.raises(OptionError, match="it may force 6,250,000 characters at once"):
             await trial.check("regex", "(((a{50}){50}){50}){50}")
-        process = trial._process
+        running = processes_of(grammar_trial)
         await trial.check("json_schema", '{"type": "object"}')
-        assert process is trial._process is not None
+        assert len(running) == 1
+        assert processes_of(grammar_trial) == running
 
     tried(chat, use)
 
 
-def test_a_process_that_takes_too_long_is_ended_and_the_refusal_remembered(
-    chat: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_slow_compilation_is_killed_and_the_refusal_cached(chat: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def use(trial: GrammarTrial) -> None:
         await trial.check("regex", "a+")
         ended = trial._process
@@ -67,17 +68,16 @@ def test_a_process_that_takes_too_long_is_ended_and_the_refusal_remembered(
             assert "takes more than 2 s to compile" in str(problem)
         assert compiled == ["grammar"]  # one of the four
         assert ended.returncode == -signal.SIGKILL  # before its limit of processor time
-        assert trial._process is None
         await trial.check("regex", "a+")  # is remembered too
-        assert trial._process is None
+        assert processes_of(grammar_trial) == set()
         monkeypatch.undo()
         await trial.check("regex", "b+")
-        assert trial._process is not None
+        assert len(processes_of(grammar_trial)) == 1
 
     tried(chat, use)
 
 
-def test_a_process_ends_by_itself_after_its_processor_time(chat: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_process_ends_at_its_processor_time_limit(chat: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def use(trial: GrammarTrial) -> None:
         monkeypatch.setattr(grammar_trial, "LATEST_SECONDS", 1e6)
         await trial.check("regex", "a+")
@@ -90,12 +90,11 @@ def test_a_process_ends_by_itself_after_its_processor_time(chat: Path, monkeypat
     tried(chat, use)
 
 
-def test_a_process_that_dies_is_replaced(chat: Path) -> None:
+def test_dead_process_is_replaced(chat: Path) -> None:
     async def use(trial: GrammarTrial) -> None:
         await trial.check("regex", "a+")
-        assert trial._process is not None
-        trial._process.kill()
-        await trial._process.wait()
+        (process,) = processes_of(grammar_trial)
+        os.kill(process, signal.SIGKILL)
         with pytest.raises(OptionError, match="takes more than"):
             await trial.check("regex", "b+")
         await trial.check("regex", "c+")
@@ -103,7 +102,7 @@ def test_a_process_that_dies_is_replaced(chat: Path) -> None:
     tried(chat, use)
 
 
-def test_a_constraint_waits_for_others_only_so_long(chat: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_constraint_waits_for_others_at_most_the_time_limit(chat: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def use(trial: GrammarTrial) -> None:
         monkeypatch.setattr(grammar_trial, "WAIT_SECONDS", 0.1)
         async with trial._turn:
@@ -114,7 +113,7 @@ def test_a_constraint_waits_for_others_only_so_long(chat: Path, monkeypatch: pyt
     tried(chat, use)
 
 
-def test_without_its_process_nothing_is_compiled_and_nothing_remembered(
+def test_failed_process_start_is_an_error_that_is_not_cached(
     chat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def use(trial: GrammarTrial) -> None:

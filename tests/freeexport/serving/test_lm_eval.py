@@ -31,7 +31,7 @@ def scores(tasks: list[str], kind: str, chat: bool = False, **arguments: Any) ->
     return done["results"], responses
 
 
-def test_tasks_score_as_with_transformers(
+def test_task_scores_match_transformers(
     server: Running, checkpoint: Callable[[Case], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(TASKS)  # paths of data in the tasks

@@ -32,7 +32,7 @@ def events(response: httpx.Response) -> list[dict[str, Any]]:
     return found
 
 
-def test_a_message_is_what_the_session_generates_whole_and_in_a_stream(http: httpx.Client, session: Session) -> None:
+def test_message_matches_the_session_whole_and_streamed(http: httpx.Client, session: Session) -> None:
     expected = session.generate(HELLO, mode="full", max_new_tokens=20)
     answer = http.post("/v1/messages", json=ASKED).json()
     assert answer["content"] == [{"type": "text", "text": expected.text}]
@@ -50,7 +50,7 @@ def test_a_message_is_what_the_session_generates_whole_and_in_a_stream(http: htt
     assert delta["usage"]["output_tokens"] == 20
 
 
-def test_the_stop_sequence_that_ended_a_message_is_named(http: httpx.Client, session: Session) -> None:
+def test_stop_sequence_that_ended_a_message_is_named(http: httpx.Client, session: Session) -> None:
     text = session.generate(HELLO, mode="full", max_new_tokens=20).text
     stop = text[8:12]
     before = text[: text.index(stop)]
@@ -59,7 +59,7 @@ def test_the_stop_sequence_that_ended_a_message_is_named(http: httpx.Client, ses
     assert [block["text"] for block in answer["content"]] == [before]
 
 
-def test_calls_are_blocks_whole_and_in_a_stream(http: httpx.Client) -> None:
+def test_tool_calls_are_blocks_whole_and_streamed(http: httpx.Client) -> None:
     pytest.importorskip("llguidance")
     asked = {**ASKED, "max_tokens": 200, "tools": [TOOL]}
     asked["tool_choice"] = {"type": "tool", "name": "weather"}
@@ -77,7 +77,7 @@ def test_calls_are_blocks_whole_and_in_a_stream(http: httpx.Client) -> None:
     assert http.post("/v1/messages", json={**asked, "messages": turns}).status_code == 200
 
 
-def test_turns_become_messages_of_a_chat() -> None:
+def test_turns_are_converted_to_chat_messages() -> None:
     turns = [
         {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
         {"role": "assistant", "content": [{"type": "text", "text": "I ask."}, CALL]},
@@ -122,7 +122,7 @@ IMAGE = {"type": "image", "source": {"type": "base64", "media_type": "image/png"
         ({"free": {"threshold": 3}}, "free.threshold is 3.0"),
     ],
 )  # fmt: skip
-def test_what_is_not_supported_is_refused_in_anthropics_format(
+def test_unsupported_fields_are_refused_in_anthropics_format(
     fields: dict[str, Any], message: str, http: httpx.Client
 ) -> None:
     response = http.post("/v1/messages", json={**ASKED, **fields})
@@ -133,7 +133,7 @@ def test_what_is_not_supported_is_refused_in_anthropics_format(
     assert "\n" not in body["error"]["message"]
 
 
-def test_other_errors_have_anthropics_format_too(chat: Path) -> None:
+def test_other_errors_use_anthropics_format_too(chat: Path) -> None:
     with running(chat, names=("m",), api_key="secret") as server, httpx.Client(base_url=server.url) as client:
         assert client.post("/v1/messages", json=ASKED).json()["error"]["type"] == "authentication_error"
         headers = {"x-api-key": "secret", "anthropic-version": "2023-06-01"}
@@ -144,7 +144,7 @@ def test_other_errors_have_anthropics_format_too(chat: Path) -> None:
 
 
 @pytest.mark.parametrize("more", [{}, {"system": "be brief", "tools": [TOOL]}, {"tool_choice": {"type": "none"}}])
-def test_the_tokens_of_a_message_are_counted_as_it_reads_them(more: dict[str, Any], http: httpx.Client) -> None:
+def test_token_count_of_a_message_matches_its_prompt(more: dict[str, Any], http: httpx.Client) -> None:
     asked = {"messages": HELLO, **more}
     usage = http.post("/v1/messages", json={**asked, "max_tokens": 1}).json()["usage"]
     counted = http.post("/v1/messages/count_tokens", json={"model": "m", **asked})
@@ -160,14 +160,14 @@ def test_the_tokens_of_a_message_are_counted_as_it_reads_them(more: dict[str, An
         ("batches", {}, 404, "not_found_error"),
     ],
 )
-def test_errors_below_messages_have_anthropics_format(
+def test_errors_of_paths_below_messages_use_anthropics_format(
     path: str, body: dict[str, Any], status: int, kind: str, http: httpx.Client
 ) -> None:
     answer = http.post(f"/v1/messages/{path}", json=body)
     assert (answer.status_code, answer.json()["type"], answer.json()["error"]["type"]) == (status, "error", kind)
 
 
-def test_the_official_client_reads_messages_streams_calls_and_errors(server: Running, session: Session) -> None:
+def test_official_client_reads_messages_streams_calls_and_errors(server: Running, session: Session) -> None:
     anthropic = pytest.importorskip("anthropic")
     pytest.importorskip("llguidance")
     expected = session.generate(HELLO, mode="full", max_new_tokens=20)

@@ -31,12 +31,12 @@ def server(chat: Path, t5: Path, nllb: Path) -> Iterator[Running]:
         yield server
 
 
-def test_models_are_listed_and_found(client: openai.OpenAI) -> None:
+def test_models_are_listed_and_retrieved(client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()] == ["chat", "t5", "nllb"]
     assert client.models.retrieve("t5").owned_by == "freeexport"
 
 
-def test_a_chat_is_what_the_session_generates_whole_and_in_a_stream(client: openai.OpenAI, session: Session) -> None:
+def test_chat_matches_the_session_whole_and_streamed(client: openai.OpenAI, session: Session) -> None:
     answer = client.chat.completions.create(logprobs=True, **ASKED)
     expected = session.generate(MESSAGES, max_new_tokens=20, threshold=0.3, output_logprobs=True)
     (choice,) = answer.choices
@@ -71,9 +71,7 @@ def spelled(session: Session, token: int) -> str:
     return session.tokenizer.decode([token]) or session.tokenizer.token(token) or str(token)
 
 
-def test_each_token_of_a_chat_has_its_alternatives_whole_and_in_a_stream(
-    client: openai.OpenAI, session: Session
-) -> None:
+def test_chat_tokens_have_top_logprobs_whole_and_streamed(client: openai.OpenAI, session: Session) -> None:
     asked = {**ASKED, "logprobs": True, "top_logprobs": 4}
     expected = session.generate(MESSAGES, max_new_tokens=20, threshold=0.3, top_logprobs=4)
     assert 0 < sum(expected.exited) < 19
@@ -89,7 +87,7 @@ def test_each_token_of_a_chat_has_its_alternatives_whole_and_in_a_stream(
             assert (first.token, first.logprob, first.bytes) == (token.token, token.logprob, token.bytes)
 
 
-def test_each_token_of_a_completion_has_its_alternatives_by_text(client: openai.OpenAI, session: Session) -> None:
+def test_completion_tokens_have_top_logprobs_by_text(client: openai.OpenAI, session: Session) -> None:
     asked: dict[str, Any] = {"model": "chat", "prompt": "once", "max_tokens": 12, "logprobs": 3, "extra_body": FREE}
     asked |= {"temperature": 1.2, "seed": 3}
     options: dict[str, Any] = {"max_new_tokens": 12, "threshold": 0.3, "temperature": 1.2, "seed": 3}
@@ -110,9 +108,7 @@ def test_each_token_of_a_completion_has_its_alternatives_by_text(client: openai.
 
 
 @pytest.mark.parametrize("as_ids", [False, True])
-def test_text_offsets_are_the_places_of_tokens_from_the_begin_of_the_prompt(
-    as_ids: bool, client: openai.OpenAI, session: Session
-) -> None:
+def test_text_offsets_count_from_the_start_of_the_prompt(as_ids: bool, client: openai.OpenAI, session: Session) -> None:
     text = "n\u00f6 \U0001f600 once"
     prompt = [session.encode(text).tolist()] if as_ids else text
     letters = dict.fromkeys(session.tokenizer.encode("abc", special=False), 50)
@@ -133,7 +129,7 @@ def test_text_offsets_are_the_places_of_tokens_from_the_begin_of_the_prompt(
     assert [place for part in told if part is not None for place in part.text_offset] == offsets[-12:]
 
 
-def test_a_prediction_is_drafted_from_and_changes_no_token(client: openai.OpenAI, session: Session) -> None:
+def test_prediction_is_drafted_and_changes_no_token(client: openai.OpenAI, session: Session) -> None:
     letters = dict.fromkeys(session.tokenizer.encode("".join(map(chr, range(97, 123))), special=False), 50)
     asked: dict[str, Any] = {"model": "chat", "messages": MESSAGES, "max_tokens": 60, "logit_bias": letters}
     expected = session.generate(MESSAGES, max_new_tokens=60, mode="full", sequence_bias=letters).text
@@ -147,7 +143,7 @@ def test_a_prediction_is_drafted_from_and_changes_no_token(client: openai.OpenAI
     assert raised.value.param == "prediction"
 
 
-def test_drafts_are_accepted_and_rejected_predictions() -> None:
+def test_drafts_are_reported_as_accepted_and_rejected_prediction_tokens() -> None:
     stats = Stats("lossless", prompt_tokens=5, tokens=11, exits=6, rejected=2)
     exits = Stats("free", prompt_tokens=5, tokens=11, exits=6)
     results = [GenerationResult("", (), (), (), "eos", each) for each in (stats, exits)]
@@ -166,7 +162,7 @@ def test_drafts_are_accepted_and_rejected_predictions() -> None:
         assert usage(choices, prompts)["prompt_tokens_details"] == {"cached_tokens": 16}
 
 
-def test_choices_stream_side_by_side_and_a_seed_repeats_them(client: openai.OpenAI) -> None:
+def test_choices_stream_interleaved_and_a_seed_repeats_them(client: openai.OpenAI) -> None:
     options: dict[str, Any] = {"model": "chat", "prompt": "once", "n": 3, "temperature": 1.0, "seed": 7}
     whole = client.completions.create(max_tokens=12, **options)
     again = client.completions.create(max_tokens=12, stream=True, **options)
@@ -177,7 +173,7 @@ def test_choices_stream_side_by_side_and_a_seed_repeats_them(client: openai.Open
     assert len(set(streamed)) == 3
 
 
-def test_a_completion_repeats_its_prompt_where_it_is_asked_to(client: openai.OpenAI, session: Session) -> None:
+def test_completion_echoes_its_prompt_on_request(client: openai.OpenAI, session: Session) -> None:
     ids = [session.encode(text).tolist() for text in ("once", "twice")]
     asked: dict[str, Any] = {"model": "chat", "prompt": ids, "n": 2, "max_tokens": 6}
     plain = client.completions.create(**asked).choices
@@ -200,7 +196,7 @@ def test_a_completion_repeats_its_prompt_where_it_is_asked_to(client: openai.Ope
         assert streamed == texts
 
 
-def test_a_response_is_what_the_chat_would_answer_whole_and_as_events(client: openai.OpenAI, session: Session) -> None:
+def test_response_matches_the_chat_whole_and_as_events(client: openai.OpenAI, session: Session) -> None:
     messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hello"}]
     expected = session.generate(messages, max_new_tokens=20, threshold=0.3)
     asked: dict[str, Any] = {"model": "chat", "instructions": "be brief", "max_output_tokens": 20, "extra_body": FREE}
@@ -220,7 +216,7 @@ def test_a_response_is_what_the_chat_would_answer_whole_and_as_events(client: op
     assert events[-1].response.output_text == expected.text
 
 
-def test_a_response_of_a_schema_is_of_it(client: openai.OpenAI) -> None:
+def test_response_obeys_its_schema(client: openai.OpenAI) -> None:
     schema = {"type": "object", "properties": {"yes": {"type": "boolean"}}, "required": ["yes"]}
     form: Any = {"format": {"type": "json_schema", "name": "answer", "schema": schema, "strict": True}}
     asked: dict[str, Any] = {"model": "chat", "input": "?", "text": form, "max_output_tokens": 200, "extra_body": FREE}
@@ -241,14 +237,14 @@ def test_a_response_of_a_schema_is_of_it(client: openai.OpenAI) -> None:
         ({"input": []}, "input"),
     ],
 )
-def test_what_a_response_cannot_have_is_refused_by_name(
+def test_unsupported_response_fields_are_refused_by_name(
     client: openai.OpenAI, more: dict[str, Any], named: str
 ) -> None:
     with pytest.raises(openai.BadRequestError, match=named):
         client.responses.create(**{"model": "chat", "input": "x", **more})
 
 
-def test_prompts_are_texts_or_ids_and_an_encoder_decoder_reads_them(client: openai.OpenAI, t5: Path) -> None:
+def test_prompts_can_be_texts_or_ids_and_encoder_decoders_read_them(client: openai.OpenAI, t5: Path) -> None:
     with Session(t5, threads=1) as session:
         ids = session.encode("one").tolist()
         expected = [session.generate(prompt, max_new_tokens=9).text for prompt in ("one", "two")]
@@ -302,7 +298,7 @@ def test_a_stop_string_ends_the_text_before_it(client: openai.OpenAI, session: S
         ({"extra_body": {"free": {"threshold": 2}}}, openai.BadRequestError, "free.threshold", "free.threshold is 2"),
     ],
 )
-def test_errors_are_the_clients_own_classes(
+def test_errors_are_raised_as_the_clients_own_classes(
     given: dict[str, Any], kind: type[openai.APIStatusError], param: str, message: str, client: openai.OpenAI
 ) -> None:
     with pytest.raises(kind) as raised:
@@ -311,7 +307,7 @@ def test_errors_are_the_clients_own_classes(
     assert message in raised.value.message
 
 
-def test_a_wrong_key_and_a_body_that_is_too_large(chat: Path) -> None:
+def test_wrong_key_and_oversized_body_are_refused(chat: Path) -> None:
     with running(chat, api_key="right", max_body=20_000) as server:
         base = f"{server.url}/v1"
         with openai.OpenAI(base_url=base, api_key="wrong", max_retries=0) as client:
@@ -326,7 +322,7 @@ def test_a_wrong_key_and_a_body_that_is_too_large(chat: Path) -> None:
             assert raised.value.status_code == 413
 
 
-def test_a_full_queue_is_a_rate_limit_and_choices_enter_it_all_or_none(server: Running, client: openai.OpenAI) -> None:
+def test_full_queue_is_a_rate_limit_and_choices_are_queued_all_or_none(server: Running, client: openai.OpenAI) -> None:
     session = server.service.sessions["chat"]
     for waiting, choices in ((8, 1), (6, 3)):
         held = [session.stream([1, 2, 3], ignore_eos=True) for _ in range(waiting)]
@@ -340,7 +336,7 @@ def test_a_full_queue_is_a_rate_limit_and_choices_enter_it_all_or_none(server: R
     assert client.chat.completions.create(model="chat", messages=MESSAGES, max_tokens=1).choices
 
 
-def test_a_deadline_ends_an_answer_with_what_there_is(client: openai.OpenAI, server: Running) -> None:
+def test_deadline_ends_an_answer_with_partial_output(client: openai.OpenAI, server: Running) -> None:
     late = {"free": {"deadline": 0.05}, **ENDLESS}
     options: dict[str, Any] = {"model": "chat", "messages": MESSAGES, "max_tokens": 4000, "extra_body": late}
     whole = client.chat.completions.create(**options)
@@ -360,9 +356,7 @@ def test_a_deadline_ends_an_answer_with_what_there_is(client: openai.OpenAI, ser
 
 
 @pytest.mark.parametrize("server_limit", [None, 0.3])
-def test_a_deadline_before_the_first_token_is_an_error_that_is_not_asked_again(
-    server_limit: float | None, chat: Path
-) -> None:
+def test_deadline_before_the_first_token_is_an_error_without_retry(server_limit: float | None, chat: Path) -> None:
     late: dict[str, Any] = {"model": "chat", "messages": MESSAGES}
     late["extra_body"] = {"free": {"deadline": None if server_limit else 0.3}}
     with (

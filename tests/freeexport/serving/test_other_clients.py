@@ -27,7 +27,9 @@ def expected(session: Session) -> GenerationResult:
     return session.generate(MESSAGES, max_new_tokens=20, threshold=0.3, output_logprobs=True)
 
 
-def test_litellm(server: Running, expected: GenerationResult, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_litellm_completes_and_streams(
+    server: Running, expected: GenerationResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # else it asks the network for prices
     litellm = pytest.importorskip("litellm", reason="litellm is not installed")
     asked: dict[str, Any] = {"model": "openai/chat", "api_base": f"{server.url}/v1", "api_key": "right"}
@@ -46,7 +48,7 @@ def test_litellm(server: Running, expected: GenerationResult, monkeypatch: pytes
             litellm.completion(**{**asked, **wrong})
 
 
-def test_langchain(server: Running, expected: GenerationResult) -> None:
+def test_langchain_invokes_and_streams(server: Running, expected: GenerationResult) -> None:
     langchain = pytest.importorskip("langchain_openai", reason="langchain-openai is not installed")
     options: dict[str, Any] = {"base_url": f"{server.url}/v1", "model": "chat", "max_tokens": 20, "max_retries": 0}
     model = langchain.ChatOpenAI(api_key="right", extra_body=FREE, **options)

@@ -25,7 +25,7 @@ def on(server: Running, text: str) -> str:
     return text.replace("http://127.0.0.1:8000", server.url)
 
 
-def test_the_curl_commands_and_the_client_of_the_page_work(server: Running) -> None:
+def test_curl_commands_and_client_of_the_page_work(server: Running) -> None:
     ((_, commands),) = blocks(DOCS / "serving.md", "<!-- curl -->")
     for line in on(server, commands).replace("\\\n", " ").strip().splitlines():
         run_program(["bash", "-euc", f"{line} > /dev/null"])
@@ -35,7 +35,7 @@ def test_the_curl_commands_and_the_client_of_the_page_work(server: Running) -> N
     assert {line["status"] for line in server.log} == {200}
 
 
-def test_the_program_with_anthropics_client_works(server: Running) -> None:
+def test_anthropic_client_program_works(server: Running) -> None:
     if find_spec("anthropic") is None:
         pytest.skip("anthropic is not installed")
     ((_, program),) = blocks(DOCS / "serving.md", "<!-- anthropic -->")
@@ -44,7 +44,7 @@ def test_the_program_with_anthropics_client_works(server: Running) -> None:
 
 
 @pytest.mark.clients
-def test_the_program_with_spans_works(chat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tracing_program_works(chat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if find_spec("opentelemetry") is None:
         pytest.skip("opentelemetry-api is not installed")
     (tmp_path / "bundle").symlink_to(chat)
@@ -53,7 +53,7 @@ def test_the_program_with_spans_works(chat: Path, tmp_path: Path, monkeypatch: p
     run_program([sys.executable, "-W", "error", "-c", program])
 
 
-def test_the_dashboard_names_what_the_server_exposes(server: Running) -> None:
+def test_dashboard_uses_metrics_that_the_server_exposes(server: Running) -> None:
     asked = {"prompt": "g2p: hello", "max_tokens": 1}  # responses are counted from the first on
     assert httpx.post(f"{server.url}/v1/completions", json=asked).status_code == 200
     exposed = set(re.findall(r"^(\w+)", httpx.get(f"{server.url}/metrics").text, re.MULTILINE))

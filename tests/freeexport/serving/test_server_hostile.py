@@ -10,6 +10,7 @@ import signal
 import socket
 import threading
 import time
+import tracemalloc
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -87,7 +88,7 @@ TOOL = {"type": "function", "function": {"name": "f", "parameters": {"enum": ["x
     ids=["text", "chat", "long", "prompt", "empty", "messages", "role", "prediction", "biases", "ids", "wide", "schema",
          "tools", "calls", "fields"],
 )  # fmt: skip
-def test_a_large_request_holds_up_nobody(
+def test_large_request_does_not_delay_others(
     path: str, body: dict[str, Any], expected: int, message: str, server: Running
 ) -> None:
     content = json.dumps(body, separators=(",", ":")).encode()
@@ -121,7 +122,7 @@ STATES = "start: A\nA: /(.*a.{30}.*)/ & ~/(.*b.{30}.*)/"  # 2 to the 30th
     ],
     ids=["bomb", "pattern", "billion", "later", "const", "letters", "choice", "rules", "states", "references"],
 )
-def test_a_constraint_that_explodes_holds_up_nobody(field: str, constraint: Any, server: Running) -> None:
+def test_explosive_constraint_does_not_delay_others(field: str, constraint: Any, server: Running) -> None:
     pytest.importorskip("llguidance")
     body = {"prompt": "x", "max_tokens": 1, "structured_outputs": {field: constraint}}
     for _ in range(3):
@@ -136,29 +137,30 @@ def test_a_constraint_that_explodes_holds_up_nobody(field: str, constraint: Any,
     pytest.fail(f"/health took {max(took):.2f} s")
 
 
-def test_a_million_tools_are_not_read() -> None:
+def test_request_with_a_million_tools_is_refused_before_parsing() -> None:
     body = b'{"messages": [{"role": "user", "content": "x"}], "tools": [' + b"{}," * 1_300_000 + b"{}]}"
-    began = time.thread_time()
-    with pytest.raises(ApiError, match="tools"):
-        parse(body, ChatRequest)
-    assert time.thread_time() - began < 0.08
+    tracemalloc.start()
+    try:
+        with pytest.raises(ApiError, match="tools"):
+            parse(body, ChatRequest)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 10 * len(body)  # 24 times that if each tool becomes an object
 
 
-def test_a_thousand_biases_are_checked_once() -> None:
+def test_thousand_biases_are_validated_once() -> None:
     options = GenerationOptions(sequence_bias=dict.fromkeys(range(1024), 1.0))
-    began = time.thread_time()
-    for number in range(60):
-        options = replace(options, seed=number)
-    assert time.thread_time() - began < 0.1
+    assert replace(options, seed=1).sequence_bias is options.sequence_bias  # a check makes a new mapping
 
 
 @pytest.mark.parametrize("token", ["--5", "²", "9" * 5000, "-1", "", "१"])
-def test_a_bias_of_what_is_no_token_is_the_clients_mistake(token: str, http: httpx.Client) -> None:
+def test_bias_of_an_invalid_token_is_a_client_error(token: str, http: httpx.Client) -> None:
     answer = http.post(TEXT, json={"prompt": "x", "logit_bias": {token: 1}})
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "logit_bias")
 
 
-def test_messages_that_are_too_long_to_tokenize_keep_the_connection(server: Running) -> None:
+def test_overlong_messages_keep_the_connection_alive(server: Running) -> None:
     connection = http.client.HTTPConnection(*server.address, timeout=20)
     connection.request("POST", "/tokenize", json.dumps({"messages": [{"role": "user", "content": "x" * 5000}]}))
     refused = connection.getresponse()
@@ -172,7 +174,7 @@ def test_messages_that_are_too_long_to_tokenize_keep_the_connection(server: Runn
 
 
 @pytest.mark.parametrize("host", ["[", "evil/secret?", "a b", "[::1", "@"])
-def test_the_host_is_no_part_of_the_path(host: str, server: Running) -> None:
+def test_host_header_does_not_affect_the_path(host: str, server: Running) -> None:
     def ask(line: str) -> bytes:
         return read(server.send(f"{line} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode()))
 
@@ -188,7 +190,7 @@ def test_the_host_is_no_part_of_the_path(host: str, server: Running) -> None:
 
 
 @pytest.mark.parametrize("path", ["/health", TEXT])
-def test_two_lengths_are_refused_and_the_connection_closed(path: str, server: Running) -> None:
+def test_conflicting_body_lengths_are_refused_and_the_connection_closed(path: str, server: Running) -> None:
     method = "GET" if path == "/health" else "POST"
     head = f"{method} {path} HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"
     answer = read(server.send(head.encode() + b"GET /smuggled HTTP/1.1\r\nHost: x\r\n\r\n"))
@@ -198,7 +200,7 @@ def test_two_lengths_are_refused_and_the_connection_closed(path: str, server: Ru
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_ended_its_side_has_its_answer(stream: bool, server: Running) -> None:
+def test_client_that_half_closed_receives_its_answer(stream: bool, server: Running) -> None:
     asked = {"messages": MESSAGES, "max_tokens": 400, "logit_bias": {"2": -100}, "stream": stream}
     connection = server.ask(CHAT, json.dumps(asked).encode())
     connection.shutdown(socket.SHUT_WR)
@@ -210,13 +212,13 @@ def test_a_client_that_ended_its_side_has_its_answer(stream: bool, server: Runni
     assert eventually(lambda: server.log[-1]["status"] == 200)
 
 
-def test_quick_requests_are_answered_after_half_of_the_connection_is_closed(server: Running) -> None:
+def test_short_requests_are_answered_after_the_client_half_closed(server: Running) -> None:
     connection = server.send(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n" * 3)
     connection.shutdown(socket.SHUT_WR)
     assert read(connection).count(b'"ready":true') == 3
 
 
-def test_a_log_that_nobody_reads_drops_lines_and_counts_them() -> None:
+def test_unread_log_drops_lines_and_counts_them() -> None:
     readable, writable = os.pipe()
     with os.fdopen(writable, "w") as stream:
         writer = LogWriter(stream, most=100_000)
@@ -232,7 +234,7 @@ def test_a_log_that_nobody_reads_drops_lines_and_counts_them() -> None:
     assert sum("number" in line for line in lines) + dropped == 50_000
 
 
-def test_an_output_that_nobody_reads_stops_nobody_and_a_second_signal_ends(chat: Path) -> None:
+def test_unread_output_does_not_block_and_a_second_signal_ends_the_server(chat: Path) -> None:
     with command(str(chat), "--port", "0", "--threads", "1", "--log-prompts") as (process, url, _):
         with httpx.Client(base_url=url, timeout=20) as client:
             for _ in range(40):  # 400 kB, and a pipe holds 64
@@ -255,7 +257,7 @@ def _ask_for_long(url: str) -> None:
         httpx.post(url + CHAT, json=body, timeout=60)
 
 
-def test_without_file_descriptors_there_is_a_line_a_second(chat: Path) -> None:
+def test_lack_of_file_descriptors_is_logged_once_a_second(chat: Path) -> None:
     with command(str(chat), "--port", "0", "--threads", "1") as (process, url, _):
         assert httpx.get(url + "/health").status_code == 200
         limit = len(os.listdir(f"/proc/{process.pid}/fd")) + 5

@@ -26,7 +26,7 @@ PROGRAM = shutil.which("schemathesis", path=f"{Path(sys.executable).parent}:{os.
 CHECKS = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
 
 
-def test_the_document_describes_every_path_and_what_it_refers_to() -> None:
+def test_openapi_document_describes_every_path_and_reference() -> None:
     made = document()
     served = application(Service(ServerOptions([Path("bundle")]), print))
     paths = {re.sub(":path", "", route.path) for route in served.routes}  # type: ignore[attr-defined]
@@ -48,7 +48,7 @@ def test_the_document_describes_every_path_and_what_it_refers_to() -> None:
         ("/v1/messages", {"messages": [{"role": "user", "content": "go"}], "max_tokens": 9}, "type"),
     ],
 )
-def test_every_event_of_a_stream_is_as_the_document_says(
+def test_every_stream_event_matches_the_document(
     http: httpx.Client, path: str, asked: dict[str, Any], field: str
 ) -> None:
     schemathesis = pytest.importorskip("schemathesis")
@@ -65,7 +65,7 @@ def test_every_event_of_a_stream_is_as_the_document_says(
 
 @pytest.mark.hypothesis
 @pytest.mark.skipif(PROGRAM is None, reason="needs schemathesis")
-def test_no_request_of_the_document_is_an_error_of_the_server(server: Running, pytestconfig: pytest.Config) -> None:
+def test_no_generated_request_causes_a_server_error(server: Running, pytestconfig: pytest.Config) -> None:
     if settings.get_current_profile_name() != SEARCH:
         pytest.skip("takes a minute: --hypothesis-profile search")
     command = [str(PROGRAM), "run", f"{server.url}/openapi.json", "--no-color", "--generation-database", "none"]

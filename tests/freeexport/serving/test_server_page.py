@@ -26,7 +26,7 @@ ANSWER = [{"choices": [{"index": 0, "delta": {"content": MARKUP}, "free": {"sour
 browser = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
 
 
-def test_the_policy_allows_only_the_files_own_script_and_style(http: httpx.Client) -> None:
+def test_content_policy_allows_only_the_pages_own_script_and_style(http: httpx.Client) -> None:
     response = http.get("/")
     assert response.headers["content-type"] == "text/html; charset=utf-8"
     assert response.content == FILE.read_bytes()
@@ -39,7 +39,7 @@ def test_the_policy_allows_only_the_files_own_script_and_style(http: httpx.Clien
         assert policy[f"{tag}-src"] == f"'sha256-{digest}'"
 
 
-def test_the_file_is_complete_and_inserts_only_text() -> None:
+def test_page_is_self_contained_and_inserts_only_text() -> None:
     text = FILE.read_text(encoding="utf-8")
     assert not re.search(r"https?:|@import|url\(|\ssrc=|\son\w+=|\sstyle=", text)
     assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|localStorage", text)
@@ -50,14 +50,14 @@ def test_the_file_is_complete_and_inserts_only_text() -> None:
         assert (name is not None and name[1] in labelled) or 'name="mode"' in attributes, (tag, attributes)
 
 
-def test_without_the_page_its_path_does_not_exist(chat: Path) -> None:
+def test_path_of_a_disabled_page_is_not_found(chat: Path) -> None:
     with running(chat, page=False) as server:
         assert httpx.get(server.url).status_code == 404
         assert "/" not in httpx.get(f"{server.url}/openapi.json").json()["paths"]
     assert "/" in document()["paths"]
 
 
-def test_each_token_tells_its_source_if_requested(http: httpx.Client, session: Session) -> None:
+def test_tokens_report_their_source_on_request(http: httpx.Client, session: Session) -> None:
     prompt = list(PROMPTS[0])
     full = session.generate(prompt, mode="full", max_new_tokens=30, ignore_eos=True)
     asked: dict[str, Any] = {"prompt": prompt, "max_tokens": 30, "ignore_eos": True}
@@ -105,7 +105,7 @@ def write(page: Page, text: str) -> None:
 
 
 @browser
-def test_the_page_streams_counts_and_draws_what_the_server_tells(server: Running, page: Page) -> None:
+def test_page_streams_counts_and_draws_the_server_response(server: Running, page: Page) -> None:
     page.call("Page.navigate", url=server.url)
     page.wait("document.querySelector('#about')?.textContent.includes('exit after layer 1')")
     page.run("document.querySelector('[value=free]').focus(); document.querySelector('[value=lossless]').focus()")
@@ -141,7 +141,7 @@ def test_the_page_streams_counts_and_draws_what_the_server_tells(server: Running
 
 
 @browser
-def test_markup_in_prompts_and_answers_is_text(server: Running, page: Page) -> None:
+def test_markup_in_prompts_and_answers_is_shown_as_text(server: Running, page: Page) -> None:
     page.call("Page.navigate", url=server.url)
     page.wait("document.querySelector('#about')?.textContent.includes('exit after layer 1')")
     events = "".join(f"data: {json.dumps(each)}\n\n" for each in ANSWER)
@@ -161,7 +161,7 @@ def test_markup_in_prompts_and_answers_is_text(server: Running, page: Page) -> N
 
 
 @browser
-def test_a_server_with_a_key_is_unlocked_for_the_tab(guarded: Running, page: Page) -> None:
+def test_server_with_a_key_is_unlocked_for_one_browser_tab(guarded: Running, page: Page) -> None:
     page.call("Page.navigate", url=guarded.url)
     page.wait("document.querySelector('#error')?.textContent.includes('API key')")
     assert page.run("document.activeElement.id") == "key"

@@ -40,7 +40,7 @@ def chat_with(server: Running, texts: list[str], **fields: Any) -> Any:
     return httpx.post(f"{server.url}/v1/chat/completions", json=asked, timeout=60).json()
 
 
-def test_a_second_turn_says_how_many_tokens_were_cached(server: Running, chat: Path) -> None:
+def test_second_turn_reports_cached_tokens(server: Running, chat: Path) -> None:
     texts = ["Once upon a time there was a very long message"]
     first = chat_with(server, texts)
     texts += [first["choices"][0]["message"]["content"], "and then?"]
@@ -60,7 +60,7 @@ def rereading(bundle: Bundles, monkeypatch: pytest.MonkeyPatch) -> Path:
     return bundle(LONG, 1, precision="int8", kernels="freeexport", capacity=512)
 
 
-def test_the_next_turn_finds_an_answer_that_was_read_while_idle(rereading: Path) -> None:
+def test_next_turn_reuses_an_answer_read_while_idle(rereading: Path) -> None:
     options = GenerationOptions(max_new_tokens=100, ignore_eos=True, output_logprobs=True)
 
     async def talk(session: Session) -> tuple[list[int], GenerationResult]:
@@ -82,7 +82,7 @@ def test_the_next_turn_finds_an_answer_that_was_read_while_idle(rereading: Path)
     assert (ours.token_ids, ours.logprobs) == (alone.token_ids, alone.logprobs)
 
 
-def test_a_server_reads_answers_while_idle_and_counts_them_apart(rereading: Path) -> None:
+def test_server_reads_answers_while_idle_and_counts_them_separately(rereading: Path) -> None:
     with running(rereading, prefix_cache_mb=64) as server:
         used = chat_with(server, ["hello"], max_tokens=100)["usage"]
         session = next(iter(server.service.sessions.values()))
@@ -92,7 +92,7 @@ def test_a_server_reads_answers_while_idle_and_counts_them_apart(rereading: Path
         assert len(server.log) == 1
 
 
-def test_answers_are_not_read_while_requests_run_or_where_nobody_reuses_them(
+def test_answers_are_not_read_while_busy_or_if_they_cannot_be_reused(
     rereading: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(answers, "IDLE", 0.0)
@@ -115,7 +115,7 @@ def test_answers_are_not_read_while_requests_run_or_where_nobody_reuses_them(
 
 
 @pytest.mark.parametrize("path", ["chat/completions", "messages", "responses"])
-def test_a_chat_that_cannot_be_queued_is_refused_and_not_read(path: str, server: Running, http: httpx.Client) -> None:
+def test_refused_chat_is_not_read_while_idle(path: str, server: Running, http: httpx.Client) -> None:
     messages = [{"role": "user", "content": "hello"}]
     asked = {"input": messages} if path == "responses" else {"messages": messages, "max_tokens": 5}
     answer = http.post(f"/v1/{path}", json={**asked, "free": {"mode": "rollback"}})
@@ -124,7 +124,7 @@ def test_a_chat_that_cannot_be_queued_is_refused_and_not_read(path: str, server:
     assert server.service.answers.waiting == 0
 
 
-def test_a_prompt_counts_once_for_all_its_choices(server: Running) -> None:
+def test_prompt_counts_once_for_all_choices(server: Running) -> None:
     prompts = [[7, *PROMPT], [8, *PROMPT]]
     fields: dict[str, Any] = {"n": 2, "seed": 1, "temperature": 1}
     assert cached(ask(server, prompts, **fields)) == 0
@@ -132,7 +132,7 @@ def test_a_prompt_counts_once_for_all_its_choices(server: Running) -> None:
     assert (cached(again), again["usage"]["prompt_tokens"]) == (2 * 32, 2 * 41)
 
 
-def test_users_with_a_salt_share_with_nobody_else(server: Running) -> None:
+def test_prefixes_are_not_shared_between_salts(server: Running) -> None:
     for turn in range(2):
         for fields in ({}, {"cache_salt": "a"}, {"cache_salt": "b"}):
             assert cached(ask(server, [9, *PROMPT], **fields)) == 32 * turn
@@ -184,7 +184,7 @@ def test_metrics_count_looked_up_and_reused_tokens(server: Running, http: httpx.
     ("given", "expected"),
     [([], PREFIX_CACHE_MB), (["--device", "cuda:0"], 0), (["--prefix-cache-mb", "7"], 7)],
 )
-def test_the_command_keeps_prefixes_on_a_cpu(
+def test_serve_keeps_prefixes_on_a_cpu(
     given: list[str], expected: int, chat: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     served: list[SessionOptions] = []

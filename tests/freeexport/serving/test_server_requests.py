@@ -42,18 +42,18 @@ def refused(base: dict[str, Any], **fields: Any) -> ApiError:
         ("background", True),
     ],
 )
-def test_what_is_not_supported_is_refused_by_name(field: str, value: Any) -> None:
+def test_unsupported_fields_are_refused_by_name(field: str, value: Any) -> None:
     error = refused(CHAT, **{field: value})
     assert (error.code, error.param) == ("unsupported", field)
     assert error.message.startswith(f"{field} is not supported; ")
 
 
-def test_fields_that_say_nothing_are_taken() -> None:
+def test_null_and_default_fields_are_accepted() -> None:
     nothing = {"frequency_penalty": 0, "tools": [], "tool_choice": "auto", "response_format": {"type": "text"}}
     assert read(CHAT, top_logprobs=0, max_tokens=None, store=False, user="somebody", **nothing).limit is None
 
 
-def test_penalties_are_those_of_openai() -> None:
+def test_penalties_match_the_openai_definition() -> None:
     for base in (CHAT, {"prompt": "x"}):
         options = read(base, frequency_penalty=0.5, presence_penalty=-0.5).options(None, None)
         assert (options.frequency_penalty, options.presence_penalty) == (0.5, -0.5)
@@ -62,7 +62,7 @@ def test_penalties_are_those_of_openai() -> None:
         assert api_error(raised.value).param == "frequency_penalty"
 
 
-def test_fields_that_change_nothing_are_taken_whatever_they_hold() -> None:
+def test_fields_without_effect_are_accepted_with_any_value() -> None:
     harmless = {"metadata": {"run": "x" * 500}, "store": True, "truncation": "auto", "reasoning_effort": "high"}
     for base in (CHAT, {"prompt": "x"}):
         assert read(base, **harmless).limit is None
@@ -79,7 +79,7 @@ def test_fields_that_change_nothing_are_taken_whatever_they_hold() -> None:
         ({"prediction": {"type": "text", "content": ""}}, "; choose 'content'"),
     ],
 )  # fmt: skip
-def test_a_wrong_choice_is_told_the_choices(fields: dict[str, Any], message: str) -> None:
+def test_invalid_choice_is_refused_with_the_choices(fields: dict[str, Any], message: str) -> None:
     said = refused(CHAT, **fields).message
     assert message in said
     assert "; choose '" in said
@@ -105,7 +105,7 @@ def test_a_wrong_choice_is_told_the_choices(fields: dict[str, Any], message: str
         (b'{"messages": [{"role": "user", "content": "x"}], "max_tokens": 1e400}', "max_tokens: Number out of range"),
     ],
 )
-def test_a_malformed_body_is_one_line(body: bytes, message: str) -> None:
+def test_malformed_body_gives_a_one_line_error(body: bytes, message: str) -> None:
     with pytest.raises(ApiError) as raised:
         parse(body, ChatRequest)
     assert raised.value.status == 400
@@ -149,7 +149,7 @@ PARTS = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
         (TEXT, {"prompt": ["a", [1]]}, "prompt", "mixes text and token ids"),
     ],
 )
-def test_a_value_that_cannot_be_is_refused_by_name(
+def test_invalid_value_is_refused_by_name(
     base: dict[str, Any], fields: dict[str, Any], param: str, message: str
 ) -> None:
     error = refused(base, **fields)
@@ -158,7 +158,7 @@ def test_a_value_that_cannot_be_is_refused_by_name(
 
 
 @pytest.mark.parametrize("digits", [30, 5000])
-def test_a_whole_number_of_many_digits_is_refused(digits: int) -> None:
+def test_overlong_integer_is_refused(digits: int) -> None:
     with pytest.raises(ApiError) as raised:
         parse(b'{"prompt": "x", "max_tokens": -1' + b"0" * digits + b"}", CompletionRequest)
     assert len(raised.value.message) < 400
@@ -174,7 +174,7 @@ IMAGE = {"type": "image_url", "image_url": {"url": "x"}}
         ({"role": "user", "content": "x", "name": "Ann"}, "messages[0].name"),
     ],
 )
-def test_parts_of_messages_that_are_no_text_are_refused(message: dict[str, Any], named: str) -> None:
+def test_non_text_message_parts_are_refused(message: dict[str, Any], named: str) -> None:
     with pytest.raises(ApiError, match="not supported") as raised:
         _ = read(CHAT, messages=[message]).prompts
     assert raised.value.param == named
@@ -203,14 +203,14 @@ def test_parts_of_messages_that_are_no_text_are_refused(message: dict[str, Any],
         (CHAT, {"prediction": {**PREDICTION, "content": ""}}, {"mode": "free", "predicted_output": None}),
     ],
 )  # fmt: skip
-def test_options_are_asked_for_as_clients_do(
+def test_options_are_read_in_the_form_of_clients(
     base: dict[str, Any], fields: dict[str, Any], expected: dict[str, Any]
 ) -> None:
     options = read(base, **fields).options("free", 2)
     assert {name: getattr(options, name) for name in expected} == expected
 
 
-def test_prompts_are_texts_ids_or_messages() -> None:
+def test_prompts_can_be_texts_ids_or_messages() -> None:
     for prompt, prompts in (("x", ["x"]), ([1, 2], [[1, 2]]), (["a", "b"], ["a", "b"]), ([[1], [2]], [[1], [2]])):
         assert read(TEXT, prompt=prompt).prompts == prompts
     chat = read(CHAT, messages=[{"role": "developer", "content": PARTS}])

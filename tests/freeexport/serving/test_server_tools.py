@@ -88,7 +88,7 @@ JSON: dict[str, Any] = {"response_format": {"type": "json_object"}}
         ({"tools": TOOLS, "tool_choice": "required"}, PARAMETERS, written(BARE, OSLO), False),
     ],
 )
-def test_answers_keep_the_grammar_of_calls(
+def test_answers_obey_the_tool_call_grammar(
     fields: dict[str, Any], form: CallForm, text: str, allowed: bool, session: Session
 ) -> None:
     request, tokenizer = chat(**fields), session.tokenizer
@@ -101,7 +101,7 @@ def test_answers_keep_the_grammar_of_calls(
 
 
 @pytest.mark.parametrize("form", [MARKED, BARE, PARAMETERS])
-def test_calls_are_read_however_they_come(form: CallForm) -> None:
+def test_tool_calls_are_parsed_from_any_chunking(form: CallForm) -> None:
     before = "I ask <tool_ca\n" if form.marked else ""
     text = before + written(form, ROME, NOW, OSLO)
     answer, calls = read_calls(text, form)
@@ -130,7 +130,7 @@ def test_calls_are_read_however_they_come(form: CallForm) -> None:
     assert read_calls("plain text", form) == ("plain text", [])
 
 
-def test_the_form_is_the_templates(session: Session) -> None:
+def test_tool_call_format_is_that_of_the_template(session: Session) -> None:
     class Template:
         special_ids = (5,)
 
@@ -151,7 +151,7 @@ def test_the_form_is_the_templates(session: Session) -> None:
     assert form_of(None) == CallForm(shown=False)
 
 
-def test_a_template_without_tools_is_told_of_them_in_texts() -> None:
+def test_tools_are_described_in_text_if_the_template_has_none() -> None:
     messages = [{"role": "system", "content": "Be brief."}, *MESSAGES,
                 {"role": "assistant", "content": "",
                  "tool_calls": [{"id": "1", "type": "function", "function": {"name": "clock", "arguments": {}}}]},
@@ -194,13 +194,13 @@ def test_a_template_without_tools_is_told_of_them_in_texts() -> None:
          "messages[0].tool_calls[0].function.arguments", "not a JSON object"),
     ],
 )  # fmt: skip
-def test_fields_that_do_not_fit_are_refused_by_name(fields: dict[str, Any], param: str, message: str) -> None:
+def test_inconsistent_fields_are_refused_by_name(fields: dict[str, Any], param: str, message: str) -> None:
     with pytest.raises(ApiError, match=message) as raised:
         _ = chat(**fields).prompts
     assert (raised.value.status, raised.value.param) == (400, param)
 
 
-def test_constraints_are_options_of_the_session() -> None:
+def test_response_constraints_become_session_options() -> None:
     schema = {"type": "integer"}
     named = {"name": "n", "schema": schema, "strict": True}
     for fields, expected in (
@@ -245,7 +245,7 @@ ASKED: dict[str, Any] = {"model": "chat", "messages": MESSAGES, "max_tokens": 20
     ("fields", "names"),
     [({"tool_choice": "required", "parallel_tool_calls": False}, {"weather", "clock"}), (NAMED, {"clock"})],
 )
-def test_calls_have_the_clients_types_whole_and_in_a_stream(
+def test_tool_calls_have_the_clients_types_whole_and_streamed(
     fields: dict[str, Any], names: set[str], client: openai.OpenAI
 ) -> None:
     asked = {**ASKED, "tools": TOOLS, **fields, "n": 2}
@@ -268,7 +268,7 @@ def test_calls_have_the_clients_types_whole_and_in_a_stream(
         assert (ours.function.name, ours.function.arguments) == (theirs.function.name, theirs.function.arguments)
 
 
-def test_a_conversation_goes_on_after_a_call(client: openai.OpenAI) -> None:
+def test_conversation_continues_after_a_tool_call(client: openai.OpenAI) -> None:
     asked = {**ASKED, "tools": TOOLS, "tool_choice": "required", "parallel_tool_calls": False}
     message = client.chat.completions.create(**asked).choices[0].message
     (call,) = message.tool_calls or ()
@@ -281,7 +281,7 @@ def test_a_conversation_goes_on_after_a_call(client: openai.OpenAI) -> None:
     assert cut.finish_reason == "length"
 
 
-def test_responses_call_functions_and_go_on_after_them(client: openai.OpenAI) -> None:
+def test_responses_call_functions_and_continue(client: openai.OpenAI) -> None:
     chosen = client.chat.completions.create(**{**ASKED, **NAMED}).choices[0].message.tool_calls or ()
     tools: Any = [{"type": "function", "strict": False, **tool["function"]} for tool in TOOLS]
     asked: dict[str, Any] = {"model": "chat", "tools": tools, "tool_choice": {"type": "function", "name": "clock"}}
@@ -343,7 +343,7 @@ def test_answers_are_parsed_into_the_clients_models(client: openai.OpenAI) -> No
         ({"free": {"mode": "fast"}, **JSON}, "free.mode", "Invalid enum"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_followed_is_a_bad_request(
+def test_unsupported_constraint_is_a_bad_request(
     fields: dict[str, Any], param: str, message: str, server: Running
 ) -> None:
     answer = httpx.post(f"{server.url}/v1/chat/completions", json={**ASKED, **fields}, timeout=60)

@@ -44,7 +44,7 @@ def idle(session: Session) -> bool:
     return counted.running == counted.waiting == 0 and counted.kv_cache_usage == 0
 
 
-def test_a_stream_is_these_bytes(http: httpx.Client) -> None:
+def test_stream_has_the_documented_bytes(http: httpx.Client) -> None:
     asked = {"prompt": [5, 6], "max_tokens": 2, "stream": True, "free": {"mode": "full"}}
     asked["stream_options"] = {"include_usage": True}
     answer = http.post(TEXT, json=asked)
@@ -65,7 +65,7 @@ def test_a_stream_is_these_bytes(http: httpx.Client) -> None:
     )
 
 
-def test_chunks_say_which_of_their_tokens_exited(http: httpx.Client, server: Running) -> None:
+def test_chunks_report_which_tokens_exited(http: httpx.Client, server: Running) -> None:
     asked = {"messages": MESSAGES, "max_tokens": 30, "free": {"threshold": 0.3, "exits": True}}
     lines = http.post(CHAT, json={**asked, "stream": True}).text.split("\n\n")
     chunks = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: {")]
@@ -88,7 +88,7 @@ def test_a_silent_stream_has_pings(server: Running, monkeypatch: pytest.MonkeyPa
         assert list(lines)[-2:] == ["data: [DONE]", ""]
 
 
-def test_tokens_and_text_go_both_ways(http: httpx.Client, server: Running) -> None:
+def test_token_ids_and_text_are_accepted_and_returned(http: httpx.Client, server: Running) -> None:
     session = server.service.sessions["m"]
     found = http.post("/tokenize", json={"prompt": "hello"}).json()
     assert found == {"count": 6, "max_model_len": 4096, "tokens": session.encode("hello").tolist()}
@@ -99,7 +99,7 @@ def test_tokens_and_text_go_both_ways(http: httpx.Client, server: Running) -> No
         assert http.post(path, json=body).status_code == 400
 
 
-def test_health_is_open_and_names_the_model(http: httpx.Client) -> None:
+def test_health_needs_no_key_and_names_the_model(http: httpx.Client) -> None:
     assert http.get("/health").json() == {"status": "ready", "ready": True}
     assert http.get("/v2/health/live").json() == {"live": True}
     assert http.get("/v2/health/ready").status_code == 200
@@ -109,7 +109,7 @@ def test_health_is_open_and_names_the_model(http: httpx.Client) -> None:
     assert http.get(CHAT).status_code == 405
 
 
-def test_metrics_count_what_the_log_says(chat: Path) -> None:
+def test_metrics_match_the_log(chat: Path) -> None:
     with running(chat, names=("m",)) as server:
         for mode, threshold in (("free", 0.3), ("lossless", 0.1), ("full", None)):
             asked = {"messages": MESSAGES, "max_tokens": 30, "free": {"mode": mode, "threshold": threshold}}
@@ -131,9 +131,7 @@ def test_metrics_count_what_the_log_says(chat: Path) -> None:
     assert float(figures[f'freeexport_http_responses_total{{path="{CHAT}",status="200"}}']) == 3
 
 
-def test_drafts_from_a_text_are_counted_as_the_dashboard_divides_them(
-    chat: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_text_drafts_are_counted_as_the_dashboard_divides_them(chat: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     draft_texts(monkeypatch)
     with running(chat, names=("m",)) as server:
         asked: dict[str, Any] = {"messages": MESSAGES, "max_tokens": 60, **ENDLESS}
@@ -156,9 +154,7 @@ def test_drafts_from_a_text_are_counted_as_the_dashboard_divides_them(
     assert drafts[divided[1]] / drafts[divided[2]] == pytest.approx(accepted / (accepted + rejected))
 
 
-def test_the_log_has_no_prompt_unless_it_is_asked_for(
-    server: Running, http: httpx.Client, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_log_has_no_prompt_by_default(server: Running, http: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
     """And a prompt is one line of ASCII, whatever separates lines in it."""
     text = "a secret\u2028b\u0085c\x9bd\x00e\x7f"
     lines: list[str] = []
@@ -174,7 +170,7 @@ def test_the_log_has_no_prompt_unless_it_is_asked_for(
     assert {"id", "model", "prompt_tokens", "exit_rate", "queue_seconds", "seconds"} <= set(found[0])
 
 
-def test_pages_of_other_origins_may_ask_only_where_allowed(http: httpx.Client, tmp_path: Path) -> None:
+def test_other_origins_are_allowed_only_if_configured(http: httpx.Client, tmp_path: Path) -> None:
     asking = {"Origin": "http://page", "Access-Control-Request-Method": "POST"}
     closed = TestClient(routes.application(Service(ServerOptions([tmp_path]), lambda line: None)))
     assert "access-control-allow-origin" not in closed.options(CHAT, headers=asking).headers
@@ -182,7 +178,7 @@ def test_pages_of_other_origins_may_ask_only_where_allowed(http: httpx.Client, t
     assert "access-control-allow-origin" not in http.options(CHAT, headers={**asking, "Origin": "http://evil"}).headers
 
 
-def test_a_hundred_clients_that_vanish_free_their_slots(server: Running) -> None:
+def test_hundred_disconnected_clients_free_their_slots(server: Running) -> None:
     session = server.service.sessions["m"]
     bodies = [json.dumps({**LONG, "stream": stream}).encode() for stream in (True, False)]
     source, before = random.Random(4), len(server.log)
@@ -202,7 +198,7 @@ def test_a_hundred_clients_that_vanish_free_their_slots(server: Running) -> None
     assert still_answers(server)
 
 
-def test_a_slot_is_free_within_a_token_of_a_client_that_left(server: Running) -> None:
+def test_slot_is_freed_within_a_token_of_a_disconnect(server: Running) -> None:
     session, before = server.service.sessions["m"], len(server.log)
     with server.ask(CHAT, json.dumps(LONG).encode()) as connection:
         assert connection.recv(1 << 16)
@@ -212,7 +208,7 @@ def test_a_slot_is_free_within_a_token_of_a_client_that_left(server: Running) ->
     assert server.log[-1]["completion_tokens"] < 400
 
 
-def test_a_slow_reader_keeps_no_slot_and_gets_all_in_the_end(chat: Path) -> None:
+def test_slow_reader_blocks_no_slot_and_receives_everything(chat: Path) -> None:
     with running(chat, slots=1, buffer=4096) as server:
         session = next(iter(server.service.sessions.values()))
         connection = server.ask(CHAT, json.dumps({**LONG, "max_tokens": 1000, "free": {"exits": True}}).encode())
@@ -224,7 +220,7 @@ def test_a_slow_reader_keeps_no_slot_and_gets_all_in_the_end(chat: Path) -> None
 
 
 @pytest.mark.parametrize("told", [True, False])
-def test_a_body_of_ten_megabytes_is_refused(told: bool, server: Running) -> None:
+def test_ten_megabyte_body_is_refused(told: bool, server: Running) -> None:
     body = b"x" * 10_000_000
     head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
     if told:
@@ -250,7 +246,7 @@ def _send(connection: Any, data: bytes) -> None:
 @pytest.mark.parametrize(
     ("path", "expected"), [("/missing", 404), ("/health", 405), ("/v1/audio/transcriptions", 400), (CHAT, 413)]
 )
-def test_a_client_that_sends_its_whole_body_first_reads_a_refusal(path: str, expected: int, server: Running) -> None:
+def test_client_that_sends_its_whole_body_first_reads_the_refusal(path: str, expected: int, server: Running) -> None:
     # It asks to close the connection, and would not read before it has sent everything.
     request = urllib.request.Request(server.url + path, data=b"x" * 40_000_000)
     with pytest.raises(urllib.error.HTTPError) as refused:
@@ -260,7 +256,7 @@ def test_a_client_that_sends_its_whole_body_first_reads_a_refusal(path: str, exp
         assert json.load(answer)["error"]["message"]
 
 
-def test_no_more_than_a_limit_of_a_refused_body_is_read(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_at_most_a_limit_of_a_refused_body_is_read(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(middleware, "DISCARDED", 1_000_000)
     connection = server.send(b"POST /missing HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
     assert status(connection.recv(1 << 16)) == 404
@@ -273,7 +269,7 @@ def test_no_more_than_a_limit_of_a_refused_body_is_read(server: Running, monkeyp
     assert status(read(connection)) == 404  # closed by the server
 
 
-def test_a_refused_body_that_does_not_come_leaves_no_traceback_at_shutdown(chat: Path) -> None:
+def test_missing_refused_body_leaves_no_traceback_at_shutdown(chat: Path) -> None:
     with command(str(chat), "--port", "0", "--threads", "1") as (process, url, _):
         address = httpx.URL(url)
         connection = socket.create_connection((address.host, address.port))
@@ -285,7 +281,7 @@ def test_a_refused_body_that_does_not_come_leaves_no_traceback_at_shutdown(chat:
     assert "Traceback" not in said
 
 
-def test_a_body_that_does_not_come_is_given_up(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_body_times_out(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(routes, "BODY_SECONDS", 0.2)
     head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n"
     half = server.send(head.encode() + b'{"mess')
@@ -298,7 +294,7 @@ def test_a_body_that_does_not_come_is_given_up(server: Running, monkeypatch: pyt
     assert still_answers(server)
 
 
-def test_malformed_bodies_and_heads_are_errors_of_the_client(server: Running) -> None:
+def test_malformed_bodies_and_headers_are_client_errors(server: Running) -> None:
     for body in (b"\xff\xfe\xfd", b"{" * 50_000, b'{"prompt": "\xc3\x28"}', b"", b"0" * 90_000):
         answer = read(server.ask(CHAT, body))
         assert status(answer) == 400
@@ -312,7 +308,7 @@ def test_malformed_bodies_and_heads_are_errors_of_the_client(server: Running) ->
     assert still_answers(server)
 
 
-def test_an_engine_that_fails_is_an_error_of_the_server(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_engine_failure_is_a_server_error(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     async def failing(stream: AsyncStream) -> Token:
         raise EngineError("the engine is broken")
 
@@ -334,7 +330,7 @@ def test_an_engine_that_fails_is_an_error_of_the_server(server: Running, monkeyp
     assert idle(server.service.sessions["m"])
 
 
-def test_a_server_that_loads_is_alive_and_not_ready(tmp_path: Path) -> None:
+def test_loading_server_is_alive_but_not_ready(tmp_path: Path) -> None:
     service = Service(ServerOptions([tmp_path]), lambda line: None)
     client = TestClient(routes.application(service))
     assert client.get("/v2/health/live").status_code == 200
@@ -344,7 +340,7 @@ def test_a_server_that_loads_is_alive_and_not_ready(tmp_path: Path) -> None:
     assert refused.headers["retry-after"] == "1"
 
 
-def test_shutdown_lets_running_requests_end_and_refuses_new_ones(chat: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shutdown_finishes_running_requests_and_refuses_new_ones(chat: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, refuses = Call.run, threading.Event()
 
     def held(call: Call) -> None:
@@ -371,7 +367,7 @@ def test_shutdown_lets_running_requests_end_and_refuses_new_ones(chat: Path, mon
     assert answers[0].json()["usage"]["completion_tokens"] == 60
 
 
-def test_what_still_runs_at_the_end_of_the_shutdown_is_told_so(chat: Path) -> None:
+def test_requests_running_at_the_end_of_shutdown_receive_an_error(chat: Path) -> None:
     with running(chat, names=("m",), shutdown_timeout=0.1) as server:
         answers: dict[bool, bytes] = {}
 

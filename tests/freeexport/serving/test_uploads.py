@@ -20,7 +20,7 @@ def part(name: str, content: bytes, more: str = "") -> bytes:
     return f'--line\r\nContent-Disposition: form-data; name="{name}"{more}\r\n\r\n'.encode() + content + b"\r\n"
 
 
-def test_fields_of_a_form_are_read() -> None:
+def test_form_fields_are_read() -> None:
     body = part("file", b"\r\n--lin\0", '; filename="a.wav"') + part("language", "d\u00e9".encode()) + b"--line--\r\n"
     assert form_fields(KIND, b"preamble\r\n" + body) == {"file": b"\r\n--lin\0", "language": "d\u00e9".encode()}
     assert form_fields('multipart/form-data; boundary="line"', body[: -len(b"--line--\r\n")]) != {}
@@ -42,13 +42,13 @@ def test_fields_of_a_form_are_read() -> None:
         (KIND, part("prompt", b"x" * (LARGEST_TEXT + 1)) + b"--line--", "or 65536 bytes beside the file"),
     ],
 )
-def test_other_forms_are_refused(kind: str, body: bytes, message: str) -> None:
+def test_invalid_forms_are_refused(kind: str, body: bytes, message: str) -> None:
     with pytest.raises(ApiError, match=message) as caught:
         form_fields(kind, body)
     assert caught.value.status == 400
 
 
-def test_a_million_fields_take_no_time() -> None:
+def test_form_with_a_million_fields_is_refused_quickly() -> None:
     body = b"".join(part(f"f{n}", b"") for n in range(200_000))
     hostile = b"--line" * 2_000_000
     head = "multipart/form-data; x=" + '"' * 30_000 + ";" * 30_000
@@ -60,7 +60,7 @@ def test_a_million_fields_take_no_time() -> None:
     assert time.thread_time() - began < 0.3
 
 
-def test_a_server_of_text_refuses_a_sound_before_it_has_come(server: Running) -> None:
+def test_text_server_refuses_audio_before_the_upload(server: Running) -> None:
     connection = server.send(
         f"POST {PATH} HTTP/1.1\r\nHost: x\r\nContent-Type: {KIND}\r\nContent-Length: 60000000\r\n\r\n".encode()
     )
@@ -75,7 +75,7 @@ def test_a_server_of_text_refuses_a_sound_before_it_has_come(server: Running) ->
     assert b"no served model accepts speech" in answer
 
 
-def test_a_form_of_many_fields_holds_up_nobody(server: Running) -> None:
+def test_form_with_many_fields_does_not_delay_others(server: Running) -> None:
     body = b"".join(part(f"f{n}", b"") for n in range(500_000)) + b"--line--"
     for _ in range(3):
         with health_watched(server) as took:

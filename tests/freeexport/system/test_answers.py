@@ -56,7 +56,7 @@ def result_of(text: str, finish_reason: Any = "eos") -> GenerationResult:
     return GenerationResult(text, (1,), (False,), (None,), finish_reason, Stats())
 
 
-def test_lines_in_flight_together_are_answered_as_one_by_one(run: Run, tmp_path: Path) -> None:
+def test_concurrent_lines_give_the_results_of_single_lines(run: Run, tmp_path: Path) -> None:
     outputs = []
     for batch in ("1", "3", "64"):
         result = run("--output", str(tmp_path / batch), "--batch-size", batch)
@@ -77,7 +77,7 @@ def test_lines_in_flight_together_are_answered_as_one_by_one(run: Run, tmp_path:
     assert f"{len(failed)} of 10 lines of" in result.stderr
 
 
-def test_a_line_that_takes_longer_than_its_deadline_failed(run: Run, tmp_path: Path) -> None:
+def test_line_beyond_its_deadline_fails(run: Run, tmp_path: Path) -> None:
     result = run("--output", str(tmp_path / "out"), "-o", "deadline=1e-9")
     records = [json.loads(line) for line in (tmp_path / "out").read_text().splitlines()]
     assert result.exit_code == 1
@@ -90,7 +90,7 @@ def test_a_line_that_takes_longer_than_its_deadline_failed(run: Run, tmp_path: P
         assert "deadline is" in result.stderr.splitlines()[-1]
 
 
-def test_lines_are_answered_as_soon_as_those_before_them_and_not_too_far_ahead() -> None:
+def test_lines_are_written_in_order_with_limited_lookahead() -> None:
     hold, asked = threading.Event(), list[str]()
 
     def ask(text: str, cancel: threading.Event) -> list[GenerationResult]:
@@ -110,7 +110,7 @@ def test_lines_are_answered_as_soon_as_those_before_them_and_not_too_far_ahead()
     assert [line.line_number for line, _ in going] == list(range(3, 100))
 
 
-def test_an_error_of_one_line_is_its_own_and_one_of_the_options_ends_the_run() -> None:
+def test_error_of_a_line_is_recorded_and_an_option_error_ends_the_run() -> None:
     errors: dict[str, Exception] = {
         "a": PromptError("no"),
         "b": RuntimeError("engine\nfailed"),
@@ -131,7 +131,7 @@ def test_an_error_of_one_line_is_its_own_and_one_of_the_options_ends_the_run() -
         next(going)
 
 
-def test_an_interrupted_file_keeps_what_was_answered_and_ends_what_runs(tmp_path: Path) -> None:
+def test_interrupt_keeps_finished_results_and_cancels_running_requests(tmp_path: Path) -> None:
     ended = list[str]()
 
     def ask(text: str, cancel: threading.Event) -> list[GenerationResult]:
@@ -170,7 +170,7 @@ def records(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def test_a_line_has_its_name_input_result_and_target(tmp_path: Path) -> None:
+def test_line_has_its_id_input_result_and_target(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
     answered(path, [InputLine(3, "x", "y", "a"), BrokenLine(4, "bad"), InputLine(5, "\ud800", "", "\ud800é")])
     assert path.read_text(encoding="utf-8").splitlines()[0] == (
@@ -182,7 +182,7 @@ def test_a_line_has_its_name_input_result_and_target(tmp_path: Path) -> None:
     assert (escaped["id"], escaped["input"], escaped["target"]) == ("\ud800é", "\ud800", "")
 
 
-def test_an_output_with_content_is_refused_or_emptied_at_the_first_result(tmp_path: Path) -> None:
+def test_nonempty_output_is_refused_or_truncated_at_the_first_result(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
     path.write_text("precious")
     with pytest.raises(OptionError, match="exists; continue with --resume, replace with --overwrite"):
@@ -193,7 +193,7 @@ def test_an_output_with_content_is_refused_or_emptied_at_the_first_result(tmp_pa
     assert [record["line"] for record in records(path)] == [1, 2]
 
 
-def test_a_run_that_fails_before_its_first_result_leaves_no_file(tmp_path: Path) -> None:
+def test_run_that_fails_before_its_first_result_leaves_no_file(tmp_path: Path) -> None:
     path, kept = tmp_path / "out.jsonl", tmp_path / "kept.jsonl"
     kept.touch()
     for output in (path, kept):
@@ -206,7 +206,7 @@ def test_a_run_that_fails_before_its_first_result_leaves_no_file(tmp_path: Path)
         ResultFile(tmp_path / "absent" / "out.jsonl")
 
 
-def test_resuming_goes_on_after_what_is_done(tmp_path: Path) -> None:
+def test_resume_continues_after_the_finished_lines(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
     done: list[Line] = [InputLine(1, "x"), InputLine(2, "x", id=5), InputLine(3, "x", id="5"), BrokenLine(4, "bad")]
     answered(path, done, resume=True)  # nothing to resume is no error
@@ -222,7 +222,7 @@ def test_resuming_goes_on_after_what_is_done(tmp_path: Path) -> None:
 
 
 @given(st.data())
-def test_a_file_cut_anywhere_is_resumed_to_the_same_results(
+def test_file_truncated_anywhere_is_resumed_to_the_same_results(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "cut.jsonl"
@@ -250,7 +250,7 @@ def test_a_file_cut_anywhere_is_resumed_to_the_same_results(
         "\x00\x00\x00",
     ],
 )
-def test_resuming_on_a_file_that_holds_something_else_is_refused_untouched(tmp_path: Path, content: str) -> None:
+def test_resume_refuses_a_foreign_file_and_leaves_it_unchanged(tmp_path: Path, content: str) -> None:
     path = tmp_path / "out.jsonl"
     path.write_text(content)
     with pytest.raises(OptionError, match=r"line \d is not the result of that input line"):
@@ -258,7 +258,7 @@ def test_resuming_on_a_file_that_holds_something_else_is_refused_untouched(tmp_p
     assert path.read_text() == content
 
 
-def test_a_full_disk_leaves_whole_lines(tmp_path: Path) -> None:
+def test_full_disk_leaves_complete_lines(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
     code = """
         import resource, signal, sys
@@ -282,7 +282,7 @@ def test_a_full_disk_leaves_whole_lines(tmp_path: Path) -> None:
     assert [record["line"] for record in records(path)] == [0, 1]
 
 
-def test_results_go_to_standard_output_and_to_a_pipe_that_somebody_reads(
+def test_results_are_written_to_standard_output_or_a_pipe(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, unread = tmp_path / "pipe", tmp_path / "unread"

@@ -38,7 +38,7 @@ def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_a_failure_is_its_error_line(modules: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_failure_is_reported_as_its_error_line(modules: Path, capfd: pytest.CaptureFixture[str]) -> None:
     for module, reason in (
         ("failing_module", "^no luck$"),
         ("silent_module", "silent_module exited with 3"),
@@ -51,7 +51,7 @@ def test_a_failure_is_its_error_line(modules: Path, capfd: pytest.CaptureFixture
     assert capfd.readouterr() == ("", "")
 
 
-def test_its_progress_and_warnings_go_to_stderr(modules: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_progress_and_warnings_of_a_child_go_to_stderr(modules: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert run_child("counting_module") == ""
     *lines, last = capfd.readouterr().err.splitlines()
     assert lines
@@ -59,7 +59,7 @@ def test_its_progress_and_warnings_go_to_stderr(modules: Path, capfd: pytest.Cap
     assert last == "warning: hot"
 
 
-def test_a_child_gives_its_output_and_outlives_other_threads_of_its_parent(modules: Path) -> None:
+def test_child_returns_its_output_and_survives_other_threads_of_its_parent(modules: Path) -> None:
     """Its own starter waits for it, but a thread that was there before ends."""
     outputs: list[str] = []
     waiter = threading.Thread(target=lambda: outputs.append(run_child("echo_module", "a", "--b")))

@@ -79,7 +79,7 @@ def brought(*chosen: str) -> set[str]:
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_what_a_verb_imports_is_in_the_extras_that_it_needs(verb: str) -> None:
+def test_imports_of_a_command_are_in_its_extras(verb: str) -> None:
     found = reached(f"freeexport.commands.{verb}")
     known = brought("cpu", *NEEDED[verb], *OPTIONAL)
     # A bundle is run without a checkpoint; only some options of these verbs read one.
@@ -92,12 +92,12 @@ def verb_needs_torch(verb: str) -> bool:
     return "torch" in {name for extra in NEEDED[verb] for name in extras()[extra]}
 
 
-def test_every_verb_names_the_extras_that_it_needs() -> None:
+def test_every_command_declares_its_extras() -> None:
     assert list(NEEDED) == VERBS
     assert {extra for needed in NEEDED.values() for extra in needed} <= extras().keys()
 
 
-def test_all_is_enough_for_every_verb() -> None:
+def test_extra_all_is_enough_for_every_command() -> None:
     whole = set(extras()["all"])
     for extra in ("cpu", "grammar", *(extra for needed in NEEDED.values() for extra in needed)):
         assert set(extras()[extra]) <= whole, extra
@@ -117,7 +117,7 @@ def test_every_extra_that_is_named_exists() -> None:
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page.stem.startswith(("README", "tutorial"))])
-def test_a_page_installs_what_its_commands_need(page: Path) -> None:
+def test_pages_install_what_their_commands_need(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     installed = [extra for listed in re.findall(r"pip install .*\[([a-z,]+)\]", text) for extra in listed.split(",")]
     packages = {name for extra in installed for name in extras()[extra]}
@@ -132,9 +132,7 @@ def test_a_page_installs_what_its_commands_need(page: Path) -> None:
 
 
 @pytest.mark.parametrize("verb", ["convert", "exits"])
-def test_a_missing_package_of_another_package_names_the_extra_of_the_verb(
-    verb: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_transitive_package_names_the_extra_of_the_command(verb: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the extra `convert`, the first import that fails is one of onnx_ir's packages."""
     monkeypatch.setattr("freeexport.system.extras.missing_of", lambda extra: ("onnx",) if extra == "convert" else ())
     assert how_to_install("ml_dtypes", verb) == "onnx is not installed; run: pip install 'freeexport[convert]'"

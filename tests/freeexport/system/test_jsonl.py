@@ -33,7 +33,7 @@ def requests(tmp_path: Path) -> Callable[..., list[InputLine | BrokenLine]]:
     return read
 
 
-def test_a_line_has_input_and_perhaps_target_and_id(requests: Callable[..., list[Any]]) -> None:
+def test_line_has_an_input_and_optionally_target_and_id(requests: Callable[..., list[Any]]) -> None:
     assert requests(
         b'\xef\xbb\xbf{"input": "after a byte order mark"}\r',
         " ",
@@ -71,7 +71,7 @@ def test_a_line_has_input_and_perhaps_target_and_id(requests: Callable[..., list
         ({"input": "a", "target": ["b"]}, "'target' is list"),
     ],
 )
-def test_a_broken_line_is_named_and_the_others_go_on(
+def test_malformed_line_is_reported_and_the_others_are_read(
     requests: Callable[..., list[Any]], line: Any, reason: str
 ) -> None:
     first, broken, last = requests({"input": "a"}, line, {"input": "b"})
@@ -81,7 +81,7 @@ def test_a_broken_line_is_named_and_the_others_go_on(
     assert re.search(reason, broken.reason)
 
 
-def test_a_line_beyond_the_limit_is_broken_and_the_others_go_on(
+def test_overlong_line_is_reported_and_the_others_are_read(
     requests: Callable[..., list[Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("freeexport.system.jsonl.MAX_LINE", 1 << 20)
@@ -93,7 +93,7 @@ def test_a_line_beyond_the_limit_is_broken_and_the_others_go_on(
     assert read[3] == BrokenLine(4, "longer than 1 MiB")
 
 
-def test_a_device_without_lines_ends_in_an_error_with_little_memory() -> None:
+def test_endless_input_without_newlines_fails_with_little_memory() -> None:
     script = """
         import resource
         from pathlib import Path
@@ -111,7 +111,7 @@ def test_a_device_without_lines_ends_in_an_error_with_little_memory() -> None:
     assert done.stdout.splitlines() == ["/dev/zero, line 1 is longer than 1024 MiB; name a JSONL file", "True"]
 
 
-def test_a_pipe_is_read_and_one_that_nobody_writes_to_is_refused(
+def test_pipe_is_read_and_one_without_a_writer_is_refused(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "pipe"
@@ -127,7 +127,7 @@ def test_a_pipe_is_read_and_one_that_nobody_writes_to_is_refused(
         (path.open if mode == "rb" else path.read_bytes)(*(["wb"] * (mode == "rb")))  # so that the thread ends
 
 
-def test_an_input_that_cannot_be_opened_is_refused_at_once(tmp_path: Path) -> None:
+def test_unreadable_input_is_refused_immediately(tmp_path: Path) -> None:
     for path in (tmp_path / "absent.jsonl", tmp_path):
         with pytest.raises(OptionError, match="cannot be read"):
             read_requests(path)

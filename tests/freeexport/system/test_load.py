@@ -14,11 +14,11 @@ from freeexport.system.load import WAIT_POLICY, load_note, other_load, wait_quie
 
 
 @pytest.mark.parametrize(("cores", "noted"), [(0.0, False), (0.1, False), (1.2, True)])
-def test_a_busy_machine_is_noted(cores: float, noted: bool) -> None:
+def test_busy_machine_is_reported(cores: float, noted: bool) -> None:
     assert ("kept 1.2 cores busy" in load_note(cores)) == noted
 
 
-def test_own_work_and_that_of_children_is_not_others(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_own_work_and_that_of_children_is_not_counted_as_load(monkeypatch: pytest.MonkeyPatch) -> None:
     spin = "import time\nend = time.process_time() + 0.3\nwhile time.process_time() < end: pass"
     others = iter([100.0, 101.5])
     monkeypatch.setattr(load, "_SHORTEST", 0.0)
@@ -44,7 +44,7 @@ def test_own_work_and_that_of_children_is_not_others(monkeypatch: pytest.MonkeyP
         (2.0, 2, "ACTIVE", "ACTIVE"),
     ],
 )
-def test_threads_that_wait_sleep_where_others_take_their_cores(
+def test_waiting_threads_sleep_if_other_processes_use_the_cores(
     busy: float, threads: int, given: str | None, policy: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(load.OtherLoad, "so_far", lambda self: busy)

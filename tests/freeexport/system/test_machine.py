@@ -22,7 +22,7 @@ ARM = "processor\t: 0\nFeatures\t: fp asimd asimddp\nCPU part\t: 0xd0c\n"
         ("flags\t: amx_bf16\n", "", ("amx_bf16",), True),
     ],
 )
-def test_model_and_features_are_those_of_the_first_processor(
+def test_processor_model_and_features_are_read(
     text: str, model: str, features: tuple[str, ...], bfloat16: bool, tmp_path: Path
 ) -> None:
     (tmp_path / "proc").mkdir()
@@ -31,7 +31,7 @@ def test_model_and_features_are_those_of_the_first_processor(
     assert multiplies_bfloat16(tmp_path) is bfloat16
 
 
-def test_a_system_without_proc_is_described_all_the_same(tmp_path: Path) -> None:
+def test_system_without_proc_is_described(tmp_path: Path) -> None:
     machine = detect_machine(tmp_path)
     assert machine.cpu
     assert machine.memory > 0
@@ -64,7 +64,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="no glibc")
-def test_a_large_block_that_was_freed_is_used_again_without_page_faults() -> None:
+def test_freed_large_block_is_reused_without_page_faults() -> None:
     def faults(how: str) -> int:
         done = subprocess.run([sys.executable, "-c", _FAULTS, how], capture_output=True, text=True, check=True)
         return int(done.stdout)

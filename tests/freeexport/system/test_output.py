@@ -61,7 +61,7 @@ def writer(tmp_path: Path) -> Iterator[Writer]:
         process.communicate()
 
 
-def test_the_directory_appears_when_the_block_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_directory_appears_when_the_block_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with output_directory(Path("a/out"), MARKER, overwrite=False) as directory:
         assert directory.parent == tmp_path / "a"
@@ -74,7 +74,7 @@ def test_the_directory_appears_when_the_block_ends(tmp_path: Path, monkeypatch: 
 
 @pytest.mark.parametrize("error", [ValueError(), KeyboardInterrupt()])
 @pytest.mark.parametrize("old", [True, False])
-def test_an_error_leaves_what_was_there(old: bool, error: BaseException, tmp_path: Path) -> None:
+def test_error_leaves_the_old_output_unchanged(old: bool, error: BaseException, tmp_path: Path) -> None:
     def fail() -> None:
         raise error
 
@@ -86,7 +86,7 @@ def test_an_error_leaves_what_was_there(old: bool, error: BaseException, tmp_pat
     assert not old or (tmp_path / "out" / MARKER).read_text() == "old"
 
 
-def test_an_older_output_is_replaced_only_when_asked_and_an_empty_directory_always(tmp_path: Path) -> None:
+def test_older_output_is_replaced_only_on_request_and_an_empty_directory_always(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     write(tmp_path / "out", "old")
     (tmp_path / "out" / "more").write_text("x")
@@ -119,7 +119,7 @@ def put_broken_link(out: Path) -> None:
 
 @pytest.mark.parametrize("overwrite", [True, False])
 @pytest.mark.parametrize("put", [put_directory, put_file, put_link, put_broken_link])
-def test_what_is_not_ours_is_never_replaced(put: Callable[[Path], None], overwrite: bool, tmp_path: Path) -> None:
+def test_foreign_files_are_never_replaced(put: Callable[[Path], None], overwrite: bool, tmp_path: Path) -> None:
     out = tmp_path / "out"
     put(out)
     before = sorted(str(path) for path in tmp_path.rglob("*"))
@@ -128,7 +128,7 @@ def test_what_is_not_ours_is_never_replaced(put: Callable[[Path], None], overwri
     assert sorted(str(path) for path in tmp_path.rglob("*")) == before
 
 
-def test_what_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+def test_output_created_meanwhile_is_not_replaced(tmp_path: Path) -> None:
     with pytest.raises(OutputError):
         write(tmp_path / "out", "new", overwrite=True, then=lambda: put_directory(tmp_path / "out"))
     assert listing(tmp_path / "out") == {"thesis.txt"}
@@ -137,7 +137,7 @@ def test_what_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None:
         write(tmp_path / "out" / "thesis.txt" / "out", "x")
 
 
-def test_one_process_writes_and_what_a_killed_one_left_is_cleared_away(writer: Writer, tmp_path: Path) -> None:
+def test_only_one_process_writes_and_leftovers_of_a_killed_one_are_removed(writer: Writer, tmp_path: Path) -> None:
     write(tmp_path / "out[1]*?", "old")
     process = writer("out[1]*?")
     with pytest.raises(OutputError, match=r"another process writes to .*out\[1\]\*\?; wait for it, or choose another"):
@@ -152,7 +152,7 @@ def test_one_process_writes_and_what_a_killed_one_left_is_cleared_away(writer: W
     assert (tmp_path / "out[1]*?" / MARKER).read_text() == "x"
 
 
-def test_a_kill_at_any_step_leaves_the_old_or_the_new_which_the_next_run_finds(tmp_path: Path) -> None:
+def test_kill_at_any_step_leaves_the_old_or_new_output_for_the_next_run(tmp_path: Path) -> None:
     seen, killed, step = set(), True, 0
     while killed:
         write(tmp_path / "out", "old", overwrite=True)
@@ -166,7 +166,7 @@ def test_a_kill_at_any_step_leaves_the_old_or_the_new_which_the_next_run_finds(t
     assert step > 10
 
 
-def test_a_rename_that_fails_puts_the_old_one_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_rename_restores_the_old_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "out", "old")
     rename = Path.rename
 
@@ -182,7 +182,7 @@ def test_a_rename_that_fails_puts_the_old_one_back(tmp_path: Path, monkeypatch: 
     assert listing(tmp_path) == {"out"}
 
 
-def test_what_comes_at_the_last_moment_is_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_directory_replaced_at_the_last_moment_is_restored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
     write(out, "old")
     rename = Path.rename
@@ -200,7 +200,7 @@ def test_what_comes_at_the_last_moment_is_put_back(tmp_path: Path, monkeypatch: 
     assert listing(tmp_path) == {"out"}
 
 
-def test_everything_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_are_synced_before_they_are_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced = []
     fsync = os.fsync
     monkeypatch.setattr(os, "fsync", lambda descriptor: (synced.append(os.fstat(descriptor).st_ino), fsync(descriptor)))
@@ -212,7 +212,7 @@ def test_everything_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkey
     assert synced[-1] == tmp_path.stat().st_ino
 
 
-def test_without_locks_a_lock_file_that_was_left_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_leftover_lock_file_is_named_if_locks_are_unsupported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(descriptor: int) -> None:
         raise OSError(errno.ENOLCK, "no locks")
 

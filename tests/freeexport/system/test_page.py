@@ -16,11 +16,11 @@ from freeexport.system.page import filled, human_bytes, pairs, print_page, table
         (3 * 10**12, "3 TB"),
     ],
 )
-def test_human_bytes(count: int, text: str) -> None:
+def test_bytes_are_formatted_with_units(count: int, text: str) -> None:
     assert human_bytes(count) == text
 
 
-def test_square_brackets_and_long_values_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+def test_square_brackets_and_long_values_are_printed_unchanged(capsys: pytest.CaptureFixture[str]) -> None:
     value = "freeexport[cpu] " + "x" * 100
     print_page([pairs("[bold]title", [("name", value)])])
     printed = capsys.readouterr().out
@@ -28,7 +28,7 @@ def test_square_brackets_and_long_values_are_printed_as_they_are(capsys: pytest.
     assert value in printed
 
 
-def test_empty_tables_and_columns_without_text_are_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+def test_empty_tables_and_columns_are_omitted(capsys: pytest.CaptureFixture[str]) -> None:
     rows = [("a", "", "1 %", ""), ("b", "", "", "")]
     print_page([table("Copies", ("tensor", "size#"), []), table("Rows", ("name", "quality#", "exits#", ""), rows)])
     printed = capsys.readouterr().out

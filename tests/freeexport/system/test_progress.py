@@ -29,11 +29,13 @@ class Gone(io.StringIO):
         ((3, None, 150, None), "decoding: 3 done, 2 min so far"),
     ],
 )
-def test_a_line_is_what_how_far_and_how_long(given: tuple[float, float | None, float, float | None], line: str) -> None:
+def test_progress_line_shows_task_share_and_time(
+    given: tuple[float, float | None, float, float | None], line: str
+) -> None:
     assert progress_line("decoding", *given) == line
 
 
-def test_what_was_done_before_does_not_make_the_rest_look_short(
+def test_estimate_of_remaining_time_ignores_work_done_before(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(progress_module, "EVERY", 0.05)
@@ -46,7 +48,7 @@ def test_what_was_done_before_does_not_make_the_rest_look_short(
     assert "decoding: 110 of 200 (55%), 60 s so far, about 9 min left\n" in capsys.readouterr().err
 
 
-def test_a_reader_that_is_gone_does_not_end_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_closed_output_does_not_end_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress_module, "EVERY", 0.01)
     for stderr in (Gone(), None):
         monkeypatch.setattr(sys, "stderr", stderr)
@@ -55,7 +57,7 @@ def test_a_reader_that_is_gone_does_not_end_the_work(monkeypatch: pytest.MonkeyP
             advance()
 
 
-def test_silent_where_stderr_is_not_a_terminal_and_work_is_short(
+def test_short_work_is_silent_without_a_terminal(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
@@ -66,7 +68,7 @@ def test_silent_where_stderr_is_not_a_terminal_and_work_is_short(
     assert capsys.readouterr() == ("", "")
 
 
-def test_shows_the_count_on_a_terminal_and_leaves_piped_output_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_count_is_shown_on_a_terminal_and_piped_output_is_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal, pipe = Terminal(), io.StringIO()
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setattr(sys, "stdout", pipe)

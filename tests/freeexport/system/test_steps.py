@@ -12,7 +12,7 @@ from runtime.errors import OptionError
 RUN = "run.json"
 
 
-def test_a_finished_step_is_not_repeated_and_an_unfinished_one_leaves_nothing(tmp_path: Path) -> None:
+def test_finished_step_is_not_repeated_and_an_unfinished_one_leaves_nothing(tmp_path: Path) -> None:
     done: list[int] = []
 
     def work(number: int) -> dict[str, int]:
@@ -32,7 +32,7 @@ def test_a_finished_step_is_not_repeated_and_an_unfinished_one_leaves_nothing(tm
     assert done == [1, -1, 2]
 
 
-def test_a_run_resumed_with_other_options_and_a_foreign_directory_are_refused(tmp_path: Path) -> None:
+def test_resume_with_other_options_or_a_foreign_directory_is_refused(tmp_path: Path) -> None:
     Steps(tmp_path / "out", RUN, {"lines": 3, "seed": 0}).run("one", dict)
     with pytest.raises(OptionError, match="holds another run, with other lines; repeat its options"):
         Steps(tmp_path / "out", RUN, {"lines": 4, "seed": 0})
@@ -40,7 +40,7 @@ def test_a_run_resumed_with_other_options_and_a_foreign_directory_are_refused(tm
         Steps(tmp_path, RUN, {})
 
 
-def test_a_forgotten_step_is_done_again(tmp_path: Path) -> None:
+def test_discarded_step_is_repeated(tmp_path: Path) -> None:
     steps = Steps(tmp_path / "out", RUN, {})
     steps.run("one", lambda: {"number": 1})
     steps.forget("one")

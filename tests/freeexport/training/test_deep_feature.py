@@ -33,7 +33,7 @@ Directory = Callable[[Case], Path]
 @pytest.mark.parametrize(
     ("name", "count"), [("llama-tied", 1), ("mistral-window", 1), ("t5-relu-tied", 1), ("llama-tied", 3)]
 )
-def test_a_pass_is_what_decoding_token_by_token_gives(checkpoint: Directory, name: str, count: int) -> None:
+def test_training_pass_equals_decoding_token_by_token(checkpoint: Directory, name: str, count: int) -> None:
     """The output for a position in pass k is that of reading features up to k positions before, and then its own
     output of each position."""
     opened = open_checkpoint(str(checkpoint(BY_NAME[name])))
@@ -61,7 +61,7 @@ def test_a_pass_is_what_decoding_token_by_token_gives(checkpoint: Directory, nam
 
 
 @pytest.mark.parametrize(("case", "exit_layer", "exit_vocab"), [(LLAMA, 0, None), (LLAMA, 2, 40), (T5, 1, 40)])
-def test_an_exit_with_a_feature_learns_and_is_gone_on_with(
+def test_feature_exit_learns_and_is_trained_further(
     run: Runs, words: Path, case: Case, exit_layer: int, exit_vocab: int | None
 ) -> None:
     chosen: dict[str, Any] = {"tune": "exit", "exit_head_layers": 1, "exit_input": "feature", "exit_layer": exit_layer}
@@ -84,7 +84,7 @@ def test_an_exit_with_a_feature_learns_and_is_gone_on_with(
         train(str(made.out), made.out.parent / "other", other)
 
 
-def test_a_fused_exit_begins_with_the_predictions_of_one_with_a_feature(run: Runs, words: Path, tmp_path: Path) -> None:
+def test_fused_exit_starts_with_the_predictions_of_a_feature_exit(run: Runs, words: Path, tmp_path: Path) -> None:
     """With zeros for the two earlier states, whose columns then learn, as does an exit that begins as fused."""
     chosen: dict[str, Any] = {"tune": "exit", "exit_head_layers": 1, "exit_input": "feature", "exit_layer": 1}
     first = run(LLAMA, **chosen, steps=12, evaluate_every=12, learning_rate=3e-3)
@@ -106,7 +106,9 @@ def test_a_fused_exit_begins_with_the_predictions_of_one_with_a_feature(run: Run
         train(str(anew.out), tmp_path / "narrower", replace(options, exit_input="feature"))
 
 
-def test_an_exit_of_other_weights_is_begun_with(run: Runs, checkpoint: Directory, words: Path, tmp_path: Path) -> None:
+def test_training_can_start_from_an_exit_of_other_weights(
+    run: Runs, checkpoint: Directory, words: Path, tmp_path: Path
+) -> None:
     """Train an exit, then all weights on their own, and begin with the exit on what became of them."""
     chosen: dict[str, Any] = {"tune": "exit", "exit_head_layers": 1, "exit_input": "feature", "exit_layer": 1}
     first = run(T5, **chosen, exit_vocab=40, steps=4, evaluate_every=4, learning_rate=3e-3).out
@@ -154,18 +156,20 @@ def test_an_exit_of_other_weights_is_begun_with(run: Runs, checkpoint: Directory
         ({"exit_input": "guess"}, "--exit-input 'guess' is unknown; choose state, feature, fused"),
     ],
 )
-def test_options_that_do_not_go_together_are_refused(words: Path, changes: dict[str, Any], reason: str) -> None:
+def test_contradictory_options_are_refused(words: Path, changes: dict[str, Any], reason: str) -> None:
     with pytest.raises(OptionError, match=reason):
         run_options(words, **{"tune": "exit", "exit_head_layers": 1, "exit_input": "feature", **changes})
 
 
-def test_an_exit_layer_out_of_range_is_refused(checkpoint: Directory, words: Path) -> None:
+def test_out_of_range_exit_layer_is_refused(checkpoint: Directory, words: Path) -> None:
     options = run_options(words, tune="exit", exit_head_layers=1, exit_input="feature", exit_layer=99)
     with pytest.raises(OptionError, match="0 to "):
         described(open_checkpoint(str(checkpoint(LLAMA))), options)
 
 
-def test_features_are_kept_of_every_position(checkpoint: Directory, words: Path, tmp_path: Path) -> None:
+def test_cached_records_contain_the_features_of_every_position(
+    checkpoint: Directory, words: Path, tmp_path: Path
+) -> None:
     """A batch of cached records holds what the model gives, the prompt's features too."""
     from freeexport.checkpoints.transformers_model import reference_model
     from freeexport.training.batches import Collator, examples

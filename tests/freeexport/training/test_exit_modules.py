@@ -23,9 +23,7 @@ from graphs.families import describe
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_copies_of_the_last_layers_after_no_map_compute_what_the_model_does(
-    checkpoint: Callable[[Case], Path], case: Case
-) -> None:
+def test_copied_last_layers_reproduce_the_model(checkpoint: Callable[[Case], Path], case: Case) -> None:
     opened = open_checkpoint(str(checkpoint(case)))
     description = describe(opened.config, opened)
     norm, identity = description.decoder.head.norm, np.eye(description.hidden_size, dtype=np.float32)
@@ -54,7 +52,7 @@ def test_copies_of_the_last_layers_after_no_map_compute_what_the_model_does(
         (99, "cannot have"),
     ],
 )
-def test_exit_files_that_name_other_layers_are_refused(tmp_path: Path, exit_layers: int, reason: str) -> None:
+def test_exit_files_with_other_layers_are_refused(tmp_path: Path, exit_layers: int, reason: str) -> None:
     LLAMA.build(tmp_path)
     write_exit(tmp_path)
     text = json.loads((tmp_path / EXIT_FILE).read_text())
@@ -63,7 +61,7 @@ def test_exit_files_that_name_other_layers_are_refused(tmp_path: Path, exit_laye
         open_checkpoint(str(tmp_path))
 
 
-def test_the_distillation_of_the_best_tokens_is_that_of_all_where_they_are_all() -> None:
+def test_top_token_distillation_over_all_tokens_is_full_distillation() -> None:
     generator = torch.Generator().manual_seed(0)
     deep, shallow = (4 * torch.randn(5, 9, generator=generator, dtype=torch.float64) for _ in range(2))
     meant, said = deep.log_softmax(-1), shallow.log_softmax(-1)
@@ -77,7 +75,7 @@ def test_the_distillation_of_the_best_tokens_is_that_of_all_where_they_are_all()
     assert float(some) == pytest.approx(float(inside + (rest[0] * (rest[0] / rest[1]).log()).sum()), rel=1e-6)
 
 
-def test_a_sampled_softmax_is_nearly_that_of_the_whole_vocabulary() -> None:
+def test_sampled_softmax_approximates_the_full_softmax() -> None:
     generator = torch.Generator().manual_seed(0)
     linear = torch.nn.Linear(16, 30_000, bias=False)
     linear.weight.data = torch.randn(30_000, 16, generator=generator) / 4

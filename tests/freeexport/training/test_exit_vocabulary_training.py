@@ -42,7 +42,7 @@ def folded(logits: np.ndarray, known: tuple[int, ...] = TOKENS) -> np.ndarray:
     return np.log(np.concatenate([chances[:, known], others], axis=-1))
 
 
-def test_classes_and_folded_predictions_equal_numpy() -> None:
+def test_classes_and_folded_predictions_match_numpy() -> None:
     known, deep = KnownTokens(TOKENS, 3), RANDOM.normal(size=(6, 12)) * 5
     assert known.classes(torch.arange(12)).tolist() == [4, 0, 4, 4, 1, 2, 4, 4, 4, 3, 4, 4]
     found = known.folded(torch.tensor(deep)).log_softmax(-1).numpy()
@@ -55,7 +55,7 @@ def test_classes_and_folded_predictions_equal_numpy() -> None:
     assert known.folded_chances(torch.tensor(deep).log_softmax(-1))[:, -1].allclose(torch.tensor(1e-6).double().log())
 
 
-def test_the_class_of_others_never_exits_and_leaves_the_best_known_token() -> None:
+def test_class_of_other_tokens_never_exits_and_the_best_known_token_remains() -> None:
     logits = torch.tensor([[0.0, 3.0, 1.0, 0.0, 9.0], [0.0, 1.0, 8.0, 0.0, 2.0]])
     for measure in ("softmax", "max-prob", "entropy"):
         token, confidence = exits_of(logits, torch.tensor(TOKENS), measure)  # type: ignore[arg-type]
@@ -67,7 +67,7 @@ def test_the_class_of_others_never_exits_and_leaves_the_best_known_token() -> No
 
 
 @pytest.mark.parametrize("frozen", [False, True])
-def test_the_loss_is_of_the_classes_and_reads_no_other_row(
+def test_loss_matches_its_definition_over_the_classes(
     frozen: bool, checkpoint: Directory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Cross-entropy of both exits by depth, and the divergence of the folded deep prediction from the shallow one."""
@@ -107,7 +107,7 @@ def test_the_loss_is_of_the_classes_and_reads_no_other_row(
     assert (known.other.weight.grad != 0).all()
 
 
-def test_the_class_of_others_begins_as_what_their_logits_add_up_to() -> None:
+def test_class_of_other_tokens_starts_near_the_sum_of_their_logits() -> None:
     torch.manual_seed(0)
     head = SharedHead(torch.nn.Identity(), torch.nn.Linear(8, 12, bias=False), 0.5)
     states, known = torch.randn(3000, 8, generator=torch.Generator().manual_seed(0)), KnownTokens(TOKENS, 8)
@@ -118,7 +118,7 @@ def test_the_class_of_others_begins_as_what_their_logits_add_up_to() -> None:
     assert float((found - wanted).square().mean()) < 0.1 * float(wanted.var())
 
 
-def test_gradients_are_on_after_a_part_of_the_examples_was_observed(
+def test_gradients_are_enabled_after_a_partial_pass_over_examples(
     checkpoint: Directory, words: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("freeexport.training.exit_start._TAIL_POSITIONS", 1)
@@ -135,7 +135,7 @@ def test_gradients_are_on_after_a_part_of_the_examples_was_observed(
     assert not torch.is_autocast_enabled("cpu")
 
 
-def test_special_tokens_are_kept_and_the_most_frequent_come_next(checkpoint: Directory, words: Path) -> None:
+def test_vocabulary_has_special_tokens_then_the_most_frequent(checkpoint: Directory, words: Path) -> None:
     opened = open_checkpoint(str(checkpoint(LLAMA)))
     options = run_options(words, exit_vocab=9)
     description = described(opened, options)
@@ -167,7 +167,7 @@ def test_special_tokens_are_kept_and_the_most_frequent_come_next(checkpoint: Dir
     ],
     ids=lambda value: getattr(value, "name", None) or "-".join(map(str, value.values())),
 )
-def test_what_is_trained_is_written_measured_and_converted(
+def test_trained_exit_vocabulary_is_written_measured_and_converted(
     case: Case, options: dict[str, Any], run: Runs, words: Path, tmp_path: Path
 ) -> None:
     out, trained = run(case, exit_vocab=12, steps=12, evaluate_every=12, learning_rate=1e-2, **options)
@@ -186,7 +186,7 @@ def test_what_is_trained_is_written_measured_and_converted(
     assert "exit confidence" in [check["tensor"] for check in report["checks"]]
 
 
-def test_a_vocabulary_is_trained_further_as_it_is(run: Runs, words: Path, tmp_path: Path) -> None:
+def test_exit_vocabulary_is_unchanged_by_further_training(run: Runs, words: Path, tmp_path: Path) -> None:
     out, _ = run(T5, exit_vocab=12, steps=12, evaluate_every=12, learning_rate=1e-2)
     measured = evaluated(out, run_options(words))
     still = run_options(words, exit_vocab=12, steps=1, evaluate_every=1, learning_rate=1e-12)
@@ -198,7 +198,7 @@ def test_a_vocabulary_is_trained_further_as_it_is(run: Runs, words: Path, tmp_pa
 
 
 @pytest.mark.parametrize("bf16", [False, True])
-def test_a_teacher_predicts_as_the_models_head(bf16: bool) -> None:
+def test_teacher_predicts_like_the_head_of_the_model(bf16: bool) -> None:
     torch.manual_seed(0)
     linear, bias = torch.nn.Linear(32, 50, bias=False), torch.linspace(-1, 1, 50)
     head = SharedHead(torch.nn.LayerNorm(32), linear, 0.5, None, bias, softcap=2.0).requires_grad_(False)

@@ -76,7 +76,7 @@ def defined(module: ShallowDeep) -> float:
 
 
 @pytest.mark.parametrize("case", [T5, LLAMA], ids=lambda case: case.name)
-def test_hidden_distillation_is_what_the_definition_gives(checkpoint: Callable[[Case], Path], case: Case) -> None:
+def test_hidden_distillation_matches_its_definition(checkpoint: Callable[[Case], Path], case: Case) -> None:
     module = opened_model(checkpoint(case))
     with torch.no_grad():
         assert float(module(LABELS, **batch(module))["loss"]) == pytest.approx(defined(module), rel=1e-4)
@@ -94,7 +94,7 @@ def test_no_gradient_reaches_the_teacher(checkpoint: Callable[[Case], Path]) -> 
     assert not any(torch.allclose(a, b, atol=1e-7) for a, b in zip(lower, gradients[1][:EXIT], strict=True))
 
 
-def test_dropout_after_the_norm_is_that_of_the_models_mode(checkpoint: Callable[[Case], Path]) -> None:
+def test_dropout_after_the_norm_is_drawn_once_per_layer(checkpoint: Callable[[Case], Path]) -> None:
     """One draw a layer: what is distilled is what the head reads. With the exit after layer 1 there is one pair."""
     module = opened_model(checkpoint(T5), exit_layer=1)
     module.head.dropout = nn.Dropout(0.5)
@@ -121,7 +121,7 @@ class WithoutLayers(nn.Module):
         return [states]
 
 
-def test_a_frozen_exit_is_read_after_its_own_norm() -> None:
+def test_frozen_exit_is_read_after_its_own_norm() -> None:
     shallow, deep = RANDOM.normal(size=(2, 7, 8)) * [[[3.0]], [[40.0]]]
     weight, matrix = RANDOM.uniform(0.5, 2.0, 8), RANDOM.normal(size=(11, 8))
     labels = RANDOM.integers(0, 11, 7)
@@ -143,7 +143,7 @@ def test_a_frozen_exit_is_read_after_its_own_norm() -> None:
     assert own.norm.weight.grad is not None
 
 
-def test_logit_distillation_equals_numpy_and_leaves_the_deep_logits_alone() -> None:
+def test_logit_distillation_matches_numpy_without_gradients_for_the_deep_logits() -> None:
     deep, shallow = RANDOM.normal(size=(2, 6, 10)) * 2
     teacher, student = log_softmax(deep), log_softmax(shallow)
     given_deep, given_shallow = tensor(deep), tensor(shallow)
@@ -156,7 +156,7 @@ def test_logit_distillation_equals_numpy_and_leaves_the_deep_logits_alone() -> N
 
 
 @pytest.mark.parametrize("seed", range(25))
-def test_each_teacher_takes_the_nearest_student_below_the_one_before(seed: int) -> None:
+def test_each_teacher_takes_the_nearest_student_below_the_previous_one(seed: int) -> None:
     random = np.random.default_rng(seed)
     distances = random.random((random.integers(1, 7), random.integers(1, 7)))
     teachers, students = distances.shape
@@ -169,7 +169,7 @@ def test_each_teacher_takes_the_nearest_student_below_the_one_before(seed: int) 
     assert len(pairs) == teachers or below == 0, "a teacher goes without while a student is free"
 
 
-def test_with_states_that_drift_every_student_has_its_own_teacher() -> None:
+def test_drifting_states_give_every_student_its_own_teacher() -> None:
     """As in a trained model: neighbours are near, so each teacher's nearest free student is the highest one."""
     steps = RANDOM.normal(size=(24, 7, 16)).cumsum(0) + 10 * np.arange(24)[:, None, None]
     states = {layer: tensor(steps[layer - 1]) for layer in range(1, 25)}

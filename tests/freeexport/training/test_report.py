@@ -44,7 +44,7 @@ def pass_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("limit", "steps"), [(50.0, 29), (5.0, 1)])  # one evaluation uses up the second
-def test_the_time_limit_holds_with_the_evaluation_that_ends_a_run(
+def test_time_limit_includes_the_final_evaluation(
     limit: float, steps: int, checkpoint: Directory, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pass_time(monkeypatch)
@@ -56,7 +56,7 @@ def test_the_time_limit_holds_with_the_evaluation_that_ends_a_run(
     assert logged(tmp_path / "out", "eval_oracle_exits") == [0.5, 0.5]
 
 
-def test_a_run_that_only_time_limits_is_evaluated_at_each_tenth(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_limited_only_by_time_is_evaluated_at_each_tenth(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     for module in ("trainer", "report"):
         monkeypatch.setattr(f"freeexport.training.{module}.time", SimpleNamespace(monotonic=lambda: now[0]))
@@ -79,7 +79,7 @@ def test_a_run_that_only_time_limits_is_evaluated_at_each_tenth(monkeypatch: pyt
         assert found == evaluated
 
 
-def test_a_plan_counts_what_fits_in_the_time() -> None:
+def test_plan_counts_the_steps_that_fit_in_the_time() -> None:
     clock = Clock(600.0)
     clock.evaluation, clock.saving = 8.0, 2.0
     [line] = report.plan(clock, 10**9, 5, 1.0, 3000.0, 90.0, 50)
@@ -92,7 +92,7 @@ def test_a_plan_counts_what_fits_in_the_time() -> None:
     assert report.plan(clock, 10**9, 5, 60.0, 50.0, 90.0, 50)[1].endswith("or a smaller --batch-tokens")
 
 
-def test_a_run_says_its_plan_and_its_evaluation_before_the_first_step(
+def test_plan_and_first_evaluation_are_printed_before_the_first_step(
     checkpoint: Directory, words: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train(str(checkpoint(LLAMA)), tmp_path / "out", run_options(words, steps=6, evaluate_every=6))
@@ -105,7 +105,7 @@ def test_a_run_says_its_plan_and_its_evaluation_before_the_first_step(
     assert re.sub(r"[\d.]+", "#", said) == "step #: shallow loss #, agreement #, oracle exits #, deep loss #"
 
 
-def test_a_run_without_an_exit_tells_the_loss_of_the_whole_model(
+def test_run_without_an_exit_reports_the_loss_of_the_whole_model(
     checkpoint: Directory, words: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train(str(checkpoint(LLAMA)), tmp_path / "out", run_options(words, steps=1, evaluate_every=1, loss="deep-ce"))
@@ -131,7 +131,7 @@ def measures(agreement: float, exits: float, deep_loss: float = 1.0) -> dict[str
         (measures(0.3, 0.0), measures(0.9, 0.9), Costs(9.0, 1.0, {1: 3.0, 8: 4.0}), "verdict: the exit cannot pay"),
     ],
 )
-def test_a_verdict_says_whether_the_exit_pays(
+def test_verdict_states_whether_the_exit_pays(
     before: dict[str, float], after: dict[str, float], costs: Costs, said: str
 ) -> None:
     lines = report.training_verdict(before, after, costs)
@@ -141,7 +141,7 @@ def test_a_verdict_says_whether_the_exit_pays(
     assert lines[1].startswith(said)
 
 
-def test_harm_to_the_model_is_a_warning() -> None:
+def test_increased_model_loss_is_a_warning() -> None:
     lines = report.training_verdict(measures(0.3, 0.0, 1.0), measures(0.9, 0.7, 1.3), COSTS)
     assert lines[1].startswith("warning: the whole model's loss rose from 1.000 to 1.300; lower --learning-rate")
 
@@ -155,7 +155,7 @@ def good(run: Runs) -> str:
     return str(run(LLAMA, steps=30, evaluate_every=30, learning_rate=3e-3).out)
 
 
-def test_a_training_that_makes_it_worse_keeps_the_weights_from_before(good: str, words: Path, tmp_path: Path) -> None:
+def test_training_that_only_gets_worse_keeps_the_initial_weights(good: str, words: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     result = train(good, out, run_options(words, steps=50, patience=2, **WORSE))
     assert result.steps < 50
@@ -168,7 +168,7 @@ def test_a_training_that_makes_it_worse_keeps_the_weights_from_before(good: str,
     assert all(np.array_equal(written[name], given[name]) for name in given)
 
 
-def test_the_best_evaluation_is_kept(run: Runs, words: Path, tmp_path: Path) -> None:
+def test_best_evaluation_is_kept(run: Runs, words: Path, tmp_path: Path) -> None:
     out, result = run(LLAMA, steps=6, evaluate_every=2, learning_rate=1e-3)
     evaluated = logged(out, "eval_loss")
     assert result.metrics["eval_loss"] == min(evaluated) < evaluated[0]
@@ -177,7 +177,7 @@ def test_the_best_evaluation_is_kept(run: Runs, words: Path, tmp_path: Path) -> 
     assert train(str(out), tmp_path / "again", again).before["eval_loss"] == pytest.approx(min(evaluated), rel=1e-4)
 
 
-def test_a_run_stops_when_the_loss_of_the_whole_model_rises(
+def test_run_stops_when_the_loss_of_the_whole_model_rises(
     good: str, words: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = run_options(words, steps=50, patience=0, loss="deep-ce", **WORSE)
@@ -188,7 +188,7 @@ def test_a_run_stops_when_the_loss_of_the_whole_model_rises(
     assert result.verdict == ("kept: the weights from before training, as no evaluation was better by loss",)
 
 
-def test_an_exit_that_is_given_up_for_another_is_named(
+def test_exit_replaced_by_another_is_named(
     good: str, words: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train(good, tmp_path / "out", run_options(words, steps=1, exit_layer=1))
@@ -207,5 +207,5 @@ def test_an_exit_that_is_given_up_for_another_is_named(
         ([0.5, 0.5, 0.5], False),
     ],
 )
-def test_two_rises_in_a_row_count(losses: list[float], rises: bool) -> None:
+def test_two_rises_in_a_row_count_as_rising(losses: list[float], rises: bool) -> None:
     assert report.rising(losses) == rises

@@ -73,7 +73,7 @@ def test_a_killed_run_resumes_with_the_same_losses(
     assert not states.exists()
 
 
-def test_what_a_kill_before_the_first_checkpoint_left_is_taken_over(
+def test_leftovers_of_a_kill_before_the_first_checkpoint_are_replaced(
     checkpoint: Directory, words: Path, tmp_path: Path
 ) -> None:
     states = tmp_path / "out.training"
@@ -86,7 +86,7 @@ def test_what_a_kill_before_the_first_checkpoint_left_is_taken_over(
 
 
 @pytest.mark.parametrize(("case", "tune"), [(LLAMA, "lora"), (LLAMA, "exit"), (T5, "exit")])
-def test_an_interrupted_run_of_an_exit_of_layers_goes_on_with_the_same_losses(
+def test_interrupted_training_of_exit_layers_resumes_with_the_same_losses(
     case: Case, tune: Any, checkpoint: Directory, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, more = str(checkpoint(case)), {"dropout": 0.0, "learning_rate": 3e-3, "exit_vocab": 12}
@@ -117,7 +117,7 @@ def test_an_interrupted_run_of_an_exit_of_layers_goes_on_with_the_same_losses(
         np.testing.assert_allclose(first[name], second[name], atol=1e-5)
 
 
-def test_checkpoints_that_are_damaged_or_not_ours_are_passed_over(tmp_path: Path) -> None:
+def test_damaged_and_foreign_checkpoints_are_skipped(tmp_path: Path) -> None:
     def write(name: str, **files: str) -> Path:
         path = tmp_path / name
         path.mkdir()
@@ -139,7 +139,7 @@ def test_checkpoints_that_are_damaged_or_not_ours_are_passed_over(tmp_path: Path
     assert last_checkpoint(write("checkpoint-10").parent) == tmp_path / "checkpoint-10"
 
 
-def test_resume_needs_the_same_options(
+def test_resume_requires_the_same_options(
     checkpoint: Directory, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, out, options = str(checkpoint(LLAMA)), tmp_path / "out", run_options(words)
@@ -172,7 +172,7 @@ def test_resume_needs_the_same_options(
     train(model, out, replace(options, overwrite=True))
 
 
-def test_output_in_the_way_is_left_alone(checkpoint: Directory, words: Path, tmp_path: Path) -> None:
+def test_foreign_output_directory_is_left_unchanged(checkpoint: Directory, words: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(OutputError, match="was not written by this command"):
         train(str(checkpoint(LLAMA)), tmp_path, run_options(words, overwrite=True))

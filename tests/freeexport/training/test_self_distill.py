@@ -60,7 +60,7 @@ class Generator:
 
 
 @pytest.mark.parametrize("case", [LLAMA, T5], ids=["llama", "t5"])
-def test_targets_are_what_the_whole_model_says_and_are_generated_once(
+def test_targets_are_outputs_of_the_whole_model_generated_once(
     case: Case, checkpoint: Directory, prompts: Path, tmp_path: Path
 ) -> None:
     model, own = str(checkpoint(case)), tmp_path / "own"
@@ -77,7 +77,7 @@ def test_targets_are_what_the_whole_model_says_and_are_generated_once(
     assert again.made == 0
 
 
-def test_an_interrupted_generation_goes_on_where_it_was(checkpoint: Directory, prompts: Path, tmp_path: Path) -> None:
+def test_interrupted_generation_continues(checkpoint: Directory, prompts: Path, tmp_path: Path) -> None:
     model, own = str(checkpoint(LLAMA)), tmp_path / "own"
     options = run_options(prompts, self_distill=own, max_new_tokens=6)
     with pytest.raises(KeyboardInterrupt):
@@ -93,9 +93,7 @@ def test_an_interrupted_generation_goes_on_where_it_was(checkpoint: Directory, p
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_with_the_outputs_that_it_had(
-    checkpoint: Directory, prompts: Path, tmp_path: Path
-) -> None:
+def test_killed_run_continues_with_its_generated_outputs(checkpoint: Directory, prompts: Path, tmp_path: Path) -> None:
     """With the engines that the command makes, which are gone in the end."""
     out = tmp_path / "out"
     own = tmp_path / "out.outputs"
@@ -119,7 +117,7 @@ def test_a_killed_run_goes_on_with_the_outputs_that_it_had(
 
 
 @pytest.mark.parametrize("case", [LLAMA, T5], ids=["llama", "t5"])
-def test_engines_say_what_transformers_says(case: Case, checkpoint: Directory, prompts: Path, tmp_path: Path) -> None:
+def test_engine_outputs_match_transformers(case: Case, checkpoint: Directory, prompts: Path, tmp_path: Path) -> None:
     """But for the rounding of weights to 8 bits."""
     model = str(checkpoint(case))
     opened = open_checkpoint(model)
@@ -133,7 +131,7 @@ def test_engines_say_what_transformers_says(case: Case, checkpoint: Directory, p
     assert np.mean([found[index][0] == first for index, first in enumerate(wanted)]) > 0.8
 
 
-def test_the_end_of_an_output_is_the_models(checkpoint: Directory, prompts: Path, tmp_path: Path) -> None:
+def test_end_token_is_trained_only_if_the_model_wrote_it(checkpoint: Directory, prompts: Path, tmp_path: Path) -> None:
     """An end that it did not write is not trained; an input without room for an output is left out."""
     opened = open_checkpoint(str(checkpoint(LLAMA)))
 
@@ -148,7 +146,7 @@ def test_the_end_of_an_output_is_the_models(checkpoint: Directory, prompts: Path
     assert "1 of 2 examples are longer than 40 tokens" in notes[0]
 
 
-def test_an_exit_beside_the_model_does_not_change_its_outputs(
+def test_exit_beside_the_model_does_not_change_its_outputs(
     checkpoint: Directory, prompts: Path, tmp_path: Path
 ) -> None:
     generate = Generator()
@@ -173,6 +171,6 @@ def test_outputs_of_another_model_or_limit_are_refused(checkpoint: Directory, pr
 
 
 @pytest.mark.parametrize("contradiction", ["from_config", "truncate"])
-def test_what_has_no_outputs_of_its_own_is_refused(contradiction: str, prompts: Path, tmp_path: Path) -> None:
+def test_options_without_model_outputs_are_refused(contradiction: str, prompts: Path, tmp_path: Path) -> None:
     with pytest.raises(OptionError, match=r"--self-distill .*; choose one"):
         run_options(prompts, self_distill=tmp_path, **{contradiction: True})

@@ -43,7 +43,7 @@ ONE_BATCH: dict[str, Any] = {"loss": "ce", "dropout": 0.0, "steps": 2, "evaluate
 EXIT_OF_LAYERS: dict[str, Any] = {"exit_head_layers": 2, "steps": 12, "evaluate_every": 6, "learning_rate": 3e-3}
 
 
-def test_first_tokens_after_a_prompt_or_given_ones_cannot_exit() -> None:
+def test_prompt_tokens_and_forced_first_tokens_cannot_exit() -> None:
     labels = torch.tensor([[IGNORED, 5, 6, 7], [8, 9, IGNORED, IGNORED], [IGNORED, IGNORED, 4, IGNORED]])
     assert decided_rows(labels, seq2seq=True).tolist() == [False, True, True, True, True, False]
     assert decided_rows(labels, seq2seq=False).tolist() == [False, True, True, False, True, False]
@@ -67,7 +67,7 @@ def test_every_loss_trains_the_whole_model(checkpoint: Directory, case: Case, lo
 
 
 @pytest.mark.parametrize(("case", "options"), [(T5, {}), (LLAMA, EXIT_OF_LAYERS)], ids=["t5", "llama-layers"])
-def test_lora_writes_an_adapter_that_reads_as_the_merged_model(
+def test_lora_adapter_reads_as_the_merged_model(
     checkpoint: Directory, words: Path, case: Case, options: dict[str, Any], run: Runs
 ) -> None:
     out, trained = run(case, tune="lora", rank=4, **{"learning_rate": 1e-2, **options})
@@ -124,7 +124,7 @@ def test_lora_writes_an_adapter_that_reads_as_the_merged_model(
     ],
     ids=["llama-layers", "t5-layers", "m2m100-layers"],
 )
-def test_an_exit_leaves_the_base_unchanged_to_the_bit(
+def test_exit_training_leaves_the_base_bit_identical(
     checkpoint: Directory, words: Path, case: Case, options: dict[str, Any], run: Runs
 ) -> None:
     out, trained = run(case, **{"tune": "exit", "steps": 24, "evaluate_every": 8, "learning_rate": 1e-2, **options})
@@ -145,7 +145,7 @@ def test_an_exit_leaves_the_base_unchanged_to_the_bit(
         assert trained.metrics[f"eval_{name}"] == pytest.approx(value, rel=0.02, abs=0.02), name
 
 
-def test_an_exit_of_t5gemma_is_trained(words: Path, run: Runs) -> None:
+def test_exit_of_t5gemma_is_trained(words: Path, run: Runs) -> None:
     options = {"tune": "exit", "exit_head_layers": 1, "exit_layer": 1}
     out, trained = run(BY_NAME["t5gemma2"], **options, steps=1, evaluate_every=1, learning_rate=1e-2)
     opened = open_checkpoint(str(out))
@@ -172,7 +172,7 @@ def test_gradient_checkpointing_and_bf16_change_little(run: Runs) -> None:
     assert curves[0] != curves[2]
 
 
-def test_random_weights_from_a_configuration(checkpoint: Directory, words: Path, tmp_path: Path) -> None:
+def test_random_weights_are_created_from_a_configuration(checkpoint: Directory, words: Path, tmp_path: Path) -> None:
     source = tmp_path / "configuration"
     source.mkdir()
     for path in checkpoint(T5).glob("*.json"):
@@ -188,7 +188,7 @@ def test_random_weights_from_a_configuration(checkpoint: Directory, words: Path,
     assert not (tmp_path / "none.training").exists()
 
 
-def test_a_model_and_its_exit_are_trained_together_and_further(
+def test_model_and_exit_are_trained_jointly_and_further(
     checkpoint: Directory, words: Path, run: Runs, tmp_path: Path
 ) -> None:
     together, trained = run(LLAMA, **{**EXIT_OF_LAYERS, "learning_rate": 1e-3})
@@ -214,7 +214,7 @@ def test_a_model_and_its_exit_are_trained_together_and_further(
         train(str(together), tmp_path / "other", replace(options, exit_head_layers=1))
 
 
-def test_an_adapter_with_an_exit_can_be_moved_and_lie_anywhere_beside_its_base(
+def test_adapter_with_an_exit_can_be_moved_relative_to_its_base(
     checkpoint: Directory, words: Path, tmp_path: Path
 ) -> None:
     base = shutil.copytree(checkpoint(LLAMA), tmp_path / "m")
@@ -223,7 +223,7 @@ def test_an_adapter_with_an_exit_can_be_moved_and_lie_anywhere_beside_its_base(
     assert open_checkpoint(str((tmp_path / "n").rename(tmp_path / "a"))).sha256 == found
 
 
-def test_an_exit_that_another_adapter_was_trained_with_is_refused(run: Runs, tmp_path: Path) -> None:
+def test_exit_of_another_adapter_is_refused(run: Runs, tmp_path: Path) -> None:
     out, _ = run(LLAMA, tune="lora", rank=4, **EXIT_OF_LAYERS)
     other = Path(shutil.copytree(out, tmp_path / "other"))
     weights = load_file(other / "adapter_model.safetensors")
@@ -252,7 +252,7 @@ def chrf_of_outputs(directory: Path, options: TrainingOptions) -> float:
     return float(sacrebleu.corpus_chrf(texts, [targets]).score) / 100
 
 
-def test_the_weights_of_the_best_outputs_are_kept(run: Runs, words: Path) -> None:
+def test_weights_of_the_best_outputs_are_kept(run: Runs, words: Path) -> None:
     pytest.importorskip("sacrebleu")
     out, result = run(T5, select_by="chrf", steps=4, evaluate_every=2, learning_rate=3e-3, patience=0)
     found = logged(out, "eval_chrf")
@@ -262,7 +262,7 @@ def test_the_weights_of_the_best_outputs_are_kept(run: Runs, words: Path) -> Non
     assert chrf_of_outputs(out, run_options(words)) == pytest.approx(max(found[1:]), abs=1e-6)
 
 
-def test_the_last_weights_are_kept_although_they_are_worse(
+def test_last_weights_are_kept_on_request_even_if_worse(
     checkpoint: Directory, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By the loss, the weights from before training would be kept, and patience 1 would end the run."""
@@ -332,7 +332,7 @@ def test_lora_is_refused_for_a_model_without_linear_layers(words: Path) -> None:
         ({"resume": True, "overwrite": True}, "contradict"),
     ],
 )
-def test_options_that_cannot_be_are_refused(words: Path, change: dict[str, Any], reason: str) -> None:
+def test_invalid_options_are_refused(words: Path, change: dict[str, Any], reason: str) -> None:
     with pytest.raises(OptionError, match=reason):
         run_options(words, **change)
 
@@ -349,7 +349,7 @@ def test_options_that_cannot_be_are_refused(words: Path, change: dict[str, Any],
         (LLAMA, {"validation": "missing.jsonl"}, r"missing\.jsonl does not exist"),
     ],
 )
-def test_what_does_not_fit_is_refused_before_weights_are_read(
+def test_options_that_do_not_fit_the_model_are_refused_before_reading_weights(
     checkpoint: Directory,
     words: Path,
     case: Case,
@@ -366,14 +366,16 @@ def test_what_does_not_fit_is_refused_before_weights_are_read(
     assert [path.name for path in tmp_path.iterdir()] == ["one.jsonl"]
 
 
-def test_training_an_exit_again_is_refused(words: Path, run: Runs, tmp_path: Path) -> None:
+def test_checkpoint_with_its_own_exit_is_refused_without_the_same_options(
+    words: Path, run: Runs, tmp_path: Path
+) -> None:
     out, _ = run(LLAMA, tune="exit", steps=24, evaluate_every=8, learning_rate=3e-3, exit_head_layers=2)
     with pytest.raises(CheckpointError, match="has an exit of its own"):
         train(str(out), tmp_path / "again", run_options(words))
 
 
 @pytest.mark.parametrize("schedule", ["linear", "hold"])
-def test_rate_warms_up_and_never_rises_again(schedule: Any) -> None:
+def test_learning_rate_warms_up_and_never_rises_again(schedule: Any) -> None:
     factors = [rate_factor(schedule, 0.1, step / 100) for step in range(101)]
     assert factors[:6:5] == pytest.approx([0, 0.5])
     assert max(factors) == pytest.approx(1.0) == factors[10]
@@ -382,7 +384,7 @@ def test_rate_warms_up_and_never_rises_again(schedule: Any) -> None:
     assert factors[55] == pytest.approx(0.5 if schedule == "linear" else 1.0)
 
 
-def test_oracle_exits_are_the_surest_tokens_of_which_enough_agree() -> None:
+def test_oracle_exits_are_the_most_confident_tokens_that_agree_often_enough() -> None:
     confidence = torch.linspace(1, 0, 200)
     agreed = torch.ones(200, dtype=torch.bool)
     agreed[[50, 120, 121, 122]] = False
@@ -394,7 +396,7 @@ def test_oracle_exits_are_the_surest_tokens_of_which_enough_agree() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="bfloat16 is fast on a GPU")
 @pytest.mark.parametrize("fast", [False, True])
-def test_the_command_prints_what_was_reached(
+def test_train_prints_the_results(
     checkpoint: Directory, words: Path, fast: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("freeexport.training.train.multiplies_bfloat16", lambda: fast)
@@ -414,7 +416,7 @@ def test_the_command_prints_what_was_reached(
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one(checkpoint: Directory, words: Path, run: Runs, tmp_path: Path) -> None:
+def test_two_processes_train_like_one(checkpoint: Directory, words: Path, run: Runs, tmp_path: Path) -> None:
     one, _ = run(T5, **ONE_BATCH)
     arguments = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
@@ -435,7 +437,7 @@ def test_two_processes_train_as_one(checkpoint: Directory, words: Path, run: Run
     ("fast", "bf16", "said"),
     [(True, False, "give --bf16"), (False, True, "--bf16 is slow"), (True, True, ""), (False, False, "")],
 )
-def test_bfloat16_is_advised_by_the_processor(
+def test_bfloat16_is_recommended_by_processor(
     fast: bool, bf16: bool, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(training, "multiplies_bfloat16", lambda: fast)
@@ -444,14 +446,14 @@ def test_bfloat16_is_advised_by_the_processor(
     assert bool(said) == bool(note)
 
 
-def test_a_step_is_timed_twice_and_the_better_half_counts() -> None:
+def test_step_is_timed_repeatedly_and_the_better_half_counts() -> None:
     # Steps of 1 s, and then two that other work disturbed; of 37 s each at first.
     assert training.better_half([(0.0, 0), (1.0, 100), (2.0, 200), (12.0, 300), (22.0, 400)]) == (1.0, 100.0)
     assert training.better_half([(0.0, 0), (37.0, 100), (74.0, 200), (75.0, 300), (76.0, 400)]) == (1.0, 100.0)
     assert training.better_half([(0.0, 0), (2.0, 100)]) == (2.0, 50.0)
 
 
-def test_the_verb_imports_torch_after_it_chose_how_threads_wait() -> None:
+def test_torch_is_imported_after_the_thread_wait_policy_is_set() -> None:
     """torch's OpenMP reads the policy when it is loaded."""
     program = "import sys, freeexport.commands.train; print('torch' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)

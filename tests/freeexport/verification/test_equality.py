@@ -66,7 +66,7 @@ def test_all_settings_of_a_bundle_with_our_kernels_are_equal(
     assert decoder.PREFILL_ROWS == 512
 
 
-def test_a_difference_is_counted_shown_and_ends_with_1(bundle: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_difference_is_counted_shown_and_exits_with_1(bundle: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
     """Generated tokens that are stored where a prompt has other bits, as before."""
     path = bundle(BY_NAME[LLAMA], precision="int8", capacity=256)
     monkeypatch.setenv("FREEEXPORT_INSTRUCTIONS", "scalar-bf16")
@@ -87,7 +87,7 @@ def test_a_difference_is_counted_shown_and_ends_with_1(bundle: Bundles, monkeypa
     assert any(row["differing_logprobs"] for row in rows)
 
 
-def test_tokens_and_log_probabilities_are_counted_apart() -> None:
+def test_tokens_and_log_probabilities_are_counted_separately() -> None:
     row = Row("full", "avx2")
     reference = Answer((1, 2, 3, 4), (-0.5, -0.25, -1.0, -2.0))
     row.compare(0, reference, (1, 2, 3, 4), reference.logprobs)
@@ -100,7 +100,7 @@ def test_tokens_and_log_probabilities_are_counted_apart() -> None:
     assert (alone.differing_tokens, alone.differing_logprobs, alone.equal) == (1, None, False)
 
 
-def test_instruction_sets_have_a_process_each_and_those_that_read_alike_are_compared(bundle: Bundles) -> None:
+def test_instruction_sets_run_in_separate_processes_and_equal_prefills_are_compared(bundle: Bundles) -> None:
     path = bundle(BY_NAME[LLAMA], precision="int8", capacity=256)
     names = [name for name in ("scalar", "avx2", "neon", "scalar-bf16") if supported(name)]
     done = ran(path, "--equal", 110, "--instructions", ",".join([*names, "scalar"]), "--json")
@@ -113,13 +113,13 @@ def test_instruction_sets_have_a_process_each_and_those_that_read_alike_are_comp
     assert sum(row["tokens"] for row in rows if row not in beside) == 110
 
 
-def test_a_difference_between_instruction_sets_is_seen() -> None:
+def test_difference_between_instruction_sets_is_detected() -> None:
     first, second = (Answer((1, 2), (-1.0, last)) for last in (-2.0, -3.0))
     row = equality.between([first, first], [first, second], "avx2", "avx512")
     assert (row.setting, row.instructions, row.tokens, row.differing_logprobs) == ("full, beside avx2", "avx512", 4, 1)
 
 
-def test_an_interrupt_shows_what_was_compared(bundle: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupt_shows_the_finished_comparisons(bundle: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
     path = bundle(BY_NAME[LLAMA], precision="int8", capacity=256)
     assert "68 tokens compared: all equal" in ran(path, "--equal", 68).output
     decoded, count = equality._decoded, 0
@@ -152,7 +152,7 @@ def test_an_interrupt_shows_what_was_compared(bundle: Bundles, monkeypatch: pyte
         (["--equal", "99999999999"], "give --data with more or shorter prompts"),
     ],
 )
-def test_options_that_do_not_fit_are_refused_before_anything_is_decoded(
+def test_invalid_options_are_refused_before_decoding(
     arguments: list[str], message: str, bundle: Bundles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(equality, "Session", None)
@@ -161,7 +161,7 @@ def test_options_that_do_not_fit_are_refused_before_anything_is_decoded(
     assert message in " ".join(done.output.split())
 
 
-def test_prompts_of_a_file_are_taken_and_a_broken_line_is_named(bundle: Bundles, tmp_path: Path) -> None:
+def test_prompts_are_read_from_a_file_and_a_malformed_line_is_named(bundle: Bundles, tmp_path: Path) -> None:
     opened, file = Bundle.open(bundle(BY_NAME[LLAMA], precision="int8", capacity=256)), tmp_path / "prompts.jsonl"
     file.write_text('{"input": "one"}\n{"input": "two words"}\n')
     prompts = prompt_ids(opened, file)

@@ -41,7 +41,7 @@ def measured(path: Path, model: Any, text: Path) -> Quality:
 
 
 @each
-def test_fp32_predicts_what_the_checkpoint_does(case: Case, text: Path, bundle: Bundles, source_model: Model) -> None:
+def test_fp32_predictions_match_the_checkpoint(case: Case, text: Path, bundle: Bundles, source_model: Model) -> None:
     """The reference: one line at a time, without padding, by the model's own loss."""
     quality = measured(bundle(case, 2), source_model(case), text)
     assert quality.passed
@@ -68,7 +68,7 @@ def test_fp32_predicts_what_the_checkpoint_does(case: Case, text: Path, bundle: 
 
 @each
 @pytest.mark.parametrize("precision", ["int8", "int4"])
-def test_quantized_weights_cost_something_and_pass(
+def test_quantized_weights_lose_some_quality_and_pass(
     case: Case, precision: str, text: Path, bundle: Bundles, source_model: Model
 ) -> None:
     quality = measured(bundle(case, 2, precision=precision), source_model(case), text)
@@ -91,13 +91,13 @@ def test_a_quantized_bundle_is_verified(bundle: Bundles, checkpoint: Callable[[C
     assert "largest error" in page
 
 
-def test_data_needs_a_checkpoint(bundle: Bundles) -> None:
+def test_data_requires_a_checkpoint(bundle: Bundles) -> None:
     result = invoke("verify", bundle(LLAMA), "--data", "x.jsonl")
     assert result.exit_code == 2
     assert "requires --against MODEL" in result.stderr
 
 
-def test_the_data_is_what_is_measured(text: Path, bundle: Bundles, checkpoint: Callable[[Case], Path]) -> None:
+def test_quality_is_measured_on_the_given_data(text: Path, bundle: Bundles, checkpoint: Callable[[Case], Path]) -> None:
     path = bundle(LLAMA, 2)
     report = verify(Bundle.open(path), str(checkpoint(LLAMA)), text, QUICK)
     tokenizer = Tokenizer.load(path)

@@ -34,7 +34,7 @@ def distance(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("name", ["llama-grouped-llama3-rope", "mistral-window", "t5-gated-untied"])
-def test_it_is_the_model_in_float64_and_the_model_stays_as_it_was(name: str, source_model: Model) -> None:
+def test_reference_computes_in_float64_and_restores_the_model(name: str, source_model: Model) -> None:
     model = source_model(BY_NAME[name])
     plain = logits(model)
     with Float64():
@@ -45,7 +45,7 @@ def test_it_is_the_model_in_float64_and_the_model_stays_as_it_was(name: str, sou
     assert torch.equal(logits(model), plain)
 
 
-def test_what_code_asks_for_in_float32_is_float64_too() -> None:
+def test_explicit_float32_operations_run_in_float64_too() -> None:
     scores = torch.tensor([1000.0, 1000.0 + 1e-4], dtype=torch.float64)
     expected = np.exp(scores.numpy() - scores.numpy().max())
     expected /= expected.sum()
@@ -61,7 +61,7 @@ def test_what_code_asks_for_in_float32_is_float64_too() -> None:
         np.testing.assert_allclose(each.numpy(), expected, rtol=1e-12)
 
 
-def test_a_value_is_rounded_as_half_precision_rounds_it() -> None:
+def test_values_are_rounded_as_in_half_precision() -> None:
     values = torch.randn(1000, generator=torch.Generator().manual_seed(0))
     with round_outputs(layer := torch.nn.Identity(), BITS["fp16"]):
         assert torch.equal(layer(values), values.half().float())
@@ -69,7 +69,7 @@ def test_a_value_is_rounded_as_half_precision_rounds_it() -> None:
         assert torch.equal(layer(values), values.bfloat16().float())
 
 
-def test_eight_bits_are_as_far_off_as_rounding_to_them() -> None:
+def test_simulated_int8_has_the_error_of_rounding() -> None:
     layer = torch.nn.Linear(256, 512, bias=False)
     read = torch.randn(64, 256, generator=torch.Generator().manual_seed(1))
     scale = read.abs().amax(-1, keepdim=True) / 127
@@ -83,7 +83,7 @@ def test_eight_bits_are_as_far_off_as_rounding_to_them() -> None:
     assert float((coarse - wanted).norm()) == pytest.approx(float((rounded - wanted).norm()), rel=0.1)
 
 
-def test_a_row_of_an_encoder_that_rounding_moves_far_is_no_fault_but_a_wrong_row_is() -> None:
+def test_encoder_row_sensitive_to_rounding_passes_and_a_wrong_row_fails() -> None:
     """One row of Whisper tiny.en, in 3,000, was five times as far off as with transformers."""
     generator = np.random.default_rng(0)
     names = ("deep", "shallow", "hidden", "encoded")
@@ -121,7 +121,7 @@ def checks(precision: Precision, own: float, times: float) -> list[Check]:
 
 
 @pytest.mark.parametrize("precision", COARSE)
-def test_states_may_be_several_times_as_coarse_as_transformers_and_no_more(precision: Precision) -> None:
+def test_hidden_state_tolerance_is_a_few_times_the_error_of_transformers(precision: Precision) -> None:
     # A sound T5 in 8 bits was 2.7 times as far off as transformers.
     found = checks(precision, 0.05, 2.7)
     assert [check.tensor for check in found] == TENSORS

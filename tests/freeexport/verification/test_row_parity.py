@@ -93,7 +93,7 @@ def swapped_rows(run: Run, pair: EnginePair, name: str, *arguments: Any) -> Call
     return outputs
 
 
-def test_the_noise_of_a_cache_in_8_bits_is_that_of_one_in_16(bundle: Bundles) -> None:
+def test_noise_of_an_int8_cache_is_that_of_a_float16_cache(bundle: Bundles) -> None:
     means = []
     for kv_cache in (None, "int8"):
         opened = Bundle.open(
@@ -117,7 +117,7 @@ FAULTS = (shifted_position, another_rows_cache, lost_row, wrong_scale, swapped_r
         ("t5-relu-tied", "mixed", QUICK),
     ],
 )
-def test_faults_do_not_pass(
+def test_injected_faults_fail(
     name: str, precision: str, extent: Extent, bundle: Bundles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = bundle(BY_NAME[name], 2, precision=precision)
@@ -136,7 +136,7 @@ def test_faults_do_not_pass(
 
 
 @pytest.mark.parametrize(("name", "precision", "seed"), [("llama-tied", "int8", 0), ("t5-relu-tied", "mixed", 1)])
-def test_the_last_bits_of_another_processor_pass(
+def test_last_bit_differences_of_another_processor_pass(
     name: str, precision: str, seed: int, bundle: Bundles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Single steps read what attention differs by from kernel to kernel, 8 times over, in the caches of every layer."""
@@ -169,7 +169,7 @@ def failures(found: Moved, noise: Moved) -> set[str]:
     return {check.measure for check in row_checks("a", "b", found, noise) if not check.passed}
 
 
-def test_the_limits_are_multiples_of_noise() -> None:
+def test_limits_are_multiples_of_the_noise() -> None:
     noise = moved(np.full(200, 1e-3))
     assert failures(moved(np.full(200, 0.9 * FACTOR * 1e-3)), noise) == set()
     assert "divergence" in failures(moved(np.full(200, 1.1 * FACTOR * 1e-3)), noise)
@@ -186,7 +186,7 @@ def test_the_limits_are_multiples_of_noise() -> None:
     assert "divergence" in failures(moved(np.zeros(200)), moved(np.full(200, np.nan)))
 
 
-def test_divergence_and_nats_are_those_of_the_definition() -> None:
+def test_divergence_and_nats_follow_their_definitions() -> None:
     before = np.log(np.array([[0.7, 0.2, 0.1], [0.5, 0.3, 0.2]], np.float32))
     after = np.log(np.array([[0.6, 0.3, 0.1], [0.3, 0.5, 0.2]], np.float32))
     found = Moved.between(before, after, np.array([0, 2]))

@@ -33,7 +33,7 @@ def tokens(*positions: Mapping[int, float]) -> ScoredTokens:
     return ScoredTokens([scores[0][0] for scores in ranked], ranked)
 
 
-def test_noise_is_how_far_the_distance_of_the_two_best_moves() -> None:
+def test_noise_is_the_change_of_the_margin_between_the_top_two() -> None:
     alone = tokens({1: -0.5, 2: -1.0}, {3: -0.1, 4: -3.0}, {5: -0.7, 6: -0.71})
     together = tokens({1: -0.6, 2: -1.0}, {3: -0.1, 4: -3.3}, {6: -0.7, 5: -0.71})
     noise = Noise.between([(alone, together)])
@@ -43,7 +43,7 @@ def test_noise_is_how_far_the_distance_of_the_two_best_moves() -> None:
     assert noise.typical == pytest.approx(np.sqrt((0.1**2 + 0.3**2) / 2))
 
 
-def test_a_token_may_differ_only_where_both_scores_are_closer_than_the_noise() -> None:
+def test_token_may_differ_only_if_both_scores_are_within_the_noise() -> None:
     expected = tokens({1: -0.5, 2: -1.0}, {5: -0.7, 6: -0.8, 7: -2.0})
     noise = Noise(0.1, 0.2, 50)
     row = SettingTies("lossless")
@@ -58,7 +58,7 @@ def test_a_token_may_differ_only_where_both_scores_are_closer_than_the_noise() -
     assert [fault.gap for fault in row.faults] == [pytest.approx(1.3), inf, inf]
 
 
-def test_nothing_is_tied_without_noise() -> None:
+def test_no_tokens_are_tied_without_noise() -> None:
     found = first_difference(0, tokens({1: -0.5, 2: -0.5}), [2])
     assert found == Difference(0, 0, 1, 2, 0.0)
     assert not found.tied(Noise(0.0, 0.0, 9))
@@ -66,7 +66,7 @@ def test_nothing_is_tied_without_noise() -> None:
 
 
 @pytest.mark.parametrize(("typical", "positions", "plausible"), [(0.01, 9, True), (0.5, 9, False), (0.0, 0, False)])
-def test_noise_that_rounding_cannot_explain_fails(typical: float, positions: int, plausible: bool) -> None:
+def test_noise_beyond_rounding_fails(typical: float, positions: int, plausible: bool) -> None:
     assert Noise(typical, 2 * typical, positions).plausible("fp16") == plausible
 
 
@@ -112,7 +112,7 @@ def test_rounding_noise_passes_and_its_ties_are_counted() -> None:
     json.dumps(report.to_json(), allow_nan=False)
 
 
-def test_a_fault_of_one_row_fails() -> None:
+def test_fault_of_one_row_fails() -> None:
     noise = np.random.default_rng(1).normal(0, 0.01, (40, 12))
     noise[35] += np.roll(np.linspace(-9, 9, 12), 3)
     report = compared(noise)
@@ -120,7 +120,7 @@ def test_a_fault_of_one_row_fails() -> None:
     assert "at position 35" in report.line
 
 
-def test_a_fault_of_every_row_is_no_noise() -> None:
+def test_fault_of_every_row_is_not_treated_as_noise() -> None:
     report = compared(np.random.default_rng(1).normal(0, 0.6, (40, 12)))
     assert not report.passed
     assert "fp16 cannot explain" in report.line

@@ -63,7 +63,7 @@ def external(tensor: onnx.TensorProto) -> dict[str, str]:
         (T5, "prologue", "decoder.block.3.layer.1.EncDecAttention.v", "prefill: deep logits"),
     ],
 )
-def test_a_wrong_weight_fails_at_the_first_tensor_it_reaches(
+def test_wrong_weight_fails_at_the_first_affected_tensor(
     case: Case, engine: str, weight: str, where: str, copied: Bundles, checkpoint: Checkpoint
 ) -> None:
     path = copied(case, 2)
@@ -75,9 +75,7 @@ def test_a_wrong_weight_fails_at_the_first_tensor_it_reaches(
         assert verify(Bundle.open(path), None, extent=QUICK)["passed"]
 
 
-def test_where_fp32_itself_is_far_from_float64_a_good_bundle_passes_and_a_wrong_weight_fails(
-    checkpoint: Checkpoint, tmp_path: Path
-) -> None:
+def test_ill_conditioned_model_passes_and_its_wrong_weight_fails(checkpoint: Checkpoint, tmp_path: Path) -> None:
     """T5 v1.0 with attention so peaky that fp32 itself is far from exact: scores 9 times as large."""
     peaky = Path(shutil.copytree(checkpoint(T5), tmp_path / "peaky"))
     tensors = load_file(peaky / "model.safetensors")
@@ -108,9 +106,7 @@ def test_where_fp32_itself_is_far_from_float64_a_good_bundle_passes_and_a_wrong_
     [("int8", T5), ("int4", LLAMA)],
     ids=lambda value: value if isinstance(value, str) else value.name,
 )
-def test_a_damaged_block_of_quantized_weights_fails(
-    precision: str, case: Case, copied: Bundles, checkpoint: Checkpoint
-) -> None:
+def test_damaged_quantized_block_fails(precision: str, case: Case, copied: Bundles, checkpoint: Checkpoint) -> None:
     path = copied(case, 2, precision=precision)
     assert verify(Bundle.open(path), str(checkpoint(case)), extent=QUICK)["passed"]
     layer = case.layers - 1
@@ -123,7 +119,7 @@ def test_a_damaged_block_of_quantized_weights_fails(
     assert "convert with a higher --precision or --verify none" in failure(report)
 
 
-def test_a_weight_that_is_not_a_number_fails_even_without_the_checkpoint(copied: Bundles) -> None:
+def test_nan_weight_fails_even_without_the_checkpoint(copied: Bundles) -> None:
     path = copied(exit_layer=2)
     scale_weight(path, "deep", "model.layers.4.mlp.down_proj", math.nan)
     report = verify(Bundle.open(path), None, extent=QUICK)
@@ -135,13 +131,13 @@ def test_a_weight_that_is_not_a_number_fails_even_without_the_checkpoint(copied:
     assert all(check["passed"] == before["passed"] for check, before in zip(written, report["checks"], strict=True))
 
 
-def test_nan_over_the_tolerance_and_differences_but_at_a_tie_do_not_pass() -> None:
+def test_nan_and_differences_beyond_tolerance_fail_except_at_a_tie() -> None:
     assert [Check("a", "b", error, 1e-4).passed for error in (1e-4, 1.1e-4, math.nan)] == [True, False, False]
     compared = [Comparison(0, 64), *(Comparison(0, 64, 3, gap) for gap in (TIE / 2, TIE * 2, None))]
     assert [comparison.passed(TIE) for comparison in compared] == [True, True, False, False]
 
 
-def test_greedy_ids_that_differ_fail(copied: Bundles, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_differing_greedy_ids_fail(copied: Bundles, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     import freeexport.verification.greedy
 
     original = freeexport.verification.greedy.reference_ids
@@ -157,13 +153,13 @@ def test_greedy_ids_that_differ_fail(copied: Bundles, checkpoint: Checkpoint, mo
     assert failure(report).startswith("greedy decoding: token ids of prompt 0 differ from position 5; convert with ")
 
 
-def test_a_checkpoint_that_the_bundle_was_not_made_from_is_refused(copied: Bundles, checkpoint: Checkpoint) -> None:
+def test_checkpoint_of_another_bundle_is_refused(copied: Bundles, checkpoint: Checkpoint) -> None:
     with pytest.raises(VerificationError, match=r"qwen2-tied is not the checkpoint .*made from \(llama-tied\)"):
         verify(Bundle.open(copied(exit_layer=2)), str(checkpoint(BY_NAME["qwen2-tied"])))
 
 
 @pytest.mark.parametrize("name", ["m2m100", "t5-relu-tied", "llama-tied"])
-def test_random_prompts_have_no_padding(name: str, checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_random_prompts_contain_no_padding(name: str, checkpoint: Checkpoint, tmp_path: Path) -> None:
     """Without a tokenizer prompts are random ids. transformers' M2M100 gives padding no position, wherever it is."""
     model, case = tmp_path / "model", BY_NAME[name]
     shutil.copytree(checkpoint(case), model, ignore=shutil.ignore_patterns("token*", "special*"))
@@ -175,7 +171,7 @@ def test_random_prompts_have_no_padding(name: str, checkpoint: Checkpoint, tmp_p
         assert padding not in {token for ids in drawn for token in ids}
 
 
-def test_the_command_writes_its_report_and_marks_the_bundle(copied: Bundles, checkpoint: Checkpoint) -> None:
+def test_verify_writes_its_report_and_marks_the_bundle(copied: Bundles, checkpoint: Checkpoint) -> None:
     path = copied(exit_layer=2)
     result = succeed("verify", path, "--quick", "--against", checkpoint(LLAMA))
     assert re.search(
@@ -199,7 +195,7 @@ def test_the_command_writes_its_report_and_marks_the_bundle(copied: Bundles, che
     assert not opened.verification["passed"]
 
 
-def test_without_a_checkpoint_the_command_changes_nothing_and_checks_every_byte(copied: Bundles) -> None:
+def test_verify_without_a_checkpoint_checks_every_byte_and_changes_nothing(copied: Bundles) -> None:
     path = copied(exit_layer=2)
     before = (path / MANIFEST).read_bytes()
     result = succeed("verify", path, "--json")
@@ -216,7 +212,7 @@ def test_without_a_checkpoint_the_command_changes_nothing_and_checks_every_byte(
     assert result.stderr.startswith("error: weights.data differs from the original file")
 
 
-def test_where_memory_is_short_the_bundle_is_not_verified_and_a_warning_says_so(
+def test_verification_is_skipped_with_a_warning_if_memory_is_short(
     copied: Bundles, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("freeexport.verification.verification.available_memory", lambda: 10**9)
@@ -228,7 +224,7 @@ def test_where_memory_is_short_the_bundle_is_not_verified_and_a_warning_says_so(
     assert "warning: only 1.0 GB is available, so the bundle is not verified" in errors
 
 
-def test_quick_needs_memory_for_the_logits_of_fewer_tokens(
+def test_quick_verification_needs_memory_for_fewer_logits(
     copied: Bundles, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("freeexport.verification.verification.available_memory", lambda: 0)
@@ -242,7 +238,7 @@ def test_quick_needs_memory_for_the_logits_of_fewer_tokens(
     assert full - quick == pytest.approx(more, abs=0.2)
 
 
-def test_quick_runs_less_and_stops_when_its_time_is_up(copied: Bundles, checkpoint: Checkpoint) -> None:
+def test_quick_verification_runs_less_and_stops_at_its_time_limit(copied: Bundles, checkpoint: Checkpoint) -> None:
     bundle, model = Bundle.open(copied(exit_layer=2)), str(checkpoint(LLAMA))
     quick, full = (verify(bundle, model, extent=extent) for extent in (QUICK, FULL))
     assert quick["passed"]
@@ -257,7 +253,7 @@ def test_quick_runs_less_and_stops_when_its_time_is_up(copied: Bundles, checkpoi
     assert {check["name"] for check in late["checks"]} == {"prefill"}
 
 
-def test_prompts_that_differ_in_a_quantized_bundle_are_a_warning() -> None:
+def test_differing_prompts_of_a_quantized_bundle_are_a_warning() -> None:
     def line(tie: float | None, *prompts: tuple[int | None, float | None]) -> tuple[bool, str]:
         return greedy_line({"tie": tie, "prompts": [{"first_difference": at, "gap": gap} for at, gap in prompts]})
 

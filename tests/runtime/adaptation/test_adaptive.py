@@ -95,7 +95,7 @@ class Requests:
     [(SHARP, SHARP, 0.02), (SURE, HARD, 0.005), (HARD, SURE, 0.03), (BROAD, SHARP, 0.02), (SHARP, BROAD, 0.03)],
 )
 @pytest.mark.parametrize("mean", [6, 40])
-def test_the_threshold_comes_to_that_of_the_stream(
+def test_threshold_converges_to_that_of_the_stream(
     calibrated: BetaMixture, true: BetaMixture, tolerance: float, mean: int
 ) -> None:
     threshold = adapting(calibrated)
@@ -105,7 +105,7 @@ def test_the_threshold_comes_to_that_of_the_stream(
     assert float(np.mean(late)) == pytest.approx(threshold_at(true, 0.9), abs=tolerance)
 
 
-def test_a_shift_moves_the_threshold_and_a_shift_back_moves_it_back() -> None:
+def test_threshold_follows_a_distribution_shift_and_returns_after_it() -> None:
     threshold, requests = adapting(SURE), Requests(seed=2, mean=30)
     for mixture in (HARD, SURE, HARD):
         requests.run(threshold, mixture, 12_000)
@@ -114,7 +114,7 @@ def test_a_shift_moves_the_threshold_and_a_shift_back_moves_it_back() -> None:
         assert abs(threshold.threshold - threshold_at(other, 0.9)) > 0.05
 
 
-def test_tokens_without_a_label_do_not_bias_the_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unlabelled_tokens_do_not_bias_the_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
     # A low threshold and short sequences: much is left over, and what is left over is sure.
     unbiased = adapting(SHARP, target=0.5)
     Requests(seed=3, mean=6).run(unbiased, SHARP, 20_000)
@@ -127,7 +127,7 @@ def test_tokens_without_a_label_do_not_bias_the_estimate(monkeypatch: pytest.Mon
     assert naive.mixture.weight_agree < 0.78
 
 
-def test_audits_free_a_threshold_at_which_nothing_would_ever_be_labelled(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_audits_correct_a_threshold_at_which_no_token_would_be_labelled(monkeypatch: pytest.MonkeyPatch) -> None:
     everything_exits = BetaMixture(Beta(4.0, 0.4), Beta(4.0, 0.4), 0.95)
     audited = adapting(everything_exits)
     assert audited.threshold == 0.0
@@ -139,14 +139,14 @@ def test_audits_free_a_threshold_at_which_nothing_would_ever_be_labelled(monkeyp
     assert stuck.threshold < 0.5
 
 
-def test_a_request_keeps_the_threshold_of_its_start() -> None:
+def test_request_keeps_the_threshold_of_its_start() -> None:
     threshold = adapting(SURE)
     seen = threshold.begin()
     Requests(seed=6).run(threshold, HARD, 3000)
     assert seen.threshold == threshold_at(SURE, 0.9) != threshold.threshold
 
 
-def test_a_restored_state_goes_on_as_if_nothing_had_happened() -> None:
+def test_restored_state_continues_identically() -> None:
     whole = adapting(SURE)
     requests = Requests(seed=7)
     requests.run(whole, HARD, 2000)
@@ -178,14 +178,14 @@ def test_a_restored_state_goes_on_as_if_nothing_had_happened() -> None:
         ({"left": None}, "left"),
     ],
 )
-def test_a_state_that_does_not_fit_is_refused(change: dict[str, Any], problem: str) -> None:
+def test_mismatched_state_is_refused(change: dict[str, Any], problem: str) -> None:
     state = {**adapting(SURE).state(), **change}
     with pytest.raises(OptionError, match=problem):
         AdaptiveThreshold(MANIFEST, calibration_of(MANIFEST, SURE, 0.9), 4000, state)
 
 
 @pytest.mark.parametrize("method", ["risk", "quality"])
-def test_a_threshold_that_was_not_fitted_to_a_posterior_implies_one(method: Any) -> None:
+def test_target_is_derived_from_a_threshold_of_another_method(method: Any) -> None:
     threshold = adapting(SHARP, target=0.99, method=method, threshold=0.8)
     assert threshold.target == pytest.approx(float(SHARP.posterior(0.8)))
     assert threshold.threshold == pytest.approx(0.8, abs=1e-6)
@@ -195,7 +195,7 @@ def test_a_threshold_that_was_not_fitted_to_a_posterior_implies_one(method: Any)
 @pytest.mark.parametrize("calibration", [None, calibration_of(MANIFEST, None, adaptive.UNCALIBRATED_TARGET)])
 @pytest.mark.parametrize(("true", "tolerance"), [(SHARP, 0.03), (BROAD, 0.05), (SURE, 0.04), (HARD, 0.01)])
 @pytest.mark.parametrize("mean", [6, 40])
-def test_without_a_calibration_2000_tokens_teach_the_threshold(
+def test_threshold_without_a_calibration_is_learned_from_2000_tokens(
     calibration: Calibration | None, true: BetaMixture, tolerance: float, mean: int
 ) -> None:
     threshold = AdaptiveThreshold(MANIFEST, calibration, 4000)
@@ -204,7 +204,7 @@ def test_without_a_calibration_2000_tokens_teach_the_threshold(
     assert threshold.threshold == pytest.approx(threshold_at(true, 0.95), abs=tolerance)
 
 
-def test_where_labels_are_dear_fewer_requests_are_learned_from() -> None:
+def test_expensive_labels_reduce_the_number_of_requests_learned_from() -> None:
     assert label_every(None) == 1
     light = Costs(4.0, 3.95, {1: 10.0, 4: 13.0})
     heavy = replace(light, shallow_without_head=1.5)
@@ -224,7 +224,7 @@ WRONG = BetaMixture(Beta(1.1, 3.2), Beta(0.95, 1.3), 0.045)  # an untrained exit
 HEAVY = Costs(4.0, 2.0, {1: 8.0, 2: 8.5})  # 0.83x where nothing exits
 
 
-def test_where_nothing_may_exit_few_requests_run_the_head_and_exits_come_back() -> None:
+def test_few_probe_requests_run_the_head_if_no_exit_occurs_until_exits_return() -> None:
     assert probe_every(None) == adaptive.PROBE_EVERY
     assert probe_every(HEAVY) == 20
     assert probe_every(replace(HEAVY, shallow_without_head=4.0)) == 1  # the head costs nothing
@@ -240,7 +240,7 @@ def test_where_nothing_may_exit_few_requests_run_the_head_and_exits_come_back() 
     assert threshold.threshold == pytest.approx(threshold_at(SURE, 0.9), abs=0.03)
 
 
-def test_exits_too_few_to_pay_are_left_off_until_they_do() -> None:
+def test_exits_are_disabled_while_too_rare_to_pay() -> None:
     rare = BetaMixture(Beta(2.0, 2.0), Beta(2.0, 2.5), 0.5)
     assert 0 < rare.above(threshold_at(rare, 0.7)) < 0.05
     calibration = calibration_of(MANIFEST, rare, 0.7)
@@ -295,7 +295,7 @@ def decoded(session: Session, count: int, first: int = 0) -> list[tuple[Any, ...
     return [(result.token_ids, result.exited) for result in results]
 
 
-def test_a_bundle_that_was_never_calibrated_learns_from_its_sync_passes(bundle: Bundles) -> None:
+def test_uncalibrated_bundle_learns_from_its_sync_passes(bundle: Bundles) -> None:
     path = bundle(LLAMA, 2)
     assert Bundle.open(path).calibration is None
     with Session(path, threshold="adaptive", threads=1, slots=1) as session:
@@ -310,7 +310,7 @@ def test_a_bundle_that_was_never_calibrated_learns_from_its_sync_passes(bundle: 
         assert session.adaptive_state() == state
 
 
-def test_where_nothing_exits_requests_decode_as_full_but_for_probes(bundle: Bundles) -> None:
+def test_requests_without_exits_decode_as_mode_full_except_for_probes(bundle: Bundles) -> None:
     path = bundle(LLAMA, 2)
     with Session(path, threshold="adaptive", threads=1, slots=1, adaptive_target=0.999) as session:
         requests = 0
@@ -329,7 +329,7 @@ def test_where_nothing_exits_requests_decode_as_full_but_for_probes(bundle: Bund
         assert sorted(modes) == ["free"] * 2 + ["full"] * (len(modes) - 2)
 
 
-def test_a_state_needs_an_adaptive_session(open_session: Open) -> None:
+def test_state_requires_an_adaptive_session(open_session: Open) -> None:
     state = open_session().adaptive_state()
     with pytest.raises(OptionError, match="choose 'adaptive'"):
         open_session(threshold=0.5, adaptive_state=state)
@@ -341,7 +341,7 @@ def test_a_state_needs_an_adaptive_session(open_session: Open) -> None:
         open_session(adaptive_state="x")
 
 
-def test_requests_move_the_threshold_and_each_decodes_with_that_of_its_start(open_session: Open) -> None:
+def test_requests_update_the_threshold_and_decode_with_that_of_their_start(open_session: Open) -> None:
     session, plain = open_session(), open_session(threshold=None)
     assert session.threshold == threshold_at(START, TARGET)
     thresholds = []
@@ -363,7 +363,9 @@ def test_requests_move_the_threshold_and_each_decodes_with_that_of_its_start(ope
         {"mode": "rollback", "rollback_threshold": 2.0},
     ],
 )
-def test_requests_that_are_exempt_teach_nothing_and_decode_as_ever(open_session: Open, options: dict[str, Any]) -> None:
+def test_exempt_requests_do_not_update_the_state_and_decode_normally(
+    open_session: Open, options: dict[str, Any]
+) -> None:
     session, plain = open_session(), open_session(threshold=None)
     decoded(session, 6)
     before = session.adaptive_state()
@@ -373,7 +375,7 @@ def test_requests_that_are_exempt_teach_nothing_and_decode_as_ever(open_session:
     assert session.adaptive_state() == before
 
 
-def test_sessions_that_do_the_same_learn_the_same_with_and_without_overlap(
+def test_equal_sessions_learn_equally_with_and_without_overlap(
     open_session: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sessions = [open_session(), open_session()]
@@ -387,9 +389,7 @@ def test_sessions_that_do_the_same_learn_the_same_with_and_without_overlap(
     assert sessions[2].threshold == pytest.approx(sessions[0].threshold, abs=1e-4)
 
 
-def test_an_audit_changes_no_token_and_leaves_the_slot_sound(
-    open_session: Open, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_audit_changes_no_token_and_leaves_the_slot_usable(open_session: Open, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(adaptive, "AUDIT_TOKENS", 0)
     session, plain = open_session(), open_session(threshold=None)
     audited = 0
@@ -406,7 +406,7 @@ def test_an_audit_changes_no_token_and_leaves_the_slot_sound(
 
 
 @pytest.mark.parametrize("overlap", [False, True])
-def test_leaving_early_with_an_audit_due_leaves_the_slot_sound(
+def test_closing_a_stream_with_an_audit_due_leaves_the_slot_usable(
     overlap: bool, open_session: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(adaptive, "AUDIT_TOKENS", 0)
@@ -424,7 +424,7 @@ def test_leaving_early_with_an_audit_due_leaves_the_slot_sound(
         assert session.generate(PROMPTS[1], **OPTIONS).token_ids == expected
 
 
-def test_many_threads_lose_no_request_and_several_samples_are_one(open_session: Open) -> None:
+def test_threads_lose_no_request_and_several_samples_count_as_one(open_session: Open) -> None:
     session = open_session(slots=4)
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda number: decoded(session, 3, 3 * number), range(8)))

@@ -23,7 +23,7 @@ def seen(costs: CallCosts, kind: Kind, rows: int, seconds: float, times: int = 5
         costs.observe(kind, rows, seconds)
 
 
-def test_nothing_measured_is_the_base() -> None:
+def test_unmeasured_costs_are_those_of_the_bundle() -> None:
     costs = CallCosts(BASE)
     assert [costs.seconds(kind, 1) for kind in ("step", "head", "pass")] == [1.0, 2.0, 10.0]  # type: ignore[arg-type]
     assert (costs.seconds("pass", 8), costs.seconds("step", 8)) == (17.0, 1.7)
@@ -31,7 +31,7 @@ def test_nothing_measured_is_the_base() -> None:
     assert costs.further_row() == pytest.approx(0.1)
 
 
-def test_what_was_not_measured_is_scaled_like_the_nearest_that_was() -> None:
+def test_unmeasured_size_is_scaled_like_the_nearest_measured_size() -> None:
     costs = CallCosts(BASE)
     seen(costs, "pass", 1, 30.0)
     assert costs.seconds("pass", 8) == pytest.approx(51.0)
@@ -49,7 +49,7 @@ def test_other_sizes_follow_a_settled_cost_after_a_few_measurements() -> None:
     assert costs.seconds("pass", 8) == pytest.approx(34.0)
 
 
-def test_the_first_call_of_a_size_binds_and_does_not_count() -> None:
+def test_first_call_of_a_size_is_not_counted() -> None:
     costs = CallCosts(BASE)
     costs.observe("pass", 1, 500.0)
     assert costs.seconds("pass", 1) == 10.0
@@ -57,7 +57,7 @@ def test_the_first_call_of_a_size_binds_and_does_not_count() -> None:
     assert costs.seconds("pass", 1) == pytest.approx(10.0)
 
 
-def test_one_slow_call_has_little_effect_and_a_change_is_noticed() -> None:
+def test_outlier_has_little_effect_and_a_lasting_change_is_followed() -> None:
     costs = CallCosts(BASE)
     seen(costs, "pass", 1, 10.0, 20)
     costs.observe("pass", 1, 5000.0)
@@ -70,7 +70,7 @@ def test_one_slow_call_has_little_effect_and_a_change_is_noticed() -> None:
     assert costs.seconds("pass", 4) < 60.0
 
 
-def test_a_cost_not_seen_for_long_is_forgotten() -> None:
+def test_old_measurement_of_a_size_is_forgotten() -> None:
     """It may have been measured while others kept the machine busy."""
     costs = CallCosts(BASE)
     seen(costs, "pass", 1, 10.0)
@@ -80,7 +80,7 @@ def test_a_cost_not_seen_for_long_is_forgotten() -> None:
     assert costs.seconds("pass", 4) == pytest.approx(13.0)
 
 
-def test_the_first_cost_of_a_kind_is_not_held_near_an_estimate_from_another_kind() -> None:
+def test_first_cost_of_a_kind_is_not_limited_by_an_estimate_of_another_kind() -> None:
     """An exit after layer 1 of 30 makes a step cheap and a pass expensive, whatever a bundle records."""
     costs = CallCosts(Costs(1.0, 0.5, {1: 1.0}))
     for _ in range(2):
@@ -89,7 +89,7 @@ def test_the_first_cost_of_a_kind_is_not_held_near_an_estimate_from_another_kind
     assert costs.prices().token == pytest.approx(7.3)
 
 
-def test_a_size_that_seemed_expensive_is_expected_to_cost_as_much_as_others_again() -> None:
+def test_expensive_measurement_of_an_avoided_size_is_forgotten() -> None:
     """A rule that avoids it would never measure it again."""
     costs = CallCosts(BASE)
     seen(costs, "pass", 1, 10.0)
@@ -99,7 +99,7 @@ def test_a_size_that_seemed_expensive_is_expected_to_cost_as_much_as_others_agai
     assert costs.seconds("pass", 2) == pytest.approx(11.0)
 
 
-def test_the_first_slow_call_of_a_size_is_not_its_cost() -> None:
+def test_slow_first_measurement_of_a_size_is_not_its_cost() -> None:
     costs = CallCosts(BASE)
     seen(costs, "pass", 1, 10.0)
     seen(costs, "pass", 2, 11.0, 1)  # binds

@@ -48,7 +48,7 @@ def most_likely_mixture(values: list[float], agrees: list[bool], known: list[boo
 
 
 @given(st.lists(st.tuples(confidences, confidences), max_size=40))
-def test_the_weight_is_bounded_whatever_is_seen(requests: list[tuple[list[float], list[float]]]) -> None:
+def test_evidence_weight_is_bounded(requests: list[tuple[list[float], list[float]]]) -> None:
     evidence = nothing()
     for labelled, unlabelled in requests:
         evidence.add([(c, c > 0.5) for c in labelled], unlabelled, memory=50)
@@ -59,7 +59,7 @@ def test_the_weight_is_bounded_whatever_is_seen(requests: list[tuple[list[float]
         assert np.isfinite(mixture.posterior(np.linspace(0, 1, 5))).all()
 
 
-def test_with_all_labels_refits_come_to_the_fit_of_all_at_once() -> None:
+def test_refits_with_all_labels_converge_to_the_fit_of_all_data() -> None:
     values, agrees = drawn(3000)
     evidence, mixture = nothing(), VAGUE
     evidence.add(list(zip(values, agrees, strict=True)), [], FOREVER)
@@ -71,7 +71,7 @@ def test_with_all_labels_refits_come_to_the_fit_of_all_at_once() -> None:
     assert (mixture.disagree.a, mixture.disagree.b) == pytest.approx((fitted.disagree.a, fitted.disagree.b), rel=0.05)
 
 
-def test_unlabelled_tokens_in_bins_count_as_they_do_one_by_one() -> None:
+def test_binned_unlabelled_tokens_count_like_individual_tokens() -> None:
     values, agrees = drawn(6000)
     known = [c < 0.8 for c in values]
     evidence, mixture = nothing(), MIXTURE
@@ -84,7 +84,7 @@ def test_unlabelled_tokens_in_bins_count_as_they_do_one_by_one() -> None:
     assert (mixture.agree.a, mixture.agree.b) == pytest.approx((fitted.agree.a, fitted.agree.b), rel=0.05)
 
 
-def test_a_confidence_that_is_not_a_number_says_nothing() -> None:
+def test_non_finite_confidences_are_ignored() -> None:
     evidence = nothing()
     evidence.add([(math.nan, True), (0.5, True)], [math.inf, math.nan, 0.4], FOREVER)
     assert evidence.agree.weight == 1

@@ -26,7 +26,7 @@ from runtime.errors import CalibrationError
 shapes = st.floats(0.05, 200)
 
 
-def test_derivatives_of_the_gamma_function() -> None:
+def test_digamma_and_trigamma_match_known_values_and_differences() -> None:
     assert digamma(1.0) == pytest.approx(-0.5772156649015329, abs=1e-12)
     assert digamma(0.5) == pytest.approx(-0.5772156649015329 - 2 * math.log(2), abs=1e-12)
     assert trigamma(1.0) == pytest.approx(math.pi**2 / 6, abs=1e-12)
@@ -37,7 +37,7 @@ def test_derivatives_of_the_gamma_function() -> None:
 
 
 @given(a=shapes, b=shapes, start_a=shapes, start_b=shapes)
-def test_the_expected_sums_of_a_beta_give_it_back_from_any_start(
+def test_beta_is_recovered_from_its_expected_sums_from_any_start(
     a: float, b: float, start_a: float, start_b: float
 ) -> None:
     found = most_likely(Beta(a, b).expected(100.0), Beta(start_a, start_b), steps=200)
@@ -46,7 +46,7 @@ def test_the_expected_sums_of_a_beta_give_it_back_from_any_start(
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=30), shapes, shapes)
-def test_a_fit_is_never_less_likely_than_its_start(confidences: list[float], a: float, b: float) -> None:
+def test_fit_is_at_least_as_likely_as_its_start(confidences: list[float], a: float, b: float) -> None:
     sums, start = LogSums.of(np.array(confidences)), Beta(a, b)
     for steps in (1, 2, 50):
         found = most_likely(sums, start, steps)
@@ -56,7 +56,7 @@ def test_a_fit_is_never_less_likely_than_its_start(confidences: list[float], a: 
 
 
 @pytest.mark.parametrize("shape", [0.0, -1.0, math.nan, math.inf])
-def test_a_shape_is_a_number_above_zero(shape: float) -> None:
+def test_shapes_that_are_not_positive_numbers_are_refused(shape: float) -> None:
     with pytest.raises(CalibrationError, match="a = "):
         Beta(shape, 1.0)
     with pytest.raises(CalibrationError, match="b = "):
@@ -68,7 +68,7 @@ mild = st.floats(0.1, 30)
 mixtures = st.builds(BetaMixture, st.builds(Beta, mild, mild), st.builds(Beta, mild, mild), st.floats(0.02, 0.98))
 
 
-def test_the_posterior_is_bayes_rule() -> None:
+def test_posterior_follows_bayes_rule() -> None:
     confidences = np.array([[0.1, 0.5], [0.9, 0.999]])
     agree = SHARP.weight_agree * SHARP.agree.density(confidences)
     assert SHARP.posterior(confidences) == pytest.approx(agree / SHARP.density(confidences))
@@ -78,7 +78,7 @@ def test_the_posterior_is_bayes_rule() -> None:
 
 
 @given(mixture=mixtures, target=st.floats(0.05, 0.999))
-def test_the_threshold_is_where_the_posterior_begins_to_hold(mixture: BetaMixture, target: float) -> None:
+def test_posterior_reaches_the_target_above_the_threshold(mixture: BetaMixture, target: float) -> None:
     threshold = threshold_at(mixture, target)
     logit = np.linspace(-13.8, 13.8, 4001)
     grid = np.append(1 / (1 + np.exp(-logit)), 1 - EPSILON)
@@ -92,14 +92,14 @@ def test_the_threshold_is_where_the_posterior_begins_to_hold(mixture: BetaMixtur
         assert float(mixture.log_odds(below)) <= wanted + 1e-9
 
 
-def test_a_posterior_that_falls_at_the_end_never_lets_exit() -> None:
+def test_posterior_that_falls_near_1_disables_exits() -> None:
     # P(agree | c) holds in the middle, and not where confidence is highest.
     mixture = BetaMixture(Beta(20.0, 6.0), Beta(2.0, 0.5), 0.9)
     assert float(mixture.posterior(0.75)) > 0.95
     assert threshold_at(mixture, 0.95) == 1.0
 
 
-def test_the_ends_of_thresholds() -> None:
+def test_threshold_is_0_or_1_if_the_target_is_always_or_never_met() -> None:
     same = Beta(2.0, 2.0)
     assert threshold_at(BetaMixture(same, same, 0.96), 0.95) == 0.0
     assert threshold_at(BetaMixture(same, same, 0.94), 0.95) == 1.0
@@ -109,6 +109,6 @@ def test_the_ends_of_thresholds() -> None:
 
 
 @pytest.mark.parametrize("weight", [0.0, 1.0, math.nan, 1.5])
-def test_a_weight_leaves_both_classes_possible(weight: float) -> None:
+def test_weights_not_strictly_between_0_and_1_are_refused(weight: float) -> None:
     with pytest.raises(CalibrationError, match="weight_agree"):
         BetaMixture(Beta(1, 1), Beta(1, 1), weight)

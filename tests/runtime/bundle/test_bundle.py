@@ -62,7 +62,7 @@ def unlist(path: Path, file: str) -> None:
     rewrite_manifest(path, files={name: entry for name, entry in files_of(path).items() if name != file})
 
 
-def test_a_bundle_holds_the_listed_files_and_the_manifest_only(bundle: Bundles) -> None:
+def test_bundle_contains_only_the_listed_files_and_the_manifest(bundle: Bundles) -> None:
     for name, files in FILES.items():
         opened = Bundle.open(bundle(BY_NAME[name]), verify="full")
         assert set(files) <= set(opened.manifest.files)
@@ -86,7 +86,7 @@ def test_a_damaged_file_is_named(name: str, file: str, copied: Bundles) -> None:
     assert refusal(path).startswith(f"{file} is missing")
 
 
-def test_flipped_bytes_of_the_manifest_are_noticed_or_change_nothing(copied: Bundles) -> None:
+def test_flipped_manifest_bytes_are_detected_or_harmless(copied: Bundles) -> None:
     path = copied()
     intact, content = Bundle.open(path), (path / MANIFEST).read_bytes()
     for place in range(0, len(content), 11):
@@ -98,7 +98,7 @@ def test_flipped_bytes_of_the_manifest_are_noticed_or_change_nothing(copied: Bun
 
 
 @pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "sub/../../outside"])
-def test_a_path_that_leaves_the_bundle_is_refused_even_where_the_file_fits(name: str, copied: Bundles) -> None:
+def test_path_outside_the_bundle_is_refused_even_if_the_file_matches(name: str, copied: Bundles) -> None:
     path = copied()
     (path.parent / "outside").write_bytes(b"x")
     (path / "sub").mkdir()
@@ -111,7 +111,7 @@ def test_a_path_that_leaves_the_bundle_is_refused_even_where_the_file_fits(name:
     ("content", "message"),
     [(b"", MANIFEST), (b"nonsense", "not JSON"), (b"[]", "holds list"), (b"\xff\xfe\0\0", "not text")],
 )
-def test_a_manifest_that_is_no_json_object_is_refused(content: bytes, message: str, copied: Bundles) -> None:
+def test_manifest_that_is_not_a_json_object_is_refused(content: bytes, message: str, copied: Bundles) -> None:
     path = copied()
     (path / MANIFEST).write_bytes(content)
     assert refusal(path).startswith(MANIFEST)
@@ -119,13 +119,13 @@ def test_a_manifest_that_is_no_json_object_is_refused(content: bytes, message: s
 
 
 @pytest.mark.parametrize("file", ["encoder.onnx", "prologue.onnx", "shallow.onnx", "deep.onnx"])
-def test_a_manifest_that_lists_no_engine_is_refused(file: str, copied: Bundles) -> None:
+def test_manifest_without_engines_is_refused(file: str, copied: Bundles) -> None:
     path = copied("t5-relu-tied")
     unlist(path, file)
     assert f"lists no {file}" in refusal(path)
 
 
-def test_where_there_is_no_bundle_the_message_says_how_to_make_one(tmp_path: Path) -> None:
+def test_missing_bundle_error_says_how_to_make_one(tmp_path: Path) -> None:
     assert "freeexport convert" in refusal(tmp_path / "nothing")
     (tmp_path / "file").write_text("x")
     assert refusal(tmp_path / "file") == (
@@ -135,7 +135,7 @@ def test_where_there_is_no_bundle_the_message_says_how_to_make_one(tmp_path: Pat
 
 
 @pytest.mark.parametrize("kind", ["checkpoint", "gguf", "folder of gguf", "adapter"])
-def test_the_command_that_is_named_for_a_checkpoint_makes_the_bundle(
+def test_suggested_convert_command_makes_the_bundle(
     kind: str, checkpoint: Callable[[Case], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "a model"
@@ -160,7 +160,7 @@ def test_the_command_that_is_named_for_a_checkpoint_makes_the_bundle(
     assert Bundle.open("BUNDLE").manifest.layers
 
 
-def test_what_cannot_be_loaded_is_named(copied: Bundles) -> None:
+def test_unloadable_files_are_named(copied: Bundles) -> None:
     path = copied()
     content = (path / "deep.onnx").read_bytes()
     (path / "deep.onnx").write_bytes(content.replace(b"Gather", b"Gathes"))
@@ -176,7 +176,7 @@ def test_what_cannot_be_loaded_is_named(copied: Bundles) -> None:
         Session(path)
 
 
-def test_the_hash_of_a_bundle_changes_with_any_file(copied: Bundles) -> None:
+def test_bundle_hash_changes_with_any_file(copied: Bundles) -> None:
     path = copied()
     before = Bundle.open(path).sha256
     assert Bundle.open(path).sha256 == before
@@ -184,7 +184,7 @@ def test_the_hash_of_a_bundle_changes_with_any_file(copied: Bundles) -> None:
     assert Bundle.open(path).sha256 != before
 
 
-def test_verification_is_what_the_report_says(copied: Bundles) -> None:
+def test_verification_status_is_read_from_the_report(copied: Bundles) -> None:
     path = copied()
     assert Bundle.open(path).verification is None
     (path / VERIFICATION).write_text('{"passed": true}')
@@ -197,7 +197,7 @@ def test_verification_is_what_the_report_says(copied: Bundles) -> None:
 
 @pytest.mark.parametrize("file", ["chat_template.jinja", "generation_config.json", "tokenizer_config.json"])
 @pytest.mark.parametrize("verify", ["sizes", "full"])
-def test_a_planted_file_is_not_read(file: str, verify: str, copied: Bundles) -> None:
+def test_unlisted_file_is_not_read(file: str, verify: str, copied: Bundles) -> None:
     path = copied()
     unlist(path, file)
     (path / file).unlink()
@@ -209,7 +209,7 @@ def test_a_planted_file_is_not_read(file: str, verify: str, copied: Bundles) -> 
         session.generate([5], max_new_tokens=1, do_sample=True, seed=1)
 
 
-def test_what_is_not_listed_is_no_part_of_the_bundle(copied: Bundles) -> None:
+def test_unlisted_files_are_not_part_of_the_bundle(copied: Bundles) -> None:
     path = copied()
     unlist(path, "tokenizer.json")
     with Session(path) as session:
@@ -221,7 +221,7 @@ def test_what_is_not_listed_is_no_part_of_the_bundle(copied: Bundles) -> None:
 
 @pytest.mark.parametrize("file", ["weights.data", "tokenizer.json", "deep.onnx", MANIFEST])
 @pytest.mark.parametrize("inside", [False, True])
-def test_a_link_in_the_place_of_a_file_is_refused(file: str, inside: bool, copied: Bundles) -> None:
+def test_link_in_place_of_a_file_is_refused(file: str, inside: bool, copied: Bundles) -> None:
     path = copied()
     (path.parent / "link").symlink_to(path)  # the directory itself may be one
     assert Bundle.open(path.parent / "link", verify="full").sha256 == Bundle.open(path).sha256
@@ -232,14 +232,14 @@ def test_a_link_in_the_place_of_a_file_is_refused(file: str, inside: bool, copie
 
 
 @pytest.mark.parametrize("file", [MANIFEST, "tokenizer.json", "weights.data", "shallow.onnx"])
-def test_a_named_pipe_is_refused_at_once(file: str, copied: Bundles) -> None:
+def test_named_pipe_is_refused_without_blocking(file: str, copied: Bundles) -> None:
     path = copied()
     (path / file).unlink()
     os.mkfifo(path / file)
     assert re.match(rf"{file} .*regular file", refusal(path, verify="full"))
 
 
-def test_a_manifest_that_is_too_large_is_refused_before_it_is_read(copied: Bundles) -> None:
+def test_oversized_manifest_is_refused_before_reading(copied: Bundles) -> None:
     path = copied()
     with (path / MANIFEST).open("r+b") as file:
         file.truncate(1 << 40)
@@ -258,7 +258,7 @@ def calibrate(path: Path, **changes: Any) -> Calibration:
     return calibration
 
 
-def test_a_calibration_is_a_file_of_the_bundle_and_of_its_model(copied: Bundles) -> None:
+def test_calibration_belongs_to_the_bundle_and_its_model(copied: Bundles) -> None:
     path = copied()
     assert Bundle.open(path).calibration is None
     assert calibrate(path) == Bundle.open(path, verify="full").calibration
@@ -270,7 +270,7 @@ def test_a_calibration_is_a_file_of_the_bundle_and_of_its_model(copied: Bundles)
     assert refusal(path).startswith(CALIBRATION)
 
 
-def test_a_bundle_may_record_a_threshold_of_rollback(copied: Bundles) -> None:
+def test_bundle_can_record_a_rollback_threshold(copied: Bundles) -> None:
     path = copied()
     rewrite_manifest(path, rollback_threshold=0.0)
     asked: dict[str, Any] = {"mode": "rollback", "threshold": 0.1, "max_new_tokens": 20, "ignore_eos": True}
@@ -279,7 +279,7 @@ def test_a_bundle_may_record_a_threshold_of_rollback(copied: Bundles) -> None:
     assert always.stats.rejected > never.stats.rejected == 0
 
 
-def test_a_bundle_may_stand_anywhere(copied: Bundles, tmp_path: Path) -> None:
+def test_bundle_can_be_in_any_directory(copied: Bundles, tmp_path: Path) -> None:
     path = copied().rename(tmp_path / "a name with spaces, [brackets] and ünï")
     with Session(path) as session:
         assert session.generate([5], max_new_tokens=2).token_ids

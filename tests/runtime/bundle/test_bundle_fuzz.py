@@ -36,19 +36,19 @@ def check(manifest: Manifest) -> None:
 
 
 @fuzz(mutated_bytes(TEXT), BundleError)
-def test_bytes_of_a_manifest(content: bytes) -> None:
+def test_altered_manifest_bytes_are_read_or_refused(content: bytes) -> None:
     manifest = Manifest.from_json(content.decode("utf-8", "replace"))
     assert manifest == MANIFEST
 
 
 @fuzz(mutated_json(CONTENT), BundleError)
-def test_a_manifest_that_is_signed_again(content: Any) -> None:
+def test_altered_and_resigned_manifests_are_read_or_refused(content: Any) -> None:
     signed = {**content, HASH: _hash(content)} if isinstance(content, dict) else content
     check(Manifest.from_json(json.dumps(signed)))
 
 
 @fuzz(mutated_bytes(TEXT), BundleError)
-def test_a_manifest_on_disk(content: bytes) -> None:
+def test_altered_manifest_file_opens_or_is_refused(content: bytes) -> None:
     (PLACE / NAME).write_bytes(content)
     for name in GRAPHS:
         (PLACE / name).write_bytes(b"\x12\x01x")
@@ -56,7 +56,7 @@ def test_a_manifest_on_disk(content: bytes) -> None:
 
 
 @fuzz(mutated_bytes(b"\x12\x01x" + b"\x3a\x1a\x2a\x18\x6a\x16" + b"\x0a\x08location\x12\x0aweights.it"), BundleError)
-def test_graphs(content: bytes) -> None:
+def test_altered_graphs_are_read_or_refused(content: bytes) -> None:
     graph = PLACE / "deep.onnx"
     graph.write_bytes(content)
     (PLACE / "shallow.onnx").write_bytes(b"\x12\x01x")
@@ -67,23 +67,23 @@ def test_graphs(content: bytes) -> None:
 
 
 @fuzz(mutated_bytes(CALIBRATED.to_json().encode()), BundleError)
-def test_bytes_of_a_calibration(content: bytes) -> None:
+def test_altered_calibration_bytes_are_read_or_refused(content: bytes) -> None:
     Calibration.from_json(content.decode("utf-8", "replace"))
 
 
 @fuzz(mutated_json(CALIBRATION_CONTENT), BundleError)
-def test_a_calibration(content: Any) -> None:
+def test_altered_calibrations_are_read_or_refused(content: Any) -> None:
     read = Calibration.from_json(json.dumps(content))
     assert 0.0 <= read.threshold <= 1.0
     assert Calibration.from_json(read.to_json()) == read
 
 
 @fuzz(mutated_json(GENERATION), BundleError)
-def test_a_generation_config(content: Any) -> None:
+def test_altered_generation_configs_are_read_or_refused(content: Any) -> None:
     (PLACE / GENERATION_CONFIG).write_text(json.dumps(content))
     read_defaults(PLACE)
 
 
 @fuzz(mutated_bytes(TEXT), UnreadableError)
-def test_json(content: bytes) -> None:
+def test_arbitrary_json_is_read_or_refused(content: bytes) -> None:
     json.dumps(parse_json(content), allow_nan=False, ensure_ascii=False).encode()

@@ -32,7 +32,7 @@ def constant(location: str) -> onnx.NodeProto:
     return helper.make_node("Constant", [], ["location"], value=tensor(location))
 
 
-def test_tensors_are_found_wherever_onnx_may_hold_them(tmp_path: Path) -> None:
+def test_external_tensors_are_found_in_every_place_that_onnx_allows(tmp_path: Path) -> None:
     inner = helper.make_graph([constant("f")], "inner", [], [], initializer=[tensor("a")])
     condition = helper.make_node("If", ["x"], ["y"], then_branch=inner, else_branch=inner)
     listed = helper.make_node("Two", [], [], tensors=[tensor("g")], graphs=[inner])
@@ -45,7 +45,7 @@ def test_tensors_are_found_wherever_onnx_may_hold_them(tmp_path: Path) -> None:
     assert external_data(tmp_path / "graph.onnx") == set("abcdefghi")
 
 
-def test_fields_in_another_order_hide_nothing(tmp_path: Path) -> None:
+def test_field_order_does_not_hide_external_data(tmp_path: Path) -> None:
     # An entry with its value first, its length in two bytes.
     entry = b"\x12\x81\x00x" + b"\x0a\x08location"
     entries = b"\x6a" + bytes([len(entry)]) + entry
@@ -56,13 +56,13 @@ def test_fields_in_another_order_hide_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.name in ("llama-tied", "t5-relu-tied")])
-def test_the_graphs_of_a_bundle_name_its_weights(case: object, bundle: Bundles) -> None:
+def test_graphs_of_a_bundle_name_its_weight_file(case: object, bundle: Bundles) -> None:
     paths = list(bundle(case).glob("*.onnx"))  # type: ignore[arg-type]
     assert {name for path in paths for name in external_data(path)} == {"weights.data"}
 
 
 @pytest.mark.parametrize("content", [b"\xff" * 100, b"\x3a\x7f", b"\x3a", b"\x0b\x0c", b"\xff" * 9 + b"\x7f"])
-def test_what_is_no_graph_is_refused_by_name(content: bytes, tmp_path: Path) -> None:
+def test_files_that_are_not_graphs_are_refused_by_name(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "deep.onnx").write_bytes(content)
     with pytest.raises(BundleError, match=r"deep\.onnx cannot be read \(it is not an ONNX graph"):
         external_data(tmp_path / "deep.onnx")
@@ -80,7 +80,7 @@ def nested(levels: int) -> bytes:
 
 
 @pytest.mark.parametrize("content", [nested(3002), b"\x08\x01" * 10_000])
-def test_a_graph_that_would_take_long_is_refused(
+def test_graph_that_is_slow_to_parse_is_refused(
     content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(reading, "MAX_FIELDS", 10_000)
@@ -90,7 +90,7 @@ def test_a_graph_that_would_take_long_is_refused(
 
 
 @given(content=st.binary(max_size=200), data=st.data())
-def test_any_bytes_end_in_names_or_a_refusal(
+def test_arbitrary_bytes_give_names_or_a_refusal(
     content: bytes, data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "any.onnx"

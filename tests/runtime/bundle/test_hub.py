@@ -50,9 +50,7 @@ def downloads(hub: HubStandIn) -> list[str]:
     return [path.rpartition("/")[2] for method, path, _ in hub.requests if method == "GET" and "/resolve/" in path]
 
 
-def test_a_session_of_a_name_on_the_hub_generates_as_one_of_the_directory(
-    hub: HubStandIn, bundle: Bundles, cache: Path
-) -> None:
+def test_session_from_a_hub_name_matches_the_local_bundle(hub: HubStandIn, bundle: Bundles, cache: Path) -> None:
     local = bundle(BY_NAME["llama-tied"])
     hub.repositories[NAME].commit("main", {"other.bin": b"x" * 2000})
     with Session(local, threads=1) as session, Session.from_pretrained(NAME, threads=1, verify="full") as loaded:
@@ -70,7 +68,7 @@ def test_a_session_of_a_name_on_the_hub_generates_as_one_of_the_directory(
         assert session.bundle.path == local
 
 
-def test_a_revision_is_a_branch_or_a_commit(hub: HubStandIn, bundle: Bundles) -> None:
+def test_revision_can_be_a_branch_or_a_commit(hub: HubStandIn, bundle: Bundles) -> None:
     repository = hub.repositories[NAME]
     first = repository.branches["main"]
     hub.add(NAME, bundle(BY_NAME["llama-tied"], 2), branch="two")
@@ -96,7 +94,7 @@ def test_a_private_repository_needs_a_token(hub: HubStandIn) -> None:
     assert "(status 404)" in refusal("ada/other", token=TOKEN)
 
 
-def test_a_repository_that_is_no_bundle_is_refused(hub: HubStandIn, tmp_path: Path) -> None:
+def test_repository_without_a_bundle_is_refused(hub: HubStandIn, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     hub.add("ada/checkpoint", tmp_path)
     found = refusal("ada/checkpoint")
@@ -107,7 +105,7 @@ def test_a_repository_that_is_no_bundle_is_refused(hub: HubStandIn, tmp_path: Pa
         find_bundle("ada/checkpoint")
 
 
-def test_offline_only_the_cache_is_used(hub: HubStandIn, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_offline_mode_uses_only_the_cache(hub: HubStandIn, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from huggingface_hub import constants
 
     path = find_bundle(NAME)
@@ -125,7 +123,7 @@ def test_offline_only_the_cache_is_used(hub: HubStandIn, monkeypatch: pytest.Mon
     assert refusal(local_files_only=True) == off
 
 
-def test_without_a_network_the_cache_is_used_and_nothing_is_tried_again(
+def test_network_failure_falls_back_to_the_cache_without_retries(
     hub: HubStandIn, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     from huggingface_hub import constants
@@ -142,7 +140,7 @@ def test_without_a_network_the_cache_is_used_and_nothing_is_tried_again(
     assert capfd.readouterr().err == ""
 
 
-def test_a_cut_connection_is_resumed(hub: HubStandIn, bundle: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_connection_is_resumed(hub: HubStandIn, bundle: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
 
     monkeypatch.setattr("time.sleep", lambda seconds: None)
@@ -185,7 +183,7 @@ def test_an_interrupted_download_continues_with_the_missing_files(
     assert Bundle.open(path, "full")
 
 
-def test_an_altered_file_is_refused_and_deleted(hub: HubStandIn, cache: Path) -> None:
+def test_altered_file_is_refused_and_deleted(hub: HubStandIn, cache: Path) -> None:
     hub.altered = "weights.data"
     for _ in range(2):
         assert refusal() == (
@@ -197,7 +195,7 @@ def test_an_altered_file_is_refused_and_deleted(hub: HubStandIn, cache: Path) ->
     assert Bundle.open(find_bundle(NAME), "full")
 
 
-def test_a_full_disk_is_one_line_and_leaves_no_half_file(
+def test_full_disk_gives_a_one_line_error_and_no_partial_file(
     hub: HubStandIn, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened = Path.open
@@ -233,7 +231,9 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_file(
     assert Bundle.open(find_bundle(NAME), "full")
 
 
-def test_links_in_the_cache_may_not_leave_it(hub: HubStandIn, cache: Path, tmp_path: Path, bundle: Bundles) -> None:
+def test_cache_links_outside_the_cache_are_refused(
+    hub: HubStandIn, cache: Path, tmp_path: Path, bundle: Bundles
+) -> None:
     path = find_bundle(NAME)
     blob = (path / "weights.data").resolve()
     # As huggingface_hub shares files between repositories.
@@ -256,7 +256,7 @@ def test_links_in_the_cache_may_not_leave_it(hub: HubStandIn, cache: Path, tmp_p
         )
 
 
-def test_without_the_package_only_directories_are_loaded(monkeypatch: pytest.MonkeyPatch, bundle: Bundles) -> None:
+def test_local_bundles_load_without_huggingface_hub(monkeypatch: pytest.MonkeyPatch, bundle: Bundles) -> None:
     imported = builtins.__import__
 
     def without(name: str, *given: Any, **options: Any) -> Any:
@@ -269,7 +269,7 @@ def test_without_the_package_only_directories_are_loaded(monkeypatch: pytest.Mon
     assert find_bundle(bundle(BY_NAME["llama-tied"]))
 
 
-def test_names() -> None:
+def test_hub_names_are_recognized() -> None:
     assert HubName.parse("ada/tiny-llama.v2") == HubName("ada/tiny-llama.v2", None)
     assert HubName.parse("ada/tiny@refs/pr/1") == HubName("ada/tiny", "refs/pr/1")
     assert HubName.parse(f"ada/tiny@{'a' * 255}") is not None
@@ -277,7 +277,7 @@ def test_names() -> None:
         assert HubName.parse(text) is None, text
 
 
-def test_a_name_that_is_too_long_is_refused_in_a_line() -> None:
+def test_overlong_name_is_refused_in_one_line() -> None:
     for length in (256, 5000):
         shown = "'" + "a" * 76 + "..."
         assert refusal(f"{NAME}@{'a' * length}") == (
@@ -288,7 +288,7 @@ def test_a_name_that_is_too_long_is_refused_in_a_line() -> None:
             Session.from_pretrained(path)
 
 
-def test_the_endpoint_and_offline_mode_of_the_environment_count(hub: HubStandIn, cache: Path) -> None:
+def test_environment_sets_the_endpoint_and_offline_mode(hub: HubStandIn, cache: Path) -> None:
     code = f"from runtime.bundle.hub import find_bundle; print(find_bundle({NAME!r}))"
     variables = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "0"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=variables, timeout=60)

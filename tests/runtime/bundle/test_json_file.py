@@ -39,7 +39,7 @@ def refusal(text: str | bytes, **options: bool) -> str:
 
 
 @given(VALUES, st.booleans())
-def test_what_json_writes_is_read(value: Any, ascii_only: bool) -> None:
+def test_written_json_is_read_back(value: Any, ascii_only: bool) -> None:
     text = json.dumps(value, ensure_ascii=ascii_only)
     assert parse_json(text) == parse_json(text.encode()) == value
 
@@ -63,7 +63,7 @@ def test_what_json_writes_is_read(value: Any, ascii_only: bool) -> None:
         (b'"\xff"', "not text in UTF-8"),
     ],
 )
-def test_what_no_reader_should_meet_is_refused_with_the_reason(text: str | bytes, reason: str) -> None:
+def test_malformed_json_is_refused_with_the_reason(text: str | bytes, reason: str) -> None:
     assert reason in refusal(text)
 
 
@@ -73,7 +73,7 @@ def test_numbers_and_levels_at_the_limit_are_read() -> None:
     assert parse_json(r'"\ud83d\ude00"') == "\U0001f600"
 
 
-def test_nan_is_read_where_it_is_asked_for() -> None:
+def test_nan_is_read_on_request() -> None:
     assert str(parse_json("[NaN, Infinity]", nan=True)) == "[nan, inf]"
 
 
@@ -98,9 +98,7 @@ def device(path: Path) -> None:
         (lambda path: path.write_text("{"), "not JSON"),
     ],
 )
-def test_a_file_that_cannot_be_read_is_named_with_the_remedy(
-    make: Callable[[Path], Any], reason: str, tmp_path: Path
-) -> None:
+def test_unreadable_file_is_named_with_the_remedy(make: Callable[[Path], Any], reason: str, tmp_path: Path) -> None:
     path = tmp_path / "file.json"
     make(path)
     with pytest.raises(OptionError) as refused:
@@ -112,18 +110,18 @@ def test_a_file_that_cannot_be_read_is_named_with_the_remedy(
     assert "\n" not in message
 
 
-def test_a_file_whose_size_is_not_known_is_not_read_past_the_limit() -> None:
+def test_file_of_unknown_size_is_not_read_beyond_the_limit() -> None:
     # Files of the kernel say that they have 0 bytes.
     with pytest.raises(UnreadableError, match="more than the 10 bytes"):
         read_text(Path("/proc/cpuinfo"), 10)
 
 
-def test_a_null_character_in_a_path_is_no_crash(tmp_path: Path) -> None:
+def test_null_character_in_a_path_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UnreadableError):
         read_text(tmp_path / "a\0b")
 
 
-def test_a_file_that_holds_no_object_is_refused_where_one_must_be(tmp_path: Path) -> None:
+def test_non_object_is_refused_if_an_object_is_required(tmp_path: Path) -> None:
     path = tmp_path / "file.json"
     path.write_text("[1]")
     with pytest.raises(OptionError, match="holds list, not an object; mend it"):

@@ -51,11 +51,11 @@ def refusal(valid: Manifest | Calibration = MANIFEST, **changes: Any) -> str:
 
 
 @both
-def test_what_is_written_is_read_back(valid: Manifest | Calibration) -> None:
+def test_written_manifest_is_read_back(valid: Manifest | Calibration) -> None:
     assert type(valid).from_json(valid.to_json()) == type(valid).from_json(changed(valid)) == valid
 
 
-def test_fields_with_defaults_may_be_left_out() -> None:
+def test_fields_with_defaults_are_optional() -> None:
     read = Manifest.from_json(changed(MANIFEST, versions=REMOVED, copies=REMOVED, costs=REMOVED, threshold=1))
     assert read == replace(MANIFEST, versions={}, copies=(), costs=None, threshold=1.0)
     optional = ("target", "risk", "delta", "rollback_threshold", "mixture", "table", "costs", "created_with")
@@ -66,7 +66,7 @@ def test_fields_with_defaults_may_be_left_out() -> None:
 
 
 @given(data=st.data())
-def test_one_flipped_bit_is_noticed_or_changes_nothing(data: st.DataObject) -> None:
+def test_single_bit_flip_is_detected_or_harmless(data: st.DataObject) -> None:
     content = bytearray(MANIFEST.to_json().encode())
     content[data.draw(st.integers(0, len(content) - 1))] ^= 1 << data.draw(st.integers(0, 6))
     with suppress(BundleError):
@@ -74,14 +74,14 @@ def test_one_flipped_bit_is_noticed_or_changes_nothing(data: st.DataObject) -> N
 
 
 @both
-def test_what_is_no_json_object_is_refused(valid: Manifest | Calibration) -> None:
+def test_non_object_is_refused(valid: Manifest | Calibration) -> None:
     for text in ("", "{", "nonsense", '{"layers": 3', "\0", "[" * 100_000):
         assert "not JSON" in refused(valid, text)
     for text, name in (("[]", "list"), ("3", "int"), ("null", "NoneType"), ('"a"', "str")):
         assert f"holds {name}" in refused(valid, text)
 
 
-def test_a_change_without_the_hash_is_refused() -> None:
+def test_change_without_updating_the_hash_is_refused() -> None:
     assert "altered" in refused(MANIFEST, MANIFEST.to_json().replace('"threshold": 0.75', '"threshold": 0.7'))
     assert "altered" in refused(MANIFEST, json.dumps({"schema_version": SCHEMA_VERSION}))
 
@@ -90,7 +90,7 @@ def test_a_change_without_the_hash_is_refused() -> None:
     ("valid", "version", "minor"),
     [(MANIFEST, SCHEMA_VERSION, SCHEMA_MINOR), (CALIBRATED, CALIBRATION_VERSION, CALIBRATION_MINOR)],
 )
-def test_a_newer_minor_version_is_read_and_another_major_one_refused(
+def test_newer_minor_version_is_read_and_another_major_version_refused(
     valid: Manifest | Calibration, version: int, minor: int
 ) -> None:
     message = refusal(valid, schema_version=version + 1, novelty=1)
@@ -103,7 +103,7 @@ def test_a_newer_minor_version_is_read_and_another_major_one_refused(
 @pytest.mark.parametrize(
     ("valid", "name"), [(valid, field.name) for valid in (MANIFEST, CALIBRATED) for field in fields(valid)]
 )
-def test_a_field_of_the_wrong_type_is_refused_by_name(valid: Manifest | Calibration, name: str) -> None:
+def test_field_of_the_wrong_type_is_refused_by_name(valid: Manifest | Calibration, name: str) -> None:
     value = getattr(valid, name)
     wrong: list[Any] = [[["x"]]]
     if valid is MANIFEST:
@@ -188,7 +188,7 @@ OUT_OF_RANGE_CALIBRATION: dict[str, tuple[Any, ...]] = {
     [(MANIFEST, *case) for case in OUT_OF_RANGE.items()]
     + [(CALIBRATED, *case) for case in OUT_OF_RANGE_CALIBRATION.items()],
 )
-def test_a_value_out_of_range_is_refused_by_name(
+def test_out_of_range_value_is_refused_by_name(
     valid: Manifest | Calibration, name: str, values: tuple[Any, ...]
 ) -> None:
     for value in values:
@@ -203,14 +203,14 @@ def test_a_number_that_is_too_large_is_refused(value: float, reason: str) -> Non
     assert reason in refusal(threshold=value)
 
 
-def test_too_many_entries_are_refused_before_they_are_looked_at() -> None:
+def test_excess_entries_are_refused_before_they_are_parsed() -> None:
     many = {str(index): FILE for index in range(10_001)}
     assert "files has 10001 entries, at most 10000" in refusal(files=many)
     assert "eos_token_ids has 10001 entries" in refusal(eos_token_ids=[2] * 10_001)
 
 
 @pytest.mark.parametrize("name", ["./x", "a//b", "a/./b", "a/", "a\nb", "\u202ea"])
-def test_a_file_has_one_plain_name(name: str) -> None:
+def test_file_names_must_be_plain_and_unique(name: str) -> None:
     assert "not a plain file name" in refusal(files={name: FILE})
 
 
@@ -221,7 +221,7 @@ def test_a_path_that_leaves_the_bundle_is_refused(path: str) -> None:
     assert set(inside.files) == {"tensorrt/deep.plan"}
 
 
-def test_precision_and_quantization_go_together() -> None:
+def test_precision_and_quantization_must_match() -> None:
     assert "no quantization with precision 'int8'" in refusal(precision="int8")
     assert "a quantization with precision 'fp32'" in refusal(quantization={})
     older = changed(MANIFEST, precision="int8", quantization={"int8_range": "reduced", "exact_rows": True})
@@ -235,7 +235,7 @@ def test_an_encoder_decoder_needs_a_start_token() -> None:
     assert Manifest.from_json(changed(MANIFEST, encoder_capacity=64, decoder_start_token_id=0)).encoder_decoder
 
 
-def test_a_cache_in_8_bits_is_for_decoders_with_our_operators() -> None:
+def test_int8_cache_requires_a_decoder_with_our_operators() -> None:
     own: dict[str, Any] = {"precision": "int8", "quantization": {}, "kernels": 9, "kv_cache": "int8"}
     manifest = Manifest.from_json(changed(MANIFEST, **own))
     assert (manifest.cache_type, manifest.cache_width) == ("int8", 16 + 4)
@@ -247,7 +247,7 @@ def test_a_cache_in_8_bits_is_for_decoders_with_our_operators() -> None:
     assert "kv_cache is 'int4'" in refusal(**{**own, "kv_cache": "int4"})
 
 
-def test_activations_in_16_bits_need_operators_that_have_them() -> None:
+def test_int16_activations_require_operators_that_support_them() -> None:
     own: dict[str, Any] = {"precision": "int8", "quantization": {}, "kernels": 10, "activations": "int16"}
     assert Manifest.from_json(changed(MANIFEST, **own)).activations == "int16"
     for kernels in (None, 9):
@@ -256,7 +256,7 @@ def test_activations_in_16_bits_need_operators_that_have_them() -> None:
 
 
 @pytest.mark.parametrize(("precision", "size"), [("fp32", 4), ("fp16", 2), ("bf16", 2)])
-def test_layers_are_split_at_the_exit_and_have_a_cache(precision: Any, size: int) -> None:
+def test_layers_are_split_at_the_exit_and_have_caches(precision: Any, size: int) -> None:
     manifest = replace(MANIFEST, precision=precision)
     assert (list(manifest.shallow_layers), list(manifest.deep_layers)) == ([0, 1], [2, 3, 4])
     assert manifest.kv_bytes_per_token == 2 * 5 * 2 * 16 * size
@@ -264,7 +264,7 @@ def test_layers_are_split_at_the_exit_and_have_a_cache(precision: Any, size: int
     assert replace(manifest, encoder_capacity=50).kv_bytes_per_sequence == manifest.kv_bytes_per_token * 158
 
 
-def test_a_calibration_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+def test_unreadable_calibration_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(CalibrationError, match=r"calibration\.json cannot be read \(No such file"):
         read_calibration(tmp_path / "calibration.json")
     (tmp_path / "binary").write_bytes(b"\xff\xfe\xff")
@@ -283,7 +283,7 @@ def test_a_calibration_file_that_cannot_be_read_is_named(tmp_path: Path) -> None
         (3, "entropy", "confidence measure 'softmax', not 'entropy'"),
     ],
 )
-def test_a_calibration_fits_the_model_it_was_measured_on_alone(position: int, other: Any, reason: str) -> None:
+def test_calibration_of_another_model_is_refused(position: int, other: Any, reason: str) -> None:
     model: list[Any] = ["ab" * 32, 288, 2, "softmax"]
     check_calibration(CALIBRATED, *model)
     model[position] = other

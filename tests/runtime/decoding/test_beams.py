@@ -51,7 +51,7 @@ class Language:
 
 
 @given(st.integers(0, 500), st.sampled_from([0.0, 0.7, 1.0, 2.0]))
-def test_with_enough_beams_the_best_sequences_of_all_are_found(seed: int, penalty: float) -> None:
+def test_wide_beams_find_the_best_sequences(seed: int, penalty: float) -> None:
     language, limit = Language(3, seed), 4
     best = sorted((-language.total(s) / len(s) ** penalty, s) for s in language.finished(limit))
     search = BeamSearch(40, limit, frozenset({EOS}), penalty, "never")
@@ -63,7 +63,7 @@ def test_with_enough_beams_the_best_sequences_of_all_are_found(seed: int, penalt
 
 
 @given(st.integers(0, 500), st.integers(1, 5), st.sampled_from([True, False, "never"]))
-def test_beams_are_different_sequences_best_first(seed: int, beams: int, early: Any) -> None:
+def test_beams_are_distinct_and_sorted_by_score(seed: int, beams: int, early: Any) -> None:
     found = finish(BeamSearch(beams, 6, frozenset({EOS}), 1.0, early).search(Language(4, seed).score))
     assert len({hypothesis.tokens for hypothesis in found}) == len(found) == beams
     assert [h.score for h in found] == sorted((h.score for h in found), reverse=True)
@@ -73,7 +73,7 @@ def test_beams_are_different_sequences_best_first(seed: int, beams: int, early: 
 
 
 @given(st.integers(0, 500), st.integers(1, 5), st.sampled_from([3, 64, 200, 1000]))
-def test_candidates_are_the_best_of_all(seed: int, beams: int, vocabulary: int) -> None:
+def test_candidates_are_the_highest_scoring_tokens(seed: int, beams: int, vocabulary: int) -> None:
     source = np.random.default_rng(seed)
     logits, totals = source.normal(size=(beams, vocabulary)), source.normal(size=beams)
     logits[source.random(logits.shape) < 0.1] = -np.inf
@@ -103,7 +103,7 @@ SETTINGS: tuple[dict[str, Any], ...] = (
         *(("t5-relu-tied-exit-layers", "ort"), ("t5-relu-tied-feature-1", "ort")),
     ],
 )
-def test_beams_are_those_of_transformers(
+def test_beams_match_transformers(
     name: str, dialect: str, settings: dict[str, Any], bundle: Bundles, source_model: Model
 ) -> None:
     cases = *BY_NAME.values(), *EXIT_CASES, with_feature("t5-relu-tied", 1)
@@ -137,7 +137,7 @@ def test_beams_are_those_of_transformers(
                 assert scores == pytest.approx(theirs.sequences_scores.tolist(), abs=1e-3)
 
 
-def test_beams_are_cancelled_and_give_their_slot_back(bundle: Bundles) -> None:
+def test_cancelled_beam_search_releases_its_slot(bundle: Bundles) -> None:
     with Session(bundle(BY_NAME["t5-relu-tied"], 1), threads=1, slots=1) as session:
         cancel = threading.Event()
         cancel.set()
@@ -151,7 +151,7 @@ def test_beams_are_cancelled_and_give_their_slot_back(bundle: Bundles) -> None:
             session.generate_best(PROMPTS[0], 4, **options)
 
 
-def test_a_deadline_holds_whatever_a_step_of_all_beams_takes(bundle: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_deadline_holds_during_a_long_beam_step(bundle: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
     """The thread that waits goes at the deadline; the search ends between two engine calls."""
     stepping, returns, ended = BeamRows.stepping, threading.Event(), threading.Event()
     went_on = list[bool]()
@@ -178,7 +178,7 @@ def test_a_deadline_holds_whatever_a_step_of_all_beams_takes(bundle: Bundles, mo
         assert session.generate(PROMPTS[0], max_new_tokens=3).stats.tokens == 3
 
 
-def test_caches_of_beams_grow_with_their_sequences(bundle: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_beam_caches_grow_with_their_sequences(bundle: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
     rows, stepping = list[int](), BeamRows.stepping
 
     def watched(self: BeamRows, tokens: np.ndarray, sources: np.ndarray) -> Any:
@@ -197,7 +197,7 @@ def test_caches_of_beams_grow_with_their_sequences(bundle: Bundles, monkeypatch:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
-def test_beams_share_the_keys_of_their_prompt_and_copy_what_differs(
+def test_beams_share_prompt_keys_and_copy_only_diverging_rows(
     precision: Any, bundle: Bundles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With copies for every beam, as bundles of earlier versions need them, tokens and scores are the same."""
@@ -224,7 +224,7 @@ def test_beams_share_the_keys_of_their_prompt_and_copy_what_differs(
     ]
 
 
-def test_beams_whose_caches_do_not_fit_are_refused(bundle: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_beams_whose_caches_exceed_memory_are_refused(bundle: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
     with Session(bundle(BY_NAME["t5-relu-tied"], 1), threads=1, slots=1) as session:
         monkeypatch.setattr(
             "runtime.engines.kv_cache.available_memory", lambda: 256 * 21 * session.manifest.kv_bytes_per_token
@@ -234,7 +234,7 @@ def test_beams_whose_caches_do_not_fit_are_refused(bundle: Bundles, monkeypatch:
             session.generate(PROMPTS[0], mode="full", num_beams=256, max_new_tokens=21)
 
 
-def test_beams_of_a_decoder_only_bundle_are_refused(bundle: Bundles) -> None:
+def test_beam_search_on_a_decoder_only_bundle_is_refused(bundle: Bundles) -> None:
     with (
         Session(bundle(BY_NAME["llama-tied"], 1), threads=1, slots=1) as session,
         pytest.raises(OptionError, match="beam search is for encoder-decoders"),

@@ -69,7 +69,7 @@ confidences = st.floats(0, 1, width=32) | st.sampled_from([0.0, 0.5, 1.0])
     prompt_length=st.integers(0, 5),
 )
 @tries(50)
-def test_lengths_flags_and_sync_passes_hold_at_every_step(
+def test_cache_lengths_exit_flags_and_sync_passes_hold_at_every_step(
     trace: list[float], threshold: float, max_pending: int, prompt_length: int
 ) -> None:
     """A prompt of no token is an encoder-decoder's: its first token is decided like the others."""
@@ -104,7 +104,7 @@ def test_lengths_flags_and_sync_passes_hold_at_every_step(
     assert max(passes, default=1) <= max_pending
 
 
-def test_mode_full_runs_both_engines_for_every_token_and_no_shallow_head() -> None:
+def test_mode_full_runs_both_engines_per_token_without_the_shallow_head() -> None:
     decoder, shallow, deep = decoder_of()
     steps = list(islice(full(decoder, prompt_of(3)), 5))
     assert steps == [Token(DEEP_TOKEN + position, "", False, None) for position in range(2, 7)]
@@ -114,7 +114,7 @@ def test_mode_full_runs_both_engines_for_every_token_and_no_shallow_head() -> No
 
 
 @pytest.mark.parametrize("length", [1, PREFILL_ROWS - 1, PREFILL_ROWS, PREFILL_ROWS + 1, 2 * PREFILL_ROWS + 3])
-def test_a_long_prompt_is_read_in_pieces_and_only_its_last_row_gets_the_head(length: int) -> None:
+def test_long_prompt_is_read_in_pieces_with_the_head_on_its_last_row(length: int) -> None:
     trace = np.linspace(0, 1, length, dtype=np.float32)
     decoder, shallow, deep = decoder_of(trace.tolist(), rows=2048)
     said = decoder.prefill(prompt_of(length), head=True)
@@ -131,7 +131,7 @@ def test_a_long_prompt_is_read_in_pieces_and_only_its_last_row_gets_the_head(len
     [(0.01, 0.001, 0.042, 0.058), (0.05, 0.01, 0.21, 0.21), (0.001, 1e-5, 0.002, 0.003)],
     ids=["as many rows as fit", "at least 16", "at most 128"],
 )
-def test_pieces_keep_others_waiting_for_a_bounded_time(
+def test_prefill_pieces_delay_other_requests_by_a_bounded_time(
     fixed: float, each: float, least: float, most: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The clock is one in which a piece takes `fixed` seconds, and `each` for a row."""
@@ -187,7 +187,7 @@ def drafted(
     starts=st.booleans(),
 )
 @tries(50)
-def test_rollback_accepts_exits_up_to_the_first_unlikely_one(
+def test_rollback_accepts_exits_before_the_first_unlikely_one(
     trace: list[float],
     nll: list[float],
     threshold: float,
@@ -213,7 +213,7 @@ def test_rollback_accepts_exits_up_to_the_first_unlikely_one(
     assert max(deep.calls[predicted:], default=1) <= max_pending
 
 
-def test_drafts_do_not_go_beyond_the_end_of_a_request() -> None:
+def test_drafts_stop_at_the_token_limit_of_the_request() -> None:
     decoder, shallow, _ = decoder_of([1.0] * 20)
     list(alone(decoded(decoder, prompt_of(3), 5, ConfidentExits(0.5), Policy(limit=1.0))))
     assert shallow.calls == [3, 1, 1, 1, 1]  # the prompt, then one step for each of four drafts
@@ -267,7 +267,7 @@ def test_verified_drafts_give_the_tokens_of_full(
     starts=st.booleans(),
 )
 @tries(50)
-def test_in_mode_free_only_confident_exits_are_final_without_verification(
+def test_mode_free_finalizes_only_confident_exits_without_verification(
     trace: list[float],
     agrees: list[bool],
     threshold: float,
@@ -295,7 +295,7 @@ def test_in_mode_free_only_confident_exits_are_final_without_verification(
 
 @given(trace=traces, agrees=flags, threshold=confidences, lengths=plans, tokens=st.integers(1, 40))
 @tries(25)
-def test_a_sequence_that_runs_its_own_calls_makes_those_of_one_that_waits_for_others(
+def test_exclusive_and_shared_sequences_make_the_same_engine_calls(
     trace: list[float], agrees: list[bool], threshold: float, lengths: list[int], tokens: int
 ) -> None:
     nll = [0.0 if agree else 4.0 for agree in agrees]
@@ -311,7 +311,7 @@ def test_a_sequence_that_runs_its_own_calls_makes_those_of_one_that_waits_for_ot
         assert outcomes[0] == outcomes[1]
 
 
-def test_the_cost_of_a_draft_includes_python_between_its_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_draft_cost_includes_python_time_between_its_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     decoder, _, _ = decoder_of([1.0] * 20)
     decoder.only_sequence = True
     seconds = list[float]()
@@ -323,7 +323,7 @@ def test_the_cost_of_a_draft_includes_python_between_its_calls(monkeypatch: pyte
 
 
 @pytest.mark.parametrize("audit", [True, False])
-def test_rows_left_on_the_stack_are_reported_and_labelled_by_an_audit(audit: bool) -> None:
+def test_pending_rows_are_reported_and_labelled_by_an_audit(audit: bool) -> None:
     trace = [0, 0, 0.9, 0.2, 0.8, 0.7, 0.9]
     decoder, _, deep = decoder_of(trace, agrees=[False, False, True, False, True, False, True])
     seen = RequestLabels(0.5, learns=True, audits=audit)
@@ -337,7 +337,7 @@ def test_rows_left_on_the_stack_are_reported_and_labelled_by_an_audit(audit: boo
     assert deep.calls == [2, 2] + [2] * audit
 
 
-def test_a_sequence_that_ends_during_a_call_is_not_audited() -> None:
+def test_sequence_that_ends_during_a_call_is_not_audited() -> None:
     trace = [0, 0, 0.9, 0.2, 0.9]
     observation = RequestLabels(0.5, learns=True, audits=True)
     for calls, left in ((1, []), (2, [0.9]), (3, [0.9, 0.2])):

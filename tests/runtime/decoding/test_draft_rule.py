@@ -231,7 +231,7 @@ def learned_by(base: Costs = NEUTRAL) -> LearnedDrafts:
 
 @each_machine
 @pytest.mark.parametrize(("found", "right"), [(0.08, 0.6), (0.1, 0.2), (0.0, 0.0)])
-def test_free_writing_is_never_slower_than_0_97_of_full(name: str, found: float, right: float) -> None:
+def test_unrepetitive_text_keeps_0_97_of_the_speed_of_full(name: str, found: float, right: float) -> None:
     """In texts of SmolLM2, 3 to 8 % of the tokens begin a match of three, whose tokens are right 6 times in 10."""
     for seed in range(3):
         learned = learned_by()
@@ -249,7 +249,7 @@ def test_free_writing_is_never_slower_than_0_97_of_full(name: str, found: float,
 @example(name="expensive rows", texts=[(1.0, 1.0, 3), (1.0, 0.4, 5)], tokens=100, seed=0)
 @example(name="demo", texts=[(1.0, 0.8, 3), (1.0, 0.0, 3)], tokens=128, seed=0)
 @tries(40)
-def test_adversarial_text_after_any_other_is_never_slower_than_0_93_of_full(
+def test_adversarial_text_keeps_0_93_of_the_speed_of_full(
     name: str, texts: list[tuple[float, float, int]], tokens: int, seed: int
 ) -> None:
     """Costs are those of another machine until they are measured."""
@@ -260,7 +260,7 @@ def test_adversarial_text_after_any_other_is_never_slower_than_0_93_of_full(
 
 @each_machine
 @pytest.mark.parametrize("exits", [(0.0, 0.0), (0.6, 0.0), (1.0, 0.3)])
-def test_an_exit_that_is_seldom_right_is_never_slower_than_0_97_of_full(name: str, exits: tuple[float, float]) -> None:
+def test_rarely_correct_exit_keeps_0_97_of_the_speed_of_full(name: str, exits: tuple[float, float]) -> None:
     learned = learned_by(MACHINES[name].costs)
     for seed in range(3):
         assert Request(MACHINES[name], learned, 200, exits=exits, seed=seed).speed > 0.97
@@ -268,7 +268,9 @@ def test_an_exit_that_is_seldom_right_is_never_slower_than_0_97_of_full(name: st
 
 @each_machine
 @pytest.mark.parametrize("exits", [(0.0, 0.0), (1.0, 0.0), (0.5, 0.5)])
-def test_an_exit_that_fails_after_it_was_always_right_costs_little(name: str, exits: tuple[float, float]) -> None:
+def test_previously_correct_exit_that_fails_keeps_0_93_of_the_speed_of_full(
+    name: str, exits: tuple[float, float]
+) -> None:
     """Also if it is never sure, so that its head runs for nothing."""
     learned = learned_by()
     for _ in range(2):
@@ -277,7 +279,7 @@ def test_an_exit_that_fails_after_it_was_always_right_costs_little(name: str, ex
 
 
 @each_machine
-def test_text_that_begins_to_repeat_is_drafted_within_ten_tokens(name: str) -> None:
+def test_text_that_starts_repeating_is_drafted_within_ten_tokens(name: str) -> None:
     """Every draft of the first 100 tokens was wrong."""
     request = Request(MACHINES[name], learned_by(), 300, (1.0, 0.0), repeats_from=100)
     assert min(place for place in request.drafted if place >= 100) < 110
@@ -285,7 +287,7 @@ def test_text_that_begins_to_repeat_is_drafted_within_ten_tokens(name: str) -> N
 
 
 @each_machine
-def test_text_that_repeats_pays_after_requests_in_which_it_was_wrong(name: str) -> None:
+def test_repetition_speeds_up_decoding_after_requests_with_wrong_drafts(name: str) -> None:
     learned = learned_by()
     for seed in range(15):
         Request(MACHINES[name], learned, 100, (1.0, 0.0, seed))
@@ -300,7 +302,7 @@ def test_text_that_repeats_pays_after_requests_in_which_it_was_wrong(name: str) 
 @pytest.mark.parametrize(
     ("name", "least"), [("smollm2-fp32", 3.0), ("smollm2-int8", 2.5), ("demo", 2.0), ("expensive rows", 1.4)]
 )
-def test_text_that_repeats_pays_in_the_first_request(name: str, least: float) -> None:
+def test_repetition_speeds_up_the_first_request(name: str, least: float) -> None:
     speeds = [Request(MACHINES[name], learned_by(), 60, (1.0, 0.95, seed), noise=0.2).speed for seed in range(16)]
     assert sorted(speeds)[8] > least
     assert min(speeds) > 1 + (least - 1) / 3
@@ -309,7 +311,7 @@ def test_text_that_repeats_pays_in_the_first_request(name: str, least: float) ->
 @pytest.mark.parametrize(
     ("name", "right", "least"), [("smollm2-fp32", 0.95, 1.15), ("smollm2-int8", 0.9, 1.2), ("demo", 0.8, 1.25)]
 )
-def test_an_exit_that_is_right_pays(name: str, right: float, least: float) -> None:
+def test_correct_exit_speeds_up_decoding(name: str, right: float, least: float) -> None:
     learned = learned_by()
     for seed in range(3):
         Request(MACHINES[name], learned, 64, exits=(1.0, right), seed=seed)
@@ -318,7 +320,7 @@ def test_an_exit_that_is_right_pays(name: str, right: float, least: float) -> No
 
 @pytest.mark.parametrize("right", [0.0, 0.4])
 @pytest.mark.parametrize(("found", "text_right"), [(0.0, 0.0), (0.1, 0.6), (0.5, 0.8)])
-def test_an_exit_that_fails_in_one_request_costs_little_of_what_text_saves(
+def test_failing_exit_costs_at_most_7_percent_of_a_request_sped_up_by_text(
     right: float, found: float, text_right: float
 ) -> None:
     """It was right nine times in ten in the requests before."""
@@ -342,9 +344,7 @@ def test_an_exit_that_fails_in_one_request_costs_little_of_what_text_saves(
 @pytest.mark.parametrize(
     ("layers", "right", "found"), [(0.6, 0.5, 0.3), (0.3, 0.3, 0.0), (0.1, 0.97, 0.1), (0.02, 0.9, 0.0)]
 )
-def test_requests_use_the_layers_of_an_exit_if_these_make_them_faster(
-    name: str, layers: float, right: float, found: float
-) -> None:
+def test_exit_layers_are_used_if_they_speed_up_requests(name: str, layers: float, right: float, found: float) -> None:
     """`layers` is their cost, relative to a shallow step without them."""
     machine = MACHINES[name]
     with_layers = machine._replace(step=machine.step * (1 + layers))
@@ -387,7 +387,7 @@ def outcome_of(confidence: float, right: bool) -> Outcome:
     )
 
 
-def test_predictions_are_drafted_by_how_often_others_of_their_confidence_were_right() -> None:
+def test_drafting_depends_on_the_measured_accuracy_of_a_confidence() -> None:
     machine = MACHINES["smollm2-int8"]
     drafts = drafts_of(machine)
     for _ in range(40):
@@ -405,7 +405,7 @@ def test_predictions_are_drafted_by_how_often_others_of_their_confidence_were_ri
     assert drafted(0.25) == [False]
 
 
-def test_a_draft_is_as_long_as_its_rows_are_worth() -> None:
+def test_draft_length_weighs_acceptance_against_the_cost_of_rows() -> None:
     """On some processors a pass of two rows takes as long as one, and the third row is expensive."""
     drafts = drafts_of(MACHINES["int4"])
     for rows, seconds in ((1, 3.2e-3), (2, 3.2e-3), (3, 4.7e-3), (4, 4.8e-3)):
@@ -415,7 +415,7 @@ def test_a_draft_is_as_long_as_its_rows_are_worth() -> None:
     assert drafts._length([0.9, 0.8, 0.8])[0] == 3
 
 
-def test_an_exit_pays_again_once_its_calls_are_as_fast_as_before() -> None:
+def test_exits_are_drafted_again_after_their_calls_become_fast_again() -> None:
     machine = Machine(0.1, 0.1, 1.0, 0.1)
     drafts = drafts_of(machine)
     for _ in range(9):
@@ -438,7 +438,7 @@ def test_an_exit_pays_again_once_its_calls_are_as_fast_as_before() -> None:
 
 
 @pytest.mark.parametrize("name", ["demo", "int4"])
-def test_searches_where_nothing_repeats_take_at_most_two_percent_of_the_time(name: str) -> None:
+def test_fruitless_searches_take_at_most_two_percent_of_the_time(name: str) -> None:
     learned = learned_by()
     Request(MACHINES[name], learned, 500, (0.0, 0.0))
     request = Request(MACHINES[name], learned, 500, (0.0, 0.0))
@@ -453,9 +453,7 @@ def test_searches_where_nothing_repeats_take_at_most_two_percent_of_the_time(nam
     right=st.lists(st.booleans(), min_size=1, max_size=30),
 )
 @tries(30)
-def test_plans_that_do_not_learn_depend_on_the_request_alone(
-    times: list[float], sequences: int, right: list[bool]
-) -> None:
+def test_deterministic_plans_depend_only_on_the_request(times: list[float], sequences: int, right: list[bool]) -> None:
     """Neither on measured times nor on how many requests share calls, because they change tokens of mode free."""
     plans = []
     for together, seconds in ((1, [0.0] * len(times)), (sequences, times)):

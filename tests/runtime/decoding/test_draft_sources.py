@@ -18,7 +18,7 @@ from runtime.decoding.acceptance import Acceptance
 from runtime.decoding.draft_sources import MAX_CHECKED, MAX_INDEXED, MIN_REACH, Own, Predicted, Proposal, TextSource
 from runtime.decoding.loops import Policy
 from runtime.decoding.phrases import PhraseTable
-from runtime.decoding.text_index import ORDERS, TextMemory
+from runtime.decoding.text_index import TextMemory
 from runtime.errors import OptionError
 
 VOCAB = 4
@@ -39,7 +39,7 @@ def proposed(source: Any, drafted: Sequence[int] = (), max_tokens: int = 15) -> 
 
 
 @given(texts, texts, texts, texts, st.integers(1, 15))
-def test_text_proposals_do_not_change_with_how_tokens_arrive(
+def test_text_proposals_do_not_depend_on_how_tokens_arrive(
     prompt: list[int], output: list[int], drafted: list[int], remembered: list[int], max_tokens: int
 ) -> None:
     memory = TextMemory(VOCAB, MB)
@@ -61,7 +61,7 @@ def test_text_proposals_do_not_change_with_how_tokens_arrive(
         before = [token]
 
 
-def test_a_repeated_text_is_proposed_until_it_becomes_unlikely() -> None:
+def test_repeated_text_is_proposed_until_it_becomes_unlikely() -> None:
     acceptance = Acceptance()
     source = TextSource(acceptance, 1000, [[*range(100), *range(8)]])
     found = source.propose((), 90)
@@ -75,7 +75,7 @@ def test_a_repeated_text_is_proposed_until_it_becomes_unlikely() -> None:
     assert proposed(source, drafted=[8, 9, 10], max_tokens=5) == [11, 12, 13, 14, 15]
 
 
-def test_the_source_whose_tokens_are_accepted_more_often_continues() -> None:
+def test_source_with_the_higher_acceptance_rate_continues() -> None:
     acceptance = Acceptance()
     memory = TextMemory(100, MB)
     memory.keep(None, [], [1, 2, 3, 4, 50, 51, 52])
@@ -89,7 +89,7 @@ def test_the_source_whose_tokens_are_accepted_more_often_continues() -> None:
     assert {first.tokens[0], other.tokens[0]} == {50, 60}
 
 
-def test_a_phrase_continues_where_neither_the_request_nor_the_memory_does() -> None:
+def test_phrase_table_is_used_if_request_and_memory_have_no_match() -> None:
     memory = TextMemory(100, MB)
     memory.keep(None, [], [1, 2, 3, 4] * 3)
     table = PhraseTable.build([[7, 8, 9, 10]] * 3 + [[3, 30]])
@@ -114,20 +114,19 @@ def test_proposals_for_a_user_do_not_depend_on_outputs_of_others(
     assert found[0] == found[1]
 
 
-def test_the_newest_tokens_of_a_long_text_are_indexed() -> None:
+def test_only_the_newest_tokens_of_a_long_text_are_indexed() -> None:
     text = list(range(3 * MAX_INDEXED))
     source = TextSource(Acceptance(), 1 << 16, [text[: 2 * MAX_INDEXED]])
     source.follow(text[2 * MAX_INDEXED :])
     assert proposed(source, text[-100:-50], 3) == text[-50:-47]
     assert proposed(source, text[-MAX_INDEXED // 2 : -MAX_INDEXED // 2 + 20], 1)
     assert proposed(source, text[100:110], 1) == []
-    assert len(source._own._entries) + len(source._older._entries) <= len(ORDERS) * MAX_INDEXED
 
 
 # A predicted output
 
 
-def test_a_predicted_output_is_followed_over_changes_insertions_and_deletions() -> None:
+def test_predicted_output_is_realigned_after_changes_insertions_and_deletions() -> None:
     predicted = list(range(100, 140))
     output = [*predicted[:6], 7, *predicted[7:12], 8, 9, *predicted[12:20], *predicted[25:]]
     source = Predicted(Acceptance(), predicted)
@@ -146,7 +145,7 @@ def test_a_predicted_output_is_followed_over_changes_insertions_and_deletions() 
     assert proposed(source, max_tokens=3) == [112, 113, 114]
 
 
-def test_what_follows_an_unrelated_predicted_output_is_unlikely() -> None:
+def test_unrelated_predicted_output_is_considered_unlikely() -> None:
     acceptance = Acceptance()
     source = Predicted(acceptance, [1, 2, 3])
     source.follow(range(10, 200))
@@ -172,14 +171,14 @@ def own(returned: Any) -> Own:
     ],
     ids=repr,
 )
-def test_a_source_that_returns_no_list_of_token_ids_is_refused_with_its_value(returned: Any) -> None:
+def test_draft_source_returning_other_than_token_ids_is_refused_with_the_value(returned: Any) -> None:
     with pytest.raises(OptionError, match=r"draft_source returned .*; return a list of token ids"):
         own(returned).propose((), 15)
 
 
 @pytest.mark.parametrize("returned", [[1, 2, VOCAB], (1, 2, "3"), [1, 2, -1], np.array([1, 2, VOCAB])], ids=repr)
 @pytest.mark.parametrize("max_tokens", [1, 2, 3])
-def test_token_ids_that_do_not_fit_into_a_pass_are_checked_too(returned: Any, max_tokens: int) -> None:
+def test_token_ids_beyond_the_pass_limit_are_validated_too(returned: Any, max_tokens: int) -> None:
     with pytest.raises(OptionError, match=r"draft_source returned .*; return a list of token ids"):
         own(returned).propose((), max_tokens)
 
@@ -193,7 +192,7 @@ def test_token_ids_that_do_not_fit_into_a_pass_are_checked_too(returned: Any, ma
     ids=repr,
 )
 @pytest.mark.parametrize("max_tokens", [1, 15])
-def test_probabilities_that_cannot_be_used_are_refused_with_their_value(probabilities: Any, max_tokens: int) -> None:
+def test_invalid_probabilities_are_refused_with_their_value(probabilities: Any, max_tokens: int) -> None:
     with pytest.raises(OptionError, match=r"draft_source returned probabilities .*; return one from 0 to 1 for each"):
         own(([1, 2], probabilities)).propose((), max_tokens)
 
@@ -201,17 +200,17 @@ def test_probabilities_that_cannot_be_used_are_refused_with_their_value(probabil
 @pytest.mark.parametrize(
     "returned", [[2] * 10_000, ([2] * 10_000, [0.5] * 10_000), np.full(1000, 2), [*[2] * MAX_CHECKED, "not checked"]]
 )
-def test_of_more_tokens_than_fit_the_first_are_proposed(returned: Any) -> None:
+def test_proposals_are_truncated_to_the_pass_limit(returned: Any) -> None:
     assert proposed(own(returned)) == [2] * 15
 
 
 @pytest.mark.parametrize("returned", [[], (), np.array([]), ([], []), ([], [0.5]), (np.array([], int), np.array([]))])
-def test_a_source_may_propose_nothing(returned: Any) -> None:
+def test_draft_source_can_return_nothing(returned: Any) -> None:
     assert proposed(own(returned)) == []
 
 
 @pytest.mark.parametrize("kind", [list, tuple, np.array])
-def test_a_source_may_return_probabilities_which_acceptance_corrects(kind: Callable[[Any], Any]) -> None:
+def test_probabilities_of_a_draft_source_are_corrected_by_acceptance(kind: Callable[[Any], Any]) -> None:
     acceptance = Acceptance()
     source = Own(acceptance, lambda ids: (kind([1, 2, 1]), kind([0.9, 0.3, 0.92])), [1], VOCAB)
     found = source.propose((), 15)
@@ -223,12 +222,12 @@ def test_a_source_may_return_probabilities_which_acceptance_corrects(kind: Calla
     assert first == third < 0.2 < second
 
 
-def test_a_pair_of_token_ids_is_not_mistaken_for_tokens_with_probabilities() -> None:
+def test_pair_of_token_ids_is_not_read_as_tokens_with_probabilities() -> None:
     assert proposed(own((1, 2))) == [1, 2]
     assert proposed(own((np.int64(1), np.int64(0)))) == [1, 0]
 
 
-def test_a_source_reads_final_and_drafted_tokens() -> None:
+def test_draft_source_receives_final_and_drafted_tokens() -> None:
     read = list[list[int]]()
     source = Own(Acceptance(), lambda ids: read.append(ids.tolist()) or [], [1, 2], VOCAB)
     source.propose((), 5)
@@ -250,7 +249,7 @@ def test_a_source_reads_final_and_drafted_tokens() -> None:
     kind=st.sampled_from(["own", "predicted"]),
 )
 @tries(80)
-def test_drafts_of_texts_and_the_exit_give_the_tokens_of_full(
+def test_drafts_from_text_and_exit_give_the_tokens_of_full(
     plans: list[tuple[int, int]],
     right: list[bool],
     trace: list[float],
@@ -282,7 +281,7 @@ def test_drafts_of_texts_and_the_exit_give_the_tokens_of_full(
 
 
 @pytest.mark.parametrize("exits", [0, 2])
-def test_a_text_continues_a_draft_of_the_exit_in_the_same_pass(exits: int) -> None:
+def test_text_extends_an_exit_draft_in_the_same_pass(exits: int) -> None:
     """The exit is confident of some tokens, then not. The text goes on to the end of the request."""
     trace = [*[0.9] * (3 + exits), *[0.2] * LENGTH]
     prompt = prompt_of(3)
@@ -299,7 +298,7 @@ def test_a_text_continues_a_draft_of_the_exit_in_the_same_pass(exits: int) -> No
     assert counts == {"predicted": (8 - exits, 8 - exits)}
 
 
-def test_a_draft_from_text_is_one_shallow_call_and_one_deep_call() -> None:
+def test_text_draft_takes_one_shallow_and_one_deep_call() -> None:
     decoder, shallow, deep = decoder_of([1.0] * LENGTH)
     prompt = prompt_of(3)
     wanted = [DEEP_TOKEN + place for place in range(2, 2 + 17)]

@@ -23,7 +23,7 @@ def followers(texts: list[list[int]], ngram: list[int]) -> Counter[int]:
 
 
 @given(TEXTS, st.lists(st.integers(0, 4), max_size=6))
-def test_it_expects_what_followed_the_longest_known_phrase_most_often(
+def test_table_predicts_the_most_frequent_token_after_the_longest_known_phrase(
     texts: list[list[int]], newest: list[int]
 ) -> None:
     found = PhraseTable.build(texts).expected(newest)
@@ -38,7 +38,7 @@ def test_it_expects_what_followed_the_longest_known_phrase_most_often(
     assert found is None
 
 
-def test_it_keeps_the_phrases_that_were_right_most_often() -> None:
+def test_table_keeps_the_most_often_correct_phrases() -> None:
     texts = [[1, 2]] * 5 + [[3, 4]] * 3 + [[5, 6]]
     table = PhraseTable.build(texts, max_entries=2)
     assert [table.expected([token]) is not None for token in (1, 3, 5)] == [True, True, False]
@@ -46,7 +46,7 @@ def test_it_keeps_the_phrases_that_were_right_most_often() -> None:
 
 
 @given(TEXTS, st.integers(1, 8))
-def test_phrases_that_shorter_ones_make_unnecessary_are_left_out_first(texts: list[list[int]], most: int) -> None:
+def test_phrases_that_gain_least_over_shorter_ones_are_dropped_first(texts: list[list[int]], most: int) -> None:
     """A phrase gains the tokens that it gets right and the next shorter phrase does not."""
     whole = PhraseTable.build(texts)
     kept = PhraseTable.build(texts, most)
@@ -65,7 +65,7 @@ def test_phrases_that_shorter_ones_make_unnecessary_are_left_out_first(texts: li
 
 
 @pytest.mark.parametrize("vocab", [500, 1 << 18])
-def test_a_text_of_many_tokens_is_found_again(vocab: int) -> None:
+def test_long_text_is_predicted_from_its_own_table(vocab: int) -> None:
     text = np.random.default_rng(0).integers(0, vocab, 5000).tolist()
     table = PhraseTable.build([text])
     found = [table.expected(text[place - LONGEST : place]) for place in range(LONGEST, len(text))]
@@ -88,11 +88,11 @@ def table_of(*entries: tuple[int, int, int]) -> np.ndarray:
         (table_of((2, 2, 3), (2, 2, 3)), "its phrases are not in order"),
     ],
 )
-def test_an_array_that_is_not_a_table_is_refused_with_the_reason(entries: np.ndarray, reason: str) -> None:
+def test_array_that_is_not_a_table_is_refused_with_the_reason(entries: np.ndarray, reason: str) -> None:
     assert reason in str(misfit(entries, 10))
 
 
-def test_an_empty_table_expects_nothing() -> None:
+def test_empty_table_predicts_nothing() -> None:
     assert PhraseTable.build([]).expected([1, 2]) is None
     assert misfit(table_of(), 10) is None
     assert PhraseTable.build([[1], []]).expected([1]) is None

@@ -40,7 +40,7 @@ def always_led(found: list[int]) -> bool:
 
 
 @given(texts, st.lists(tokens, max_size=9))
-def test_an_index_expects_what_followed_the_longest_repeated_phrase(texts: list[list[int]], newest: list[int]) -> None:
+def test_index_predicts_the_token_after_the_longest_repeated_phrase(texts: list[list[int]], newest: list[int]) -> None:
     index = TextIndex(VOCAB)
     for text in texts:
         index.start()
@@ -59,7 +59,7 @@ def test_an_index_expects_what_followed_the_longest_repeated_phrase(texts: list[
         assert expected.level % LEVELS == LEVELS * count // (len(found) + 1)
 
 
-def test_an_index_is_right_nearly_as_often_as_exact_counts() -> None:
+def test_index_is_nearly_as_accurate_as_exact_counts() -> None:
     """It holds one token for each phrase, so it cannot always return the most frequent one."""
     chance = random.Random(0)
     index = TextIndex(100)
@@ -79,7 +79,7 @@ def test_an_index_is_right_nearly_as_often_as_exact_counts() -> None:
 
 
 @given(st.lists(tokens, max_size=40), st.lists(st.integers(1, 9)))
-def test_a_text_may_be_added_in_parts(text: list[int], sizes: list[int]) -> None:
+def test_text_can_be_added_in_parts(text: list[int], sizes: list[int]) -> None:
     whole = TextIndex(VOCAB)
     whole.add(text)
     parts = TextIndex(VOCAB)
@@ -87,11 +87,13 @@ def test_a_text_may_be_added_in_parts(text: list[int], sizes: list[int]) -> None
     for size in [*sizes, len(text)]:
         parts.add(rest[:size])
         rest = rest[size:]
-    assert parts._entries == whole._entries
     assert parts.used == whole.used
+    for end in range(len(text) + 1):
+        newest = whole.encode(text[:end])
+        assert parts.expected(newest) == whole.expected(newest)
 
 
-def test_counts_of_a_frequent_phrase_stay_within_a_byte() -> None:
+def test_counts_of_a_frequent_phrase_fit_a_byte() -> None:
     index = TextIndex(VOCAB)
     index.add([0, 1] * 1000)
     index.add([0, 2] * 100)
@@ -103,7 +105,7 @@ def test_counts_of_a_frequent_phrase_stay_within_a_byte() -> None:
 # Memory of outputs
 
 
-def test_the_start_of_an_output_is_expected_after_the_end_of_its_prompt() -> None:
+def test_start_of_an_output_is_predicted_after_the_end_of_its_prompt() -> None:
     memory = TextMemory(VOCAB, MB)
     index = TextIndex(VOCAB)
     memory.keep(None, [3, 3, 3, 0, 1], [2, 3])
@@ -119,7 +121,7 @@ def test_the_start_of_an_output_is_expected_after_the_end_of_its_prompt() -> Non
     st.lists(tokens, max_size=9),
 )
 @tries(50)
-def test_a_memory_expects_only_what_followed_in_outputs_of_the_same_user(
+def test_memory_predicts_only_from_outputs_of_the_same_user(
     kept: list[tuple[str | None, list[int]]], limit: int, newest: list[int]
 ) -> None:
     """Also after older outputs were dropped."""
@@ -137,7 +139,7 @@ def test_a_memory_expects_only_what_followed_in_outputs_of_the_same_user(
             assert any(text[at : at + size + 1] == wanted for text in own for at in range(len(text)))
 
 
-def test_the_most_frequent_continuation_is_expected_even_if_another_is_newer() -> None:
+def test_most_frequent_continuation_is_preferred_to_the_newest() -> None:
     memory = TextMemory(100, MB)
     for text in ([1, 2, 3, 4, 5], [1, 2, 3, 4, 5], [1, 2, 3, 4, 5], [1, 2, 3, 9, 9]):
         memory.keep(None, [], text)
@@ -146,7 +148,7 @@ def test_the_most_frequent_continuation_is_expected_even_if_another_is_newer() -
     assert found.token == 4
 
 
-def test_new_outputs_replace_the_oldest_ones() -> None:
+def test_oldest_outputs_are_replaced_first() -> None:
     memory = TextMemory(1 << 16, MB)
     encode = TextIndex(1 << 16).encode
     outputs = [list(range(number, number + 50)) for number in range(0, 50_000, 50)]
@@ -167,7 +169,7 @@ def test_only_the_newest_tokens_of_a_long_output_are_remembered() -> None:
 
 
 @pytest.mark.parametrize(("vocab", "users"), [(8, 1), (300, 1), (100_000, 1), (300, 500)])
-def test_the_limit_bounds_what_python_allocates(vocab: int, users: int) -> None:
+def test_memory_limit_bounds_python_allocations(vocab: int, users: int) -> None:
     chance = random.Random(vocab)
     limit = MB // 4
     outputs = [
@@ -191,7 +193,7 @@ def test_the_limit_bounds_what_python_allocates(vocab: int, users: int) -> None:
 
 
 @pytest.mark.parametrize("limit", [0, 1000, 10_000])
-def test_a_limit_below_a_few_tokens_is_kept_too(limit: int) -> None:
+def test_limit_below_a_few_tokens_is_kept(limit: int) -> None:
     memory = TextMemory(100, limit)
     memory.keep(None, [], list(range(100)))
     memory.keep("x" * limit, [], list(range(100)))
@@ -199,7 +201,7 @@ def test_a_limit_below_a_few_tokens_is_kept_too(limit: int) -> None:
 
 
 @pytest.mark.parametrize("users", [1, 10**9])
-def test_dropping_outputs_takes_no_longer_the_more_outputs_there_were(users: int) -> None:
+def test_dropping_an_output_takes_constant_time(users: int) -> None:
     chance = random.Random(0)
     memory = TextMemory(1 << 16, MB)
     seconds = []

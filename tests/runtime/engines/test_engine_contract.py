@@ -54,7 +54,7 @@ def refusal(path: Path) -> str:
         ("t5-relu-tied", {"encoder_capacity": 0}, ["cross"]),
     ],
 )
-def test_a_manifest_of_another_model_is_refused_with_both_values(
+def test_manifest_of_another_model_is_refused_with_both_values(
     name: str, changes: dict[str, Any], both: list[str], copied: Bundles
 ) -> None:
     path = copied(name)
@@ -63,7 +63,7 @@ def test_a_manifest_of_another_model_is_refused_with_both_values(
     assert all(part in message for part in both), message
 
 
-def test_graphs_that_changed_places_are_refused(copied: Bundles) -> None:
+def test_swapped_graphs_are_refused(copied: Bundles) -> None:
     path = copied()
     (path / "deep.onnx").rename(path / "other")
     (path / "shallow.onnx").rename(path / "deep.onnx")
@@ -72,7 +72,7 @@ def test_graphs_that_changed_places_are_refused(copied: Bundles) -> None:
     assert ".onnx has" in refusal(path)
 
 
-def test_a_graph_whose_batch_size_is_fixed_is_refused(copied: Bundles) -> None:
+def test_graph_with_fixed_batch_size_is_refused(copied: Bundles) -> None:
     path = copied()
     model = onnx.load(path / "deep.onnx", load_external_data=False)
     (hidden,) = (value for value in model.graph.input if value.name == "hidden")
@@ -82,7 +82,7 @@ def test_a_graph_whose_batch_size_is_fixed_is_refused(copied: Bundles) -> None:
     assert "'hidden' tensor(float) [3, k, 64]" in refusal(path)
 
 
-def test_a_run_that_fails_is_an_engine_error_in_one_line(bundle: Bundles) -> None:
+def test_failed_run_raises_a_one_line_engine_error(bundle: Bundles) -> None:
     path = bundle(BY_NAME["t5-relu-tied"]) / "prologue.onnx"
     engine = OnnxEngine(path, 1)
     with pytest.raises(EngineError, match=r"cannot run prologue\.onnx") as refused:
@@ -92,7 +92,7 @@ def test_a_run_that_fails_is_an_engine_error_in_one_line(bundle: Bundles) -> Non
         engine.bind({"hidden": np.zeros((1, 2, 32), np.float64)}, {"cross.0.key": np.zeros(1)}).run()
 
 
-def test_new_threads_soon_sleep(bundle: Bundles) -> None:
+def test_idle_engine_threads_do_not_spin(bundle: Bundles) -> None:
     opened = Bundle.open(bundle(BY_NAME["llama-tied"]))
     engine = OnnxEngine(opened.engine("shallow"), threads=3, kernels=opened.manifest.kernels)
     began = process_time()

@@ -82,7 +82,7 @@ Ledger.TestCase.settings = tries(50, stateful_step_count=20)
 TestLedger = Ledger.TestCase
 
 
-def test_rows_that_were_read_are_a_copy_of_the_models_layers_or_of_the_exits_own() -> None:
+def test_read_copies_the_rows_of_model_layers_or_exit_layers() -> None:
     cache = KVCache((0, "exit.0", "exit.1"), 1, KV_HEADS, 8, HEAD_DIM, np.float32)
     for number, array in enumerate(cache.arrays.values()):
         array[:] = number
@@ -98,7 +98,7 @@ def test_rows_that_were_read_are_a_copy_of_the_models_layers_or_of_the_exits_own
     assert cache.lengths.tolist() == [5]
 
 
-def test_lengths_are_int32_and_stay_in_place() -> None:
+def test_lengths_are_int32_and_updated_in_place() -> None:
     cache = cache_of()
     # An engine binds this memory once.
     counter = cache.lengths[1:2]
@@ -114,7 +114,7 @@ def prompt_of(length: int) -> dict[str, np.ndarray]:
     return {"cross.0.key": np.ones(shape, np.float32), "cross_lengths": np.array([length], np.int32)}
 
 
-def test_no_length_is_beyond_the_arrays_once_a_long_prompt_has_left() -> None:
+def test_cross_cache_shrinks_after_a_long_prompt_leaves() -> None:
     cache = CrossCache(3)
     cache.place(0, prompt_of(3))
     cache.place(1, prompt_of(MAX_DOUBLED + 1))
@@ -126,7 +126,7 @@ def test_no_length_is_beyond_the_arrays_once_a_long_prompt_has_left() -> None:
     np.testing.assert_array_equal(rows["cross_lengths"], [3, 1, 5])
 
 
-def test_arrays_stay_for_prompts_of_other_lengths_up_to_the_widest() -> None:
+def test_cross_arrays_are_reused_for_prompts_up_to_the_widest() -> None:
     cache = CrossCache(1)
     for length, version in ((3, 1), (MIN_DOUBLED, 1), (MIN_DOUBLED + 1, 2), (9, 2), (MAX_DOUBLED, 3), (1, 3)):
         cache.place(0, prompt_of(length))
@@ -143,7 +143,7 @@ def resident() -> int:
 
 
 @pytest.mark.skipif(sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="needs glibc")
-def test_freed_memory_below_what_is_in_use_is_given_back() -> None:
+def test_freed_memory_below_used_memory_is_returned_to_the_system() -> None:
     freed = [bytes(5000) for _ in range(20_000)]
     kept = [bytes(5000) for _ in range(100)]  # above it in the heap, which therefore cannot shrink by itself
     freed.clear()

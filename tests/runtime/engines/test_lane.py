@@ -135,7 +135,7 @@ def overlapped(confidence: float, agrees: bool = True) -> tuple[Decoder, Recorde
     return decoder, shallow, deep
 
 
-def test_a_deep_pass_starts_in_the_background_once_enough_tokens_wait() -> None:
+def test_deep_pass_starts_in_the_background_once_enough_tokens_are_pending() -> None:
     decoder, _, deep = overlapped(0.9)
     for token in range(5):
         decoder.step(token, head=True)
@@ -147,7 +147,7 @@ def test_a_deep_pass_starts_in_the_background_once_enough_tokens_wait() -> None:
     assert decoder.lengths() == (7, 7)
 
 
-def test_an_error_in_the_background_reaches_the_caller() -> None:
+def test_background_error_reaches_the_caller() -> None:
     decoder, _, deep = overlapped(0.9)
     decoder.step(5, head=True)
     deep.error = MemoryError("no room")
@@ -184,7 +184,7 @@ def pairs(bundle: Bundles) -> Iterator[Callable[[str], tuple[Session, Session]]]
 
 @pytest.mark.parametrize("name", ["llama-tied", "t5-relu-tied"])
 @pytest.mark.parametrize("mode", ["free", "rollback", "lossless", "full"])
-def test_sessions_give_the_same_tokens_with_and_without_overlap_and_from_many_threads(
+def test_tokens_are_equal_with_and_without_overlap_and_across_threads(
     name: str, mode: str, pairs: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain, overlapped = pairs(name)

@@ -12,7 +12,7 @@ from runtime.engines.matmul import MAX_MULTIPLICATIONS, product
 
 @pytest.mark.parametrize("count", [0, 1, 2, 15, 16, 17, 100])
 @pytest.mark.parametrize("shape", [(201, 80), (3, 2), (64, 1500), (1154, 64)])
-def test_products_are_those_of_numpy(count: int, shape: tuple[int, int]) -> None:
+def test_products_match_numpy(count: int, shape: tuple[int, int]) -> None:
     draw = np.random.default_rng(0)
     rows = draw.standard_normal((count, shape[0]), np.float32)
     matrix = draw.standard_normal(shape, np.float32)
@@ -23,7 +23,7 @@ def test_products_are_those_of_numpy(count: int, shape: tuple[int, int]) -> None
 
 
 @pytest.mark.parametrize("count", [1, 1001])
-def test_no_thread_spins_after_a_product(count: int) -> None:
+def test_threads_do_not_spin_after_a_product(count: int) -> None:
     """OpenBLAS's threads would for 0.1 s each."""
     rows = np.ones((count, 201), np.float32)
     matrix = np.ones((201, 80), np.float32)

@@ -90,7 +90,7 @@ Ledger.TestCase.settings = tries(60, stateful_step_count=30)
 TestLedger = Ledger.TestCase
 
 
-def test_an_entry_that_fails_to_be_made_is_not_counted() -> None:
+def test_entry_whose_creation_fails_is_not_counted() -> None:
     store = PrefixStore(10)
     with suppress(ZeroDivisionError):
         store.keep([b"a", b"b"], lambda number: 1 // (1 - number), 4)
@@ -102,7 +102,7 @@ TOKENS = st.lists(st.integers(0, 1), max_size=12)
 
 
 @given(TOKENS, TOKENS, SALTS, SALTS, st.booleans(), st.booleans())
-def test_keys_are_equal_where_all_that_was_read_is(
+def test_keys_are_equal_exactly_if_tokens_salt_and_exit_layers_are(
     one: list[int], other: list[int], salt: str | None, salt2: str | None, exits: bool, exits2: bool
 ) -> None:
     block = 3

@@ -26,13 +26,13 @@ def write(root: Path, files: dict[str, str]) -> Path:
         ({}, None),
     ],
 )
-def test_cpu_quota_is_the_smallest_around_the_process(
+def test_cpu_quota_is_the_smallest_of_all_parent_groups(
     tmp_path: Path, files: dict[str, str], quota: float | None
 ) -> None:
     assert cpu_quota(write(tmp_path, {"proc/self/cgroup": "0::/a/b\n", **files})) == quota
 
 
-def test_cpu_quota_and_memory_limit_of_version_1(tmp_path: Path) -> None:
+def test_cpu_quota_and_memory_limit_are_read_from_cgroup_v1(tmp_path: Path) -> None:
     files = {
         "proc/self/cgroup": "5:memory:/job\n4:cpu,cpuacct:/job\n",
         "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1\n",
@@ -58,7 +58,7 @@ def test_memory_left_is_that_of_the_tightest_group(tmp_path: Path) -> None:
     assert memory_left(tmp_path / "elsewhere") is None
 
 
-def test_available_memory_is_that_of_the_machine_or_of_the_group(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_available_memory_is_the_smaller_of_machine_and_group(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "_read", lambda path: "MemFree: 1 kB\nMemAvailable:   3 kB\nSwapFree: 9 kB\n")
     monkeypatch.setattr(machine, "memory_left", lambda: None)
     assert available_memory() == 3 * 1024

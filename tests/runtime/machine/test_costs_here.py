@@ -24,7 +24,7 @@ ELSEWHERE = {
 }
 
 
-def test_this_machine_has_a_name_and_a_version_of_onnx_runtime() -> None:
+def test_processor_and_onnxruntime_version_are_detected() -> None:
     import onnxruntime
 
     assert HERE.processor
@@ -32,16 +32,16 @@ def test_this_machine_has_a_name_and_a_version_of_onnx_runtime() -> None:
     assert HERE.cores >= 1
 
 
-def test_costs_measured_here_are_acted_on() -> None:
+def test_costs_measured_on_this_machine_are_used() -> None:
     assert costs_here(replace(A_MANIFEST, costs=MEASURED), threads=1) == MEASURED
 
 
 @pytest.mark.parametrize("costs", ELSEWHERE.values(), ids=list(ELSEWHERE))
-def test_costs_of_another_machine_or_a_busy_one_are_not_those_here(costs: Costs) -> None:
+def test_costs_of_another_or_a_busy_machine_are_ignored(costs: Costs) -> None:
     assert costs_here(replace(A_MANIFEST, costs=costs), threads=1) is None
 
 
-def test_a_session_without_costs_learns_them_from_its_own_calls(open_session: Open) -> None:
+def test_session_without_costs_learns_them_from_its_calls(open_session: Open) -> None:
     session = open_session(slots=4)
     before = session._scheduler._calls.rules
     for threshold in (0.05, 1.0) * 2:

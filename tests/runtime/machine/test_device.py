@@ -19,22 +19,22 @@ LLAMA = BY_NAME["llama-tied"]
 @pytest.mark.parametrize(
     ("text", "index"), [("cpu", None), ("cuda", 0), ("cuda:0", 0), ("cuda:3", 3)], ids=lambda value: str(value)
 )
-def test_a_device_is_read_from_its_name(text: str, index: int | None) -> None:
+def test_device_name_is_parsed(text: str, index: int | None) -> None:
     assert Device.parse(text) == Device(index)
 
 
 @pytest.mark.parametrize("text", ["gpu", "cuda:", "cuda:-1", "cuda:x", "cpu:0", "CUDA", "", 0])
-def test_another_name_is_an_error_that_says_what_to_choose(text: str, bundle: Bundles) -> None:
+def test_unknown_device_name_is_refused_with_the_choices(text: str, bundle: Bundles) -> None:
     with pytest.raises(OptionError, match=r"choose 'cpu', or 'cuda:0'"):
         Session(bundle(LLAMA), device=text)
 
 
-def test_a_wheel_without_cuda_is_an_error_that_says_what_to_install(bundle: Bundles) -> None:
+def test_missing_cuda_provider_error_says_what_to_install(bundle: Bundles) -> None:
     with pytest.raises(EngineError, match=r"cuda:0 needs ONNX Runtime with CUDA.*freeexport\[gpu\]"):
         Session(bundle(LLAMA, target="cuda"), device="cuda:0")
 
 
-def test_a_bundle_for_the_cpu_does_not_run_half_on_the_cpu(bundle: Bundles) -> None:
+def test_cpu_bundle_is_refused_on_a_gpu(bundle: Bundles) -> None:
     with pytest.raises(
         EngineError, match=r"converted for the CPU; for device cuda:1, convert again with --target cuda"
     ):
@@ -55,14 +55,14 @@ class Runtime(SimpleNamespace):
         return SimpleNamespace(get_providers=lambda: active)
 
 
-def test_a_provider_that_does_not_load_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_provider_that_fails_to_load_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """ONNX Runtime prints a warning and goes on with the CPU where a CUDA library is missing."""
     monkeypatch.setattr("runtime.engines.onnx.import_onnxruntime", lambda: Runtime([CPU_PROVIDER]))
     with pytest.raises(EngineError, match=r"cuda:0 was requested, but .* run deep.onnx on CPUExecutionProvider"):
         OnnxEngine(Path("deep.onnx"), 1, Device(0))
 
 
-def test_an_active_provider_is_taken_with_the_device_it_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cuda_provider_receives_the_device_number(monkeypatch: pytest.MonkeyPatch) -> None:
     fake = Runtime([CUDA_PROVIDER, CPU_PROVIDER])
     monkeypatch.setattr("runtime.engines.onnx.import_onnxruntime", lambda: fake)
     OnnxEngine(Path("deep.onnx"), 1, Device(2))

@@ -43,7 +43,7 @@ def weights(path: Path) -> bytes:
     return content
 
 
-def test_a_file_that_was_written_back_is_read_in_pages_of_2_mib(tmp_path: Path) -> None:
+def test_file_on_disk_is_mapped_in_2_mib_pages(tmp_path: Path) -> None:
     path = tmp_path / "weights.data"
     content = weights(path)
     before = mapped_kilobytes(path, "FilePmdMapped")
@@ -62,7 +62,7 @@ def test_a_file_that_was_written_back_is_read_in_pages_of_2_mib(tmp_path: Path) 
     [(True, False, 0), (False, False, 1), (True, True, 1)],
     ids=["in memory", "the kernel does not tell", "no mincore"],
 )
-def test_a_file_in_memory_is_not_read_again(
+def test_file_in_memory_is_not_read_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writable: bool, failed: bool, reads: int
 ) -> None:
     path = tmp_path / "weights.data"
@@ -79,7 +79,7 @@ def test_a_file_in_memory_is_not_read_again(
     assert sizes == [SIZE] * reads
 
 
-def test_what_cannot_be_read_is_left_to_who_needs_it(tmp_path: Path) -> None:
+def test_unreadable_files_are_ignored(tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.touch()
     for path in (empty, tmp_path, tmp_path / "none"):
@@ -88,7 +88,7 @@ def test_what_cannot_be_read_is_left_to_who_needs_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(missing() is not None, reason="freeexport's kernels are not built")
-def test_weights_of_our_own_kernels_are_read_in_large_pages(bundle: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_of_our_kernels_are_read_in_large_pages(bundle: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
     path = bundle(CASES[0], 1, precision="int8", kernels="freeexport")
     read: list[Path] = []
     monkeypatch.setattr(backend, "read_in_large_pages", read.append)
@@ -100,7 +100,7 @@ def test_weights_of_our_own_kernels_are_read_in_large_pages(bundle: Bundles, mon
 MB = 1 << 20
 
 
-def test_what_was_not_written_is_not_in_memory() -> None:
+def test_unwritten_parts_of_an_array_take_no_memory() -> None:
     size = 64 * MB
     assert size > LARGE
     before = resident()

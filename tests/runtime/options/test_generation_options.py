@@ -22,12 +22,12 @@ from runtime.options.option_keywords import GenerationKeywords, SessionKeywords
 from runtime.options.session_options import SessionOptions
 
 
-def test_a_corpus_needs_a_memory() -> None:
+def test_corpus_requires_a_draft_memory() -> None:
     with pytest.raises(OptionError, match=r"draft_corpus is 'x.txt', but draft_memory_mb is 0; leave one of them out"):
         SessionOptions(draft_corpus="x.txt", draft_memory_mb=0)
 
 
-def test_overlap_is_for_gpus_and_says_why() -> None:
+def test_overlap_on_a_cpu_is_refused_with_the_reason() -> None:
     with pytest.raises(OptionError, match=r"overlap is True on the CPU, .* slower .*; leave it out"):
         SessionOptions(overlap=True)
     assert SessionOptions(overlap=False).overlap is False
@@ -53,7 +53,7 @@ SESSION: dict[str, list[Any]] = {
 
 
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name in SESSION for value in SESSION[name]])
-def test_a_session_option_out_of_range_is_refused_by_name_and_value(name: str, value: Any) -> None:
+def test_out_of_range_session_option_is_refused_by_name_and_value(name: str, value: Any) -> None:
     with pytest.raises(OptionError) as refused:
         SessionOptions(**{name: value})
     assert str(refused.value).startswith(f"{name} is {value!r}; ")
@@ -108,7 +108,7 @@ SPEECH: dict[str, list[Any]] = {
 
 
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name in GENERATION for value in GENERATION[name]])
-def test_a_generation_option_out_of_range_is_refused_by_name_and_value(name: str, value: Any) -> None:
+def test_out_of_range_generation_option_is_refused_by_name_and_value(name: str, value: Any) -> None:
     with pytest.raises(OptionError) as refused:
         GenerationOptions(**{"do_sample": True if name in ("top_k", "top_p", "min_p") else None, name: value})
     assert str(refused.value).startswith(f"{name} is {value!r}; ")
@@ -116,7 +116,7 @@ def test_a_generation_option_out_of_range_is_refused_by_name_and_value(name: str
 
 
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name in SPEECH for value in SPEECH[name]])
-def test_a_speech_option_out_of_range_is_refused_by_name_and_value(name: str, value: Any) -> None:
+def test_out_of_range_speech_option_is_refused_by_name_and_value(name: str, value: Any) -> None:
     with pytest.raises(OptionError) as refused:
         SpeechOptions(**{name: value})
     assert str(refused.value).startswith(f"{name} is {value!r}; ")
@@ -137,7 +137,7 @@ def test_a_speech_option_out_of_range_is_refused_by_name_and_value(name: str, va
         ({"cache_salt": "a" * 257}, "cache_salt has 257 characters; give at most 256"),
     ],
 )
-def test_a_refusal_says_what_is_allowed(options: dict[str, Any], message: str) -> None:
+def test_error_message_lists_the_allowed_values(options: dict[str, Any], message: str) -> None:
     with pytest.raises(OptionError) as refused:
         GenerationOptions(**options)
     assert str(refused.value) == message
@@ -169,7 +169,7 @@ JUNK = st.recursive(
 
 @pytest.mark.hypothesis
 @pytest.mark.parametrize("options", [GenerationOptions, SessionOptions, SpeechOptions])
-def test_any_value_is_an_option_or_refused(options: Any) -> None:
+def test_arbitrary_values_are_accepted_or_refused(options: Any) -> None:
     names = [field.name for field in dataclasses.fields(options)]
 
     @given(st.dictionaries(st.sampled_from(names), JUNK, max_size=4))
@@ -217,7 +217,7 @@ def test_any_value_is_an_option_or_refused(options: Any) -> None:
         ({"num_beams": 2, "mode": "full", "top_logprobs": 3}, "num_beams is 2 with top_logprobs 3; choose one of them"),
     ],
 )
-def test_options_that_contradict_are_refused(options: dict[str, Any], message: str) -> None:
+def test_contradictory_options_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(OptionError, match=message):
         GenerationOptions(**options)
 
@@ -235,11 +235,11 @@ def test_options_that_contradict_are_refused(options: dict[str, Any], message: s
         ({"repetition_penalty": 1.2, "seed": 3}, False),
     ],
 )
-def test_sampling_is_asked_for(options: dict[str, Any], samples: bool) -> None:
+def test_sampling_options_turn_sampling_on(options: dict[str, Any], samples: bool) -> None:
     assert GenerationOptions(**options).samples is samples
 
 
-def test_values_are_taken_in_the_forms_that_people_give() -> None:
+def test_values_are_accepted_in_their_usual_forms() -> None:
     options = GenerationOptions(
         threshold=np.float32(0.5),  # type: ignore[arg-type]
         max_new_tokens=np.int64(3),  # type: ignore[arg-type]
@@ -258,7 +258,7 @@ def test_keywords_are_the_fields_of_the_options_with_their_types(options: type, 
     assert set(get_type_hints(keywords)) - set(get_type_hints(options)) <= {"cancel"}
 
 
-def test_keywords_take_the_place_of_what_an_object_says() -> None:
+def test_keywords_override_an_options_object() -> None:
     given = GenerationOptions(mode="full", max_new_tokens=5, stop=["x"])
     assert merged(GenerationOptions, given, {}) is given
     assert merged(GenerationOptions, given, {"max_new_tokens": 7}) == GenerationOptions(
@@ -267,7 +267,7 @@ def test_keywords_take_the_place_of_what_an_object_says() -> None:
     assert merged(SessionOptions, None, {"slots": 2}) == SessionOptions(slots=2)
 
 
-def test_options_of_speech_are_for_bundles_that_read_speech() -> None:
+def test_speech_options_require_a_speech_bundle() -> None:
     with pytest.raises(OptionError, match=r"^language is for bundles that read speech, and this one reads text"):
         merged(GenerationOptions, None, {"language": "en"})
     given = GenerationOptions(mode="full", stop=["x"])
@@ -275,7 +275,7 @@ def test_options_of_speech_are_for_bundles_that_read_speech() -> None:
 
 
 @pytest.mark.parametrize("wrong", [{"max_new_tokens": 5}, 8, SessionOptions(), SpeechOptions()])
-def test_other_objects_than_options_are_refused(wrong: Any) -> None:
+def test_objects_that_are_not_options_are_refused(wrong: Any) -> None:
     with pytest.raises(OptionError, match=r"^options is .*; give a GenerationOptions, or its fields as keywords$"):
         merged(GenerationOptions, wrong, {})
 
@@ -301,7 +301,7 @@ def bad(session: Session) -> None:
 
 
 @pytest.mark.slow
-def test_a_type_checker_finds_options_that_do_not_exist_and_wrong_types(tmp_path: Path) -> None:
+def test_type_checker_finds_unknown_options_and_wrong_types(tmp_path: Path) -> None:
     pytest.importorskip("mypy")
     root = Path(__file__).resolve().parents[2]
     file = tmp_path / "application.py"

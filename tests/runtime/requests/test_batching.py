@@ -76,7 +76,7 @@ KINDS: list[tuple[Any, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("name", "convert"), KINDS, ids=lambda value: getattr(value, "name", str(value)))
-def test_requests_beside_each_other_give_what_each_gives_alone(
+def test_concurrent_requests_give_the_results_of_single_requests(
     name: Any, convert: dict[str, Any], open_session: Open, shared: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In lists of one mode, and of all modes in threads, half of which stream, and in coroutines."""
@@ -113,7 +113,7 @@ def test_requests_beside_each_other_give_what_each_gives_alone(
     assert max(shared) > 1
 
 
-def test_prompts_of_an_encoder_decoder_come_and_go_at_all_lengths(open_session: Open) -> None:
+def test_encoder_decoder_requests_of_all_prompt_lengths_give_single_results(open_session: Open) -> None:
     session = open_session(T5, slots=3)
     prompts = [[7 + number % 100] * length for number, length in enumerate((1, 100, 3, 40, 33, 2, 64, 65, 5, 1))]
     alone = [session.generate(prompt, max_new_tokens=6, threshold=0.2) for prompt in prompts]
@@ -124,7 +124,7 @@ def test_prompts_of_an_encoder_decoder_come_and_go_at_all_lengths(open_session: 
 # A list and its errors
 
 
-def test_a_list_of_numbers_is_one_prompt_and_a_list_of_lists_several(open_session: Open) -> None:
+def test_list_of_numbers_is_one_prompt_and_a_list_of_lists_is_several(open_session: Open) -> None:
     session = open_session()
     one = session.generate([5, 6], max_new_tokens=2)
     assert isinstance(one, GenerationResult)
@@ -136,7 +136,7 @@ def test_a_list_of_numbers_is_one_prompt_and_a_list_of_lists_several(open_sessio
     same(chat, session.generate([{"role": "user", "content": "Hi"}], max_new_tokens=2))
 
 
-def test_a_prompt_that_does_not_fit_fails_and_the_others_finish(open_session: Open) -> None:
+def test_invalid_prompt_of_a_list_fails_and_the_others_finish(open_session: Open) -> None:
     session = open_session(draft_memory_mb=0)
     good = [session.generate(prompt, max_new_tokens=5) for prompt in LISTED[:2]]
     with pytest.raises(BatchError, match=r"2 of 4 prompts failed, first prompt 1: .*PromptLengthError.*129") as failed:
@@ -152,7 +152,7 @@ def test_a_prompt_that_does_not_fit_fails_and_the_others_finish(open_session: Op
 # Waiting, leaving, closing
 
 
-def test_a_full_queue_refuses_one_more_and_a_list_may_be_longer(open_session: Open) -> None:
+def test_full_queue_refuses_a_request_and_a_list_may_exceed_the_queue(open_session: Open) -> None:
     session = open_session(slots=1, queue=0)
     assert len(session.generate(LISTED, max_new_tokens=2)) == len(LISTED)
 
@@ -168,7 +168,7 @@ def test_a_full_queue_refuses_one_more_and_a_list_may_be_longer(open_session: Op
     assert session.generate(LISTED[1], max_new_tokens=2).stats.tokens == 2
 
 
-def test_closing_with_drain_lets_all_come_to_their_end(open_session: Open) -> None:
+def test_close_with_drain_finishes_all_requests(open_session: Open) -> None:
     session = open_session(slots=2)
     alone = [session.generate(prompt, max_new_tokens=20, mode="full") for prompt in LISTED[:4]]
     streams = [session.stream(prompt, max_new_tokens=20, mode="full") for prompt in LISTED[:4]]
@@ -186,7 +186,7 @@ def test_closing_with_drain_lets_all_come_to_their_end(open_session: Open) -> No
             ask(prompt)
 
 
-def test_closing_without_drain_ends_what_runs_and_what_waits(open_session: Open) -> None:
+def test_close_without_drain_cancels_running_and_waiting_requests(open_session: Open) -> None:
     session = open_session(slots=1)
     began, results = threading.Event(), list[Any]()
 
@@ -207,7 +207,7 @@ def test_closing_without_drain_ends_what_runs_and_what_waits(open_session: Open)
     assert len(results[0].token_ids) < 80
 
 
-def test_sessions_that_overlap_batch_their_shallow_steps(
+def test_overlapping_sessions_batch_their_shallow_steps(
     open_session: Open, shared: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Backend, "runners", runners_beside)
@@ -222,7 +222,7 @@ def test_sessions_that_overlap_batch_their_shallow_steps(
 # asyncio
 
 
-def test_a_coroutine_that_is_cancelled_gives_its_slot_back_and_errors_come_through(open_session: Open) -> None:
+def test_cancelled_coroutine_releases_its_slot_and_errors_propagate(open_session: Open) -> None:
     session, began = open_session(slots=1), threading.Event()
     endless: dict[str, Any] = {"max_new_tokens": 100, "ignore_eos": True}
 

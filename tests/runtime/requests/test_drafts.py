@@ -76,7 +76,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("case", "exit_layer"), CASES, ids=["llama", "t5", "embeds", "fused", "exit-layers"])
-def test_drafts_that_take_turns_give_the_tokens_of_full_with_and_without_logits(
+def test_alternating_drafts_give_the_tokens_of_full_with_and_without_logits(
     case: Case, exit_layer: int, open_session: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Plain tokens, drafts of the exit and drafts from text."""
@@ -110,7 +110,7 @@ def test_drafts_that_take_turns_give_the_tokens_of_full_with_and_without_logits(
 
 
 @both
-def test_free_drafts_the_same_after_other_requests_and_in_batches(name: str, open_session: Open) -> None:
+def test_free_drafts_do_not_depend_on_other_requests_or_batching(name: str, open_session: Open) -> None:
     """Which tokens are verified does not depend on times, on other requests, or on their outputs."""
     options: dict[str, Any] = {"mode": "free", "max_new_tokens": 24, "ignore_eos": True}
     with open_session(name, slots=4) as session:
@@ -140,7 +140,7 @@ def test_free_drafts_the_same_after_other_requests_and_in_batches(name: str, ope
 
 @both
 @pytest.mark.parametrize("draft", [draft_exits, draft_texts])
-def test_in_mode_free_each_token_is_a_confident_prediction_of_the_exit_or_the_deep_one(
+def test_free_tokens_are_confident_exit_predictions_or_deep_predictions(
     name: str, draft: Any, sessions: Sessions, source_model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     draft(monkeypatch)
@@ -167,7 +167,7 @@ def test_in_mode_free_each_token_is_a_confident_prediction_of_the_exit_or_the_de
     assert verified or draft is draft_texts
 
 
-def test_free_without_drafts_from_text_is_as_published(sessions: Sessions, source_model: Model) -> None:
+def test_mode_free_without_text_drafts_matches_the_published_algorithm(sessions: Sessions, source_model: Model) -> None:
     model = source_model(BY_NAME[LLAMA])
     for prompt in PROMPTS:
         ours = sessions(LLAMA).generate(prompt, mode="free", drafts="exit", threshold=0.1, max_new_tokens=30)
@@ -181,7 +181,7 @@ def test_free_without_drafts_from_text_is_as_published(sessions: Sessions, sourc
 
 
 @pytest.mark.usefixtures("eager")
-def test_an_encoder_decoder_drafts_from_its_source(sessions: Sessions) -> None:
+def test_encoder_decoder_drafts_from_its_source_text(sessions: Sessions) -> None:
     """Its output becomes its prompt, and so the only text with the phrases that it repeats."""
     session, source, proposed = sessions(T5), list(PROMPTS[0]), 0
     options: dict[str, Any] = {"max_new_tokens": 30, "ignore_eos": True}
@@ -197,7 +197,7 @@ def test_an_encoder_decoder_drafts_from_its_source(sessions: Sessions) -> None:
 
 @pytest.mark.usefixtures("eager")
 @both
-def test_drafts_of_several_lengths_share_one_engine_call(
+def test_drafts_of_different_lengths_share_one_engine_call(
     name: str, bundle: Bundles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Shorter ones are padded."""
@@ -225,7 +225,7 @@ def test_drafts_of_several_lengths_share_one_engine_call(
 
 
 @pytest.mark.usefixtures("eager")
-def test_streams_stop_strings_and_ends_of_sequence_are_those_of_full(sessions: Sessions, bundle: Bundles) -> None:
+def test_streams_stop_strings_and_end_tokens_match_full(sessions: Sessions, bundle: Bundles) -> None:
     session = sessions(LLAMA)
     full = session.generate(PROMPTS[0], mode="full", max_new_tokens=40, ignore_eos=True)
     stop = full.text[10:12]
@@ -249,7 +249,7 @@ def test_streams_stop_strings_and_ends_of_sequence_are_those_of_full(sessions: S
 
 
 @pytest.mark.usefixtures("eager")
-def test_processors_biases_and_log_probabilities_are_those_of_full(sessions: Sessions) -> None:
+def test_processors_biases_and_log_probabilities_match_full(sessions: Sessions) -> None:
     session = sessions(LLAMA)
 
     def odd(ids: np.ndarray, scores: np.ndarray) -> np.ndarray:
@@ -273,7 +273,7 @@ def test_processors_biases_and_log_probabilities_are_those_of_full(sessions: Ses
 
 
 @pytest.mark.usefixtures("eager")
-def test_each_of_several_samples_drafts(sessions: Sessions) -> None:
+def test_every_one_of_several_samples_uses_drafts(sessions: Sessions) -> None:
     session = sessions(LLAMA)
     options: dict[str, Any] = {"temperature": 0.9, "seed": 3, "max_new_tokens": 20, "ignore_eos": True}
     full = session.generate_best(PROMPTS[0], 12, mode="full", **options)
@@ -290,7 +290,7 @@ def test_lossless_without_drafts_is_full(sessions: Sessions) -> None:
 
 
 @pytest.mark.usefixtures("eager")
-def test_a_source_that_raises_is_the_error_of_its_request_alone(sessions: Sessions) -> None:
+def test_draft_source_error_fails_only_its_request(sessions: Sessions) -> None:
     session = sessions(LLAMA)
 
     def broken(ids: np.ndarray) -> list[int]:
@@ -310,7 +310,7 @@ def test_a_source_that_raises_is_the_error_of_its_request_alone(sessions: Sessio
 
 
 @pytest.mark.usefixtures("eager")
-def test_a_source_may_return_probabilities_or_nothing_or_too_many_tokens(sessions: Sessions) -> None:
+def test_draft_source_may_return_probabilities_nothing_or_too_many_tokens(sessions: Sessions) -> None:
     session = sessions(LLAMA)
     options: dict[str, Any] = {"max_new_tokens": 40, "ignore_eos": True}
     full = session.generate(PROMPTS[0], mode="full", **options)
@@ -330,7 +330,7 @@ def test_a_source_may_return_probabilities_or_nothing_or_too_many_tokens(session
 
 
 @pytest.mark.usefixtures("eager")
-def test_a_source_that_waits_for_its_own_session_is_refused(sessions: Sessions) -> None:
+def test_draft_source_that_calls_its_own_session_is_refused(sessions: Sessions) -> None:
     session = sessions(LLAMA)
 
     def nested(ids: np.ndarray) -> list[int]:
@@ -354,12 +354,12 @@ def test_a_source_that_waits_for_its_own_session_is_refused(sessions: Sessions) 
         ("\ud800", "predicted_output: it has a lone surrogate"),
     ],
 )
-def test_a_predicted_output_that_cannot_be_used_is_refused(given: Any, message: str, sessions: Sessions) -> None:
+def test_invalid_predicted_output_is_refused(given: Any, message: str, sessions: Sessions) -> None:
     with pytest.raises(OptionError, match=message):
         sessions(LLAMA).generate(PROMPTS[0], mode="lossless", predicted_output=given, max_new_tokens=4)
 
 
-def test_a_predicted_output_may_be_empty_or_longer_than_what_fits(sessions: Sessions) -> None:
+def test_predicted_output_may_be_empty_or_overlong(sessions: Sessions) -> None:
     session = sessions(LLAMA)
     full = session.generate(PROMPTS[0], mode="full", max_new_tokens=20, ignore_eos=True)
     for given in ("", [], full.text, list(full.token_ids) * 100, np.array(full.token_ids)):

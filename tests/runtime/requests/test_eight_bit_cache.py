@@ -20,7 +20,7 @@ PROMPTS = [[3 + (29 * step + 7 * number) % 250 for step in range(20 + 9 * number
 OPTIONS: dict[str, Any] = {"max_new_tokens": 12, "ignore_eos": True, "output_logprobs": True}
 
 
-def test_answers_do_not_depend_on_what_is_decoded_beside_or_before_them(bundle: Bundles) -> None:
+def test_outputs_do_not_depend_on_concurrent_or_earlier_requests(bundle: Bundles) -> None:
     path = bundle(BY_NAME["llama-tied"], 1, precision="int8", capacity=128, kv_cache="int8")
     with Session(path, threads=1, slots=1) as session:
         assert session.manifest.cache_type == "int8"

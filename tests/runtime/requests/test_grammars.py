@@ -89,7 +89,9 @@ class Naive:
 
 
 @pytest.mark.parametrize("constraint", CONSTRAINTS.values(), ids=CONSTRAINTS.keys())
-def test_what_is_complete_is_whole(constraint: dict[str, Any], ask: Callable[..., list[GenerationResult]]) -> None:
+def test_complete_outputs_satisfy_the_constraint_at_any_token_limit(
+    constraint: dict[str, Any], ask: Callable[..., list[GenerationResult]]
+) -> None:
     """Wherever `max_new_tokens` cuts."""
     for limit in (1, 2, 3, 5, 8, 13, 21, 34, 120):
         for result in ask("llama-tied", max_new_tokens=limit, **constraint):
@@ -101,7 +103,7 @@ def test_what_is_complete_is_whole(constraint: dict[str, Any], ask: Callable[...
 
 @pytest.mark.parametrize("sampled", [{}, {"temperature": 1.5, "top_k": 0, "seed": 3}], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("model", MODELS)
-def test_full_chooses_as_a_mask_from_scratch_does(
+def test_full_chooses_the_tokens_of_a_mask_computed_from_scratch(
     model: str, sampled: dict[str, Any], sessions: Callable[[str], Session]
 ) -> None:
     session, kinds = sessions(model), llguidance.LLMatcher
@@ -142,7 +144,7 @@ def test_lossless_gives_the_tokens_of_full(model: str, name: str, ask: Callable[
     assert tokens(ask(model, mode="full", max_pending=1, **given)) == tokens(full)
 
 
-def test_an_exit_that_reads_features_obeys_the_grammar(open_session: Open) -> None:
+def test_feature_reading_exit_obeys_the_grammar(open_session: Open) -> None:
     session = open_session(with_feature("llama-tied", 0), with_feature("llama-tied", 0).exit_layers[0])
     for number, (given, prompt) in enumerate(product(CONSTRAINTS.values(), PROMPTS[:2])):
         options: dict[str, Any] = {"max_pending": (2, 5)[number % 2], "max_new_tokens": 80, **given}
@@ -172,7 +174,7 @@ def test_rollback_obeys_the_grammar(limit: float, ask: Callable[..., list[Genera
             assert result.finish_reason == "length" or holds(given, result.text)
 
 
-def test_sampling_logprobs_stop_and_streams(sessions: Callable[[str], Session]) -> None:
+def test_sampling_logprobs_stop_strings_and_streams_obey_the_grammar(sessions: Callable[[str], Session]) -> None:
     session, given = sessions("llama-tied"), CONSTRAINTS["schema"]
     prompt = list(PROMPTS[0])
     for options in (
@@ -200,7 +202,7 @@ def test_sampling_logprobs_stop_and_streams(sessions: Callable[[str], Session]) 
             assert "".join(token.text for token in stream) == full.text
 
 
-def test_requests_together_and_several_continuations(sessions: Callable[[str], Session]) -> None:
+def test_concurrent_requests_and_several_continuations_obey_the_grammar(sessions: Callable[[str], Session]) -> None:
     session = sessions("llama-tied")
     asked = [
         {"mode": mode, "threshold": 0.2, **given}
@@ -218,7 +220,7 @@ def test_requests_together_and_several_continuations(sessions: Callable[[str], S
     assert {result.text for result in best} <= {"yes", "no"}
 
 
-def test_a_prepared_grammar_is_compiled_once(open_session: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prepared_grammar_is_compiled_once(open_session: Open, monkeypatch: pytest.MonkeyPatch) -> None:
     session = open_session("llama-tied")
     session.prepare(choice=["a", "b"])
     session.prepare()
@@ -236,7 +238,7 @@ def test_beams_obey_the_grammar(sessions: Callable[[str], Session]) -> None:
     assert session.generate(list(PROMPTS[0]), choice=["yes", "no"], num_beams=4).text in ("yes", "no")
 
 
-def test_forced_tokens_take_no_call_of_their_own(sessions: Callable[[str], Session]) -> None:
+def test_forced_tokens_take_no_engine_call(sessions: Callable[[str], Session]) -> None:
     result = sessions("llama-tied").generate(list(PROMPTS[0]), mode="full", choice=["positive", "negative"])
     # One prediction: what follows its first letter, and the end, are forced.
     assert result.finish_reason == "eos"
@@ -286,7 +288,7 @@ def test_forced_tokens_take_no_call_of_their_own(sessions: Callable[[str], Sessi
         ({"choice": ["x"], "min_new_tokens": 2}, "min_new_tokens is 2, but choice"),
     ],
 )
-def test_what_cannot_be_followed_is_refused(
+def test_unsupported_constraints_are_refused(
     options: dict[str, Any], said: str, sessions: Callable[[str], Session]
 ) -> None:
     with pytest.raises(OptionError, match=said):
@@ -296,12 +298,12 @@ def test_what_cannot_be_followed_is_refused(
 @pytest.mark.parametrize(
     "regex", ["((a{1,100}){1,100}){1,100}", "(.*a){20}", "[a-z]{0,1000000}", "(a|aa)+b{1000}c{1000}"]
 )
-def test_a_regex_that_explodes_ends_soon(regex: str, sessions: Callable[[str], Session]) -> None:
+def test_explosive_regex_ends_within_20_seconds(regex: str, sessions: Callable[[str], Session]) -> None:
     result = sessions("llama-tied").generate(list(PROMPTS[0]), max_new_tokens=40, regex=regex)
     assert result.stats.grammar_seconds < 20  # about 0.1 on an idle machine
 
 
-def test_without_the_package_the_error_names_it(
+def test_missing_llguidance_error_names_the_package(
     sessions: Callable[[str], Session], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "llguidance", None)
@@ -310,7 +312,7 @@ def test_without_the_package_the_error_names_it(
         sessions("llama-tied").generate(list(PROMPTS[0]), regex="not compiled before")
 
 
-def test_schemas_that_require_themselves_are_found() -> None:
+def test_infinitely_recursive_schemas_are_detected() -> None:
     def node(child: Any, **others: Any) -> dict[str, Any]:
         return {"type": "object", "properties": {"name": {"type": "string"}, "child": child}, **others}
 
@@ -330,7 +332,7 @@ def test_schemas_that_require_themselves_are_found() -> None:
     assert is_finite({"$ref": "#/$defs/d0", "$defs": chain})
 
 
-def test_objects_have_no_keys_but_those_that_are_listed() -> None:
+def test_objects_have_only_the_listed_keys() -> None:
     listed = {"type": "object", "properties": {"properties": {"enum": [{"properties": {"a": 1}}]}}}
     open_ = {**listed, "additionalProperties": True}
     for given, closed in (

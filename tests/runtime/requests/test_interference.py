@@ -51,7 +51,7 @@ class Aside:
             self._results.append(error)
 
 
-def test_a_panic_of_the_tokenizer_is_one_prompts_error_and_hurts_nobody_else(open_session: Open) -> None:
+def test_tokenizer_panic_fails_only_its_prompt(open_session: Open) -> None:
     session = open_session()
     assert session.tokenizer is not None
     session.tokenizer._backend.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex("(a+)+$"), "isolated")
@@ -74,7 +74,7 @@ def test_a_panic_of_the_tokenizer_is_one_prompts_error_and_hurts_nobody_else(ope
     asyncio.run(asyncio.wait_for(listed_in_a_loop(), 60))
 
 
-def test_an_interruption_while_prompts_are_read_leaves_no_list_waiting(
+def test_keyboard_interrupt_while_reading_prompts_leaves_no_list_waiting(
     open_session: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     session = open_session()
@@ -129,7 +129,7 @@ REFUSED: dict[str, Ask] = {
 
 @pytest.mark.parametrize("way", REFUSED)
 @pytest.mark.parametrize("outer", ["thread", "loop"])
-def test_a_callback_that_asks_its_own_session_is_told_so(way: str, outer: str, open_session: Open) -> None:
+def test_callback_that_calls_its_own_session_is_refused(way: str, outer: str, open_session: Open) -> None:
     session = open_session(slots=4)
 
     def asking(ids: np.ndarray, scores: np.ndarray) -> np.ndarray:
@@ -146,7 +146,7 @@ def test_a_callback_that_asks_its_own_session_is_told_so(way: str, outer: str, o
     assert Aside(lambda: session.generate([7], max_new_tokens=3)).result().stats.tokens == 3
 
 
-def test_a_callback_that_waits_for_a_thread_that_asks_ends_with_that_ones_deadline(open_session: Open) -> None:
+def test_callback_waiting_for_a_nested_request_ends_at_that_requests_deadline(open_session: Open) -> None:
     session, inner = open_session(slots=2), list[GenerationResult]()
 
     def asking(ids: np.ndarray, scores: np.ndarray) -> np.ndarray:
@@ -196,7 +196,7 @@ def read(stream: Stream) -> GenerationResult:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_deadlines_of_others_hold_while_a_callback_blocks(
+def test_deadlines_of_other_requests_hold_while_a_callback_blocks(
     kind: str, open_session: Open, blocking: Blocking, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also that of a request that was decoded when the callback's request came."""
@@ -240,7 +240,7 @@ class Slowly:
         return scores
 
 
-def test_the_deadline_of_a_request_holds_while_its_own_callback_blocks(open_session: Open, blocking: Blocking) -> None:
+def test_deadline_of_a_request_holds_while_its_own_callback_blocks(open_session: Open, blocking: Blocking) -> None:
     session = open_session(draft_memory_mb=0)  # the processor is called once a token
     whole = session.generate([7], max_new_tokens=5, ignore_eos=True)
     result = Aside(
@@ -252,9 +252,7 @@ def test_the_deadline_of_a_request_holds_while_its_own_callback_blocks(open_sess
 
 
 @pytest.mark.parametrize("interruption", [KeyboardInterrupt, SystemExit])
-def test_what_a_callback_raises_reaches_its_own_caller_alone(
-    interruption: type[BaseException], open_session: Open
-) -> None:
+def test_callback_exception_reaches_only_its_caller(interruption: type[BaseException], open_session: Open) -> None:
     session = open_session(slots=2)
 
     def raising(ids: np.ndarray, scores: np.ndarray) -> np.ndarray:
@@ -280,7 +278,7 @@ class Interrupting(Slowly):
 
 
 @pytest.mark.parametrize("prompt", [[7], [[7], [8], [9]]], ids=["one", "list"])
-def test_ctrl_c_ends_the_requests_of_who_waits_and_no_other(prompt: Any, open_session: Open) -> None:
+def test_keyboard_interrupt_cancels_only_the_requests_of_the_waiting_thread(prompt: Any, open_session: Open) -> None:
     assert threading.current_thread() is threading.main_thread()
     session, before = open_session(slots=2), signal.getsignal(signal.SIGINT)
     options: dict[str, Any] = {"max_new_tokens": 60, "ignore_eos": True, "logits_processor": Slowly(0.02)}
@@ -311,7 +309,7 @@ print(time.time())
 """
 
 
-def test_requests_that_nobody_reads_any_more_do_not_keep_the_interpreter(bundle: Bundles) -> None:
+def test_abandoned_requests_do_not_block_interpreter_exit(bundle: Bundles) -> None:
     command = [sys.executable, "-c", LEAVING, str(bundle(BY_NAME[LLAMA], 1))]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (0, "")
@@ -368,7 +366,7 @@ session.close()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
-def test_a_fork_while_others_generate_is_told_to_open_its_own(bundle: Bundles) -> None:
+def test_use_after_fork_is_refused_with_a_remedy(bundle: Bundles) -> None:
     path = bundle(BY_NAME[LLAMA], 1)
     command = [sys.executable, "-c", FORKED, str(path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)

@@ -15,7 +15,7 @@ LENGTH = 4000
 
 
 @pytest.mark.parametrize(("instructions", "kv_cache"), [("", None), ("scalar-bf16", None), ("", "int8")])
-def test_lossless_is_full_behind_a_long_prompt(
+def test_lossless_equals_full_after_a_long_prompt(
     instructions: str, kv_cache: str | None, bundle: Bundles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FREEEXPORT_INSTRUCTIONS", instructions)

@@ -17,7 +17,7 @@ from runtime.result import PassStats
 PROMPT = [5, 6, 7]
 
 
-def test_a_histogram_counts_a_value_at_its_bound_below_it() -> None:
+def test_histogram_bucket_includes_its_upper_bound() -> None:
     histogram = Histogram((1.0, 2.0))
     for value in (0.5, 1.0, 1.5, 9.0):
         histogram.observe(value)
@@ -25,7 +25,7 @@ def test_a_histogram_counts_a_value_at_its_bound_below_it() -> None:
     assert (histogram.counts, histogram.total) == ([2, 4, 1], 18.0)
 
 
-def test_drafts_are_counted_in_the_modes_that_verify_them() -> None:
+def test_drafts_are_counted_in_the_modes_that_verify() -> None:
     longer = {3: PassStats(2)}
     given: dict[str, Any] = {"tokens": 11, "exits": 6, "rejected": 2, "single_passes": 4, "longer_passes": longer}
     stats = [Stats("lossless", **given), Stats("free", **given)]
@@ -45,7 +45,7 @@ def test_drafts_are_counted_in_the_modes_that_verify_them() -> None:
     assert counted.inter_token_latency.counts[TOKEN_SECONDS.index(0.001) : TOKEN_SECONDS.index(0.0025) + 1] != [0, 0]
 
 
-def test_requests_are_counted_as_they_end(chat: Path) -> None:
+def test_requests_are_counted_by_finish_reason(chat: Path) -> None:
     gate = threading.Event()
 
     def hold(ids: Any, scores: Any) -> Any:
@@ -71,7 +71,7 @@ def test_requests_are_counted_as_they_end(chat: Path) -> None:
     assert during.finished == {"length": 2}  # a copy
 
 
-def test_events_of_a_request_come_in_order(chat: Path) -> None:
+def test_request_events_are_ordered(chat: Path) -> None:
     told: list[RequestEvent] = []
     with Session(chat, threads=1, slots=1, queue=0, on_event=told.append) as session:
         result = session.generate(PROMPT, max_new_tokens=3)
@@ -90,7 +90,7 @@ def test_events_of_a_request_come_in_order(chat: Path) -> None:
     assert left[-1].result.finish_reason == "cancelled"
 
 
-def test_prompts_of_a_list_are_queued_in_the_context_of_who_asked(chat: Path) -> None:
+def test_queued_events_run_in_the_context_of_the_caller(chat: Path) -> None:
     span, told = ContextVar[str]("span", default="none"), list[tuple[str, int, str]]()
     span.set("parent")
 
@@ -103,7 +103,7 @@ def test_prompts_of_a_list_are_queued_in_the_context_of_who_asked(chat: Path) ->
     assert sorted(number for kind, number, _ in told if kind == "ended") == [0, 1, 2, 3]
 
 
-def test_a_request_that_raises_is_counted_as_an_error(chat: Path) -> None:
+def test_failed_request_is_counted_as_an_error(chat: Path) -> None:
     def broken(ids: Any, scores: Any) -> Any:
         raise ArithmeticError("broken")
 
@@ -115,7 +115,7 @@ def test_a_request_that_raises_is_counted_as_an_error(chat: Path) -> None:
     assert isinstance(told[-1].error, ArithmeticError)
 
 
-def test_a_hook_that_raises_ends_no_request_and_may_not_ask_its_session(chat: Path) -> None:
+def test_failing_event_hook_ends_no_request_and_cannot_call_its_session(chat: Path) -> None:
     def hook(event: RequestEvent) -> None:
         session.generate(PROMPT)
 

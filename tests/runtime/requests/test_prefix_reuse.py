@@ -105,7 +105,9 @@ def talk(session: Session, plain: Session, turns: int, **options: Any) -> list[i
     ("qwen3-exit-layers", "int8"),
     (EXIT_LAYERS, "fp32"),
 )
-def test_conversations_are_those_without_reuse(name: str, precision: str, kernels: str, open_session: Open) -> None:
+def test_conversations_match_those_without_prefix_reuse(
+    name: str, precision: str, kernels: str, open_session: Open
+) -> None:
     """All modes in one session, in any order: each goes on from what the others left."""
     session, plain = open_session(name, precision), open_session(name, precision, prefix_cache_mb=0)
     for number, place in enumerate(np.random.default_rng(0).permutation(len(MODES))):
@@ -124,7 +126,7 @@ def test_conversations_are_those_without_reuse(name: str, precision: str, kernel
 @with_kernels(
     (LLAMA, "int8"), ("mistral-window", "int4"), (EXIT_LAYERS, "int8"), *((case.name, "int8") for case in FEATURES)
 )
-def test_full_and_lossless_answer_alike_whoever_read_the_turns_before(
+def test_full_and_lossless_answers_do_not_depend_on_which_mode_cached_the_prefix(
     name: str, precision: str, kernels: str, open_session: Open
 ) -> None:
     """Ids and log-probabilities, bit for bit, of later turns of a conversation that modes share in any order."""
@@ -146,7 +148,7 @@ def test_full_and_lossless_answer_alike_whoever_read_the_turns_before(
         history += alone.token_ids
 
 
-def test_what_full_has_read_lossless_reuses_but_for_an_exits_own_layers(open_session: Open) -> None:
+def test_lossless_reuses_prefixes_of_full_except_with_exit_layers(open_session: Open) -> None:
     for name, shared in ((LLAMA, True), (EXIT_LAYERS, False)):
         session = open_session(name)
         session.generate(SYSTEM, mode="full", max_new_tokens=1)
@@ -162,7 +164,7 @@ def test_what_full_has_read_lossless_reuses_but_for_an_exits_own_layers(open_ses
     ("precision", "instructions", "alike"),
     [("int8", "scalar", True), ("int8", "scalar-bf16", False), ("fp32", "scalar-bf16", True)],
 )
-def test_generated_tokens_are_stored_where_a_prompt_gives_them_the_same_bits(
+def test_generated_tokens_are_cached_if_prefill_is_bit_identical(
     precision: str, instructions: str, alike: bool, open_session: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FREEEXPORT_INSTRUCTIONS", instructions)
@@ -174,7 +176,7 @@ def test_generated_tokens_are_stored_where_a_prompt_gives_them_the_same_bits(
 
 @with_kernels((LLAMA, "int8"), (LLAMA, "fp32"), (EXIT_LAYERS, "int8"))
 @pytest.mark.parametrize("options", MODES, ids=str)
-def test_what_is_stored_is_what_reading_it_at_once_gives(
+def test_cached_rows_are_bit_identical_to_prefill(
     name: str, precision: str, options: dict[str, Any], kernels: str, open_session: Open
 ) -> None:
     """Keys and values of all layers of both caches, and of generated tokens where they are stored, bit for bit."""
@@ -202,7 +204,7 @@ def stored(session: Session) -> dict[bytes, Any]:
     return dict(session._state.prefixes._entries)
 
 
-def test_the_deep_cache_of_a_free_request_is_reused_as_far_as_it_was_synced(open_session: Open) -> None:
+def test_deep_cache_of_a_free_request_is_reused_up_to_the_last_sync(open_session: Open) -> None:
     session = open_session()
     ended = session.generate(SYSTEM, threshold=0.0, max_pending=16, max_new_tokens=16, ignore_eos=True)
     assert ended.stats.sync_passes == 0  # all that was generated is in the shallow cache alone
@@ -210,7 +212,7 @@ def test_the_deep_cache_of_a_free_request_is_reused_as_far_as_it_was_synced(open
     assert again.stats.cached_tokens == len(SYSTEM) // BLOCK * BLOCK
 
 
-def test_the_last_token_is_read(open_session: Open) -> None:
+def test_last_prompt_token_is_always_computed(open_session: Open) -> None:
     session = open_session()
     prompt = SYSTEM[: 2 * BLOCK]
     first = session.generate(prompt, max_new_tokens=5, mode="full")
@@ -222,7 +224,7 @@ def test_the_last_token_is_read(open_session: Open) -> None:
 
 
 @pytest.mark.parametrize("precision", ["int8", "fp32", "fp16"])
-def test_batches_that_share_a_beginning_give_what_each_gives_alone(precision: str, open_session: Open) -> None:
+def test_batches_sharing_a_prefix_give_the_results_of_single_requests(precision: str, open_session: Open) -> None:
     """In a store that is too small, so that blocks come and go while others use them."""
     plain = open_session(precision=precision, prefix_cache_mb=0)
     session = open_session(precision=precision, prefix_cache_mb=1)
@@ -244,7 +246,7 @@ def test_batches_that_share_a_beginning_give_what_each_gives_alone(precision: st
     assert session.metrics().prefix_cache_hits > 0
 
 
-def test_what_a_cancelled_request_had_read_is_reused(open_session: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prefix_read_by_a_cancelled_request_is_reused(open_session: Open, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoder, "PREFILL_ROWS", 2 * BLOCK)
     cancel = threading.Event()
 
@@ -262,7 +264,7 @@ def test_what_a_cancelled_request_had_read_is_reused(open_session: Open, monkeyp
 
 
 @pytest.mark.parametrize("name", [LLAMA, T5])
-def test_salts_share_nothing_with_others(name: str, open_session: Open) -> None:
+def test_prefixes_are_not_shared_between_salts(name: str, open_session: Open) -> None:
     session = open_session(name)
     salts = [None, "a", "b", "None", "a "]
     for turn in range(2):
@@ -271,9 +273,7 @@ def test_salts_share_nothing_with_others(name: str, open_session: Open) -> None:
             assert bool(result.stats.cached_tokens) == (turn == 1), salt
 
 
-def test_an_equal_prompt_of_an_encoder_decoder_is_encoded_once(
-    open_session: Open, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_repeated_encoder_prompt_is_encoded_once(open_session: Open, monkeypatch: pytest.MonkeyPatch) -> None:
     encoded: list[int] = []
     run = Encoder.run
     monkeypatch.setattr(
@@ -292,7 +292,7 @@ def test_an_equal_prompt_of_an_encoder_decoder_is_encoded_once(
         assert result.token_ids == plain.generate(SYSTEM[: 41 - number % 2], max_new_tokens=12, threshold=0.3).token_ids
 
 
-def test_the_encodings_of_an_encoder_decoder_keep_the_bound(open_session: Open) -> None:
+def test_cached_encodings_respect_the_memory_limit(open_session: Open) -> None:
     session = open_session(T5, "fp32", prefix_cache_mb=1)
     store = session._state.prefixes
     assert store is not None
@@ -305,7 +305,7 @@ def test_the_encodings_of_an_encoder_decoder_keep_the_bound(open_session: Open) 
     assert session.generate([7] * 100, max_new_tokens=2).stats.cached_tokens == 0
 
 
-def test_tokens_that_were_looked_up_and_found_are_counted(open_session: Open) -> None:
+def test_looked_up_and_reused_tokens_are_counted(open_session: Open) -> None:
     session, off = open_session(), open_session(prefix_cache_mb=0)
     for each in (session, off):
         each.generate(SYSTEM, max_new_tokens=2)
@@ -314,7 +314,7 @@ def test_tokens_that_were_looked_up_and_found_are_counted(open_session: Open) ->
     assert found == [(84, 32), (0, 0)]
 
 
-def test_prefixes_are_refused_on_a_gpu() -> None:
+def test_prefix_cache_is_refused_on_a_gpu() -> None:
     with pytest.raises(OptionError, match=r"prefix_cache_mb is 5 with device 'cuda:0'.* CPU only; leave it out"):
         SessionOptions(device="cuda:0", prefix_cache_mb=5)
     assert SessionOptions(device="cuda:0").prefix_cache_bytes == 0
@@ -324,7 +324,7 @@ def test_prefixes_are_refused_on_a_gpu() -> None:
     ("name", "limit"),
     [(LLAMA, DEFAULT_MB), (FEATURES[0].name, DEFAULT_MB), (T5, 0), (EXIT_LAYERS, 0)],
 )
-def test_prefixes_are_stored_by_default_where_results_do_not_depend_on_it(
+def test_prefix_cache_is_on_by_default_if_results_do_not_depend_on_it(
     name: str, limit: int, open_session: Open
 ) -> None:
     session = open_session(name, prefix_cache_mb=None)
@@ -334,6 +334,6 @@ def test_prefixes_are_stored_by_default_where_results_do_not_depend_on_it(
     assert open_session(name, prefix_cache_mb=0).options.prefix_cache_mb == 0
 
 
-def test_a_store_beyond_the_memory_is_refused_when_the_session_is_opened(open_session: Open) -> None:
+def test_prefix_cache_beyond_memory_is_refused_at_open(open_session: Open) -> None:
     with pytest.raises(CapacityError, match=r"and 100000000000000 MB of prefixes.* lower prefix_cache_mb, capacity"):
         open_session(prefix_cache_mb=10**14)

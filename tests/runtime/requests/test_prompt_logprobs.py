@@ -19,7 +19,7 @@ PROMPT = (PROMPTS[0] * 20)[:70]
 
 
 @pytest.mark.parametrize(("case", "exit_layer"), [(BY_NAME["llama-tied"], 1), (with_feature("llama-tied", 1), 1)])
-def test_they_are_those_of_transformers(case: Case, exit_layer: int, bundle: Bundles, source_model: Model) -> None:
+def test_prompt_logprobs_match_transformers(case: Case, exit_layer: int, bundle: Bundles, source_model: Model) -> None:
     with torch.no_grad():
         logits = source_model(case)(torch.tensor([PROMPT])).logits[0].double()
     expected = logits.log_softmax(-1)[:-1].numpy()
@@ -48,6 +48,6 @@ def test_they_are_those_of_transformers(case: Case, exit_layer: int, bundle: Bun
         assert alone.logprobs == (None,)
 
 
-def test_an_encoder_decoder_has_none(t5: Any) -> None:
+def test_encoder_decoder_has_no_prompt_logprobs(t5: Any) -> None:
     with Session(t5, threads=1, slots=1) as session, pytest.raises(OptionError, match="does not predict its prompt"):
         session.generate([5, 6, 7], prompt_logprobs=0)

@@ -24,7 +24,7 @@ MODES: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("options", MODES, ids=str)
-def test_a_later_request_reuses_what_was_only_read(options: dict[str, Any], bundle: Bundles) -> None:
+def test_later_request_reuses_a_prompt_that_was_only_read(options: dict[str, Any], bundle: Bundles) -> None:
     path = bundle(with_feature("llama-tied", 1), 1, precision="int8", capacity=128)
     asked: dict[str, Any] = {"max_new_tokens": 12, "output_logprobs": True, **options}
     with Session(path, prefix_cache_mb=64) as session, Session(path) as plain:
@@ -37,7 +37,7 @@ def test_a_later_request_reuses_what_was_only_read(options: dict[str, Any], bund
         assert (ours.token_ids, ours.logprobs) == (alone.token_ids, alone.logprobs)
 
 
-def test_it_changes_neither_what_was_learned_nor_the_counts_of_requests(bundle: Bundles) -> None:
+def test_reading_changes_neither_learned_state_nor_request_counts(bundle: Bundles) -> None:
     with Session(bundle(BY_NAME["llama-tied"], 1), prefix_cache_mb=64, threshold="adaptive") as session:
         before = session.adaptive_state()
         for mode in ("free", "lossless"):
@@ -51,28 +51,28 @@ def test_it_changes_neither_what_was_learned_nor_the_counts_of_requests(bundle: 
         assert (metrics.prompt_tokens, metrics.prefix_cache_hits, sum(metrics.finished.values())) == (70, 64, 1)
 
 
-def test_a_stream_has_no_tokens(bundle: Bundles) -> None:
+def test_stream_of_a_read_only_request_has_no_tokens(bundle: Bundles) -> None:
     with Session(bundle(BY_NAME["llama-tied"], 1)) as session:
         stream = session.stream(PROMPT, max_new_tokens=0)
         assert list(stream) == []
         assert stream.result.finish_reason == "length"
 
 
-def test_a_prompt_is_scored_without_a_token(bundle: Bundles) -> None:
+def test_prompt_is_scored_without_generating_a_token(bundle: Bundles) -> None:
     with Session(bundle(BY_NAME["llama-tied"], 1)) as session:
         scored = session.generate(PROMPT, prompt_logprobs=2, max_new_tokens=0).prompt_logprobs
         assert scored is not None
         assert scored == session.generate(PROMPT, prompt_logprobs=2, max_new_tokens=3).prompt_logprobs
 
 
-def test_an_encoder_keeps_its_output(t5: Any) -> None:
+def test_encoder_output_is_cached(t5: Any) -> None:
     with Session(t5, prefix_cache_mb=16) as session:
         read = session.generate([5, 6, 7], max_new_tokens=0)
         assert (read.token_ids, read.finish_reason) == ((), "length")
         assert session.generate([5, 6, 7], max_new_tokens=4).stats.cached_tokens == 3
 
 
-def test_beams_and_several_continuations_need_tokens(bundle: Bundles) -> None:
+def test_beams_and_several_continuations_require_tokens(bundle: Bundles) -> None:
     with Session(bundle(BY_NAME["llama-tied"], 1)) as session:
         with pytest.raises(OptionError, match="num_beams is 2 with max_new_tokens 0"):
             session.generate(PROMPT, max_new_tokens=0, num_beams=2)

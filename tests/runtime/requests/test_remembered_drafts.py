@@ -25,7 +25,7 @@ def memory_drafts(result: Any) -> int:
 
 
 @pytest.mark.parametrize("name", [LLAMA, T5])
-def test_tokens_with_a_memory_are_those_without(name: str, bundle: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_draft_memory_changes_no_token(name: str, bundle: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
     """Alone and in batches, with and without the exit, greedy, sampled and in mode rollback."""
     draft_texts(monkeypatch)
     ways: list[dict[str, Any]] = [
@@ -63,7 +63,7 @@ def test_outputs_of_one_salt_are_never_drafted_for_another(bundle: Bundles, monk
         assert drafted("a") == 0
 
 
-def test_a_corpus_is_drafted_in_the_first_request(
+def test_corpus_is_drafted_in_the_first_request(
     bundle: Bundles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     draft_texts(monkeypatch)
@@ -94,7 +94,7 @@ def test_a_corpus_is_drafted_in_the_first_request(
         ),
     ],
 )
-def test_a_corpus_that_cannot_be_used_is_refused_in_one_line(
+def test_invalid_corpus_is_refused_in_one_line(
     content: bytes | None, message: str, bundle: Bundles, tmp_path: Path
 ) -> None:
     file = tmp_path / ("texts.jsonl" if content and content.startswith(b'"') else "texts.txt")

@@ -40,7 +40,7 @@ def context_of(prompt: tuple[int, ...], name: str) -> list[int]:
 
 @both
 @pytest.mark.parametrize("mode", ["free", "full", "shallow"])
-def test_a_token_is_drawn_from_the_decoder_that_emits_it_with_the_probabilities_of_transformers(
+def test_tokens_are_sampled_with_the_probabilities_of_transformers(
     name: str, mode: str, sessions: Sessions, source_model: Model
 ) -> None:
     processors = LogitsProcessorList(
@@ -68,7 +68,7 @@ def test_a_token_is_drawn_from_the_decoder_that_emits_it_with_the_probabilities_
 
 
 @both
-def test_lossless_draws_the_tokens_of_full_for_the_same_seed(
+def test_lossless_samples_the_tokens_of_full_for_the_same_seed(
     name: str, sessions: Sessions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     draft_exits(monkeypatch)
@@ -85,7 +85,7 @@ def test_lossless_draws_the_tokens_of_full_for_the_same_seed(
     assert rejected
 
 
-def test_rollback_with_sampling_keeps_the_shallow_draw_unless_it_is_unlikely(
+def test_rollback_with_sampling_keeps_a_shallow_token_unless_it_is_unlikely(
     sessions: Sessions, source_model: Model
 ) -> None:
     ours = sessions(LLAMA).generate(
@@ -100,7 +100,7 @@ def test_rollback_with_sampling_keeps_the_shallow_draw_unless_it_is_unlikely(
 
 
 @both
-def test_a_seed_repeats_and_another_does_not(name: str, sessions: Sessions) -> None:
+def test_equal_seeds_give_equal_tokens_and_other_seeds_do_not(name: str, sessions: Sessions) -> None:
     def ask(**options: Any) -> GenerationResult:
         chosen = {"temperature": 1.0, "max_new_tokens": 12, "threshold": 0.3, "ignore_eos": True, **options}
         return sessions(name).generate(PROMPTS[0], **chosen)
@@ -111,7 +111,7 @@ def test_a_seed_repeats_and_another_does_not(name: str, sessions: Sessions) -> N
     assert ask(temperature=0, seed=1).token_ids == ask(temperature=None).token_ids
 
 
-def test_values_of_generation_config_apply_once_sampling_is_asked_for(bundle: Bundles, tmp_path: Path) -> None:
+def test_generation_config_values_apply_once_sampling_is_requested(bundle: Bundles, tmp_path: Path) -> None:
     path = Path(shutil.copytree(bundle(BY_NAME[LLAMA], 2), tmp_path / "copy"))
     file = path / "generation_config.json"
     size = file.stat().st_size
@@ -126,7 +126,7 @@ def test_values_of_generation_config_apply_once_sampling_is_asked_for(bundle: Bu
 
 @both
 @pytest.mark.parametrize("mode", ["free", "lossless", "full"])
-def test_several_samples_are_those_of_one_prompt_best_first(name: str, mode: str, sessions: Sessions) -> None:
+def test_several_samples_are_sorted_by_score(name: str, mode: str, sessions: Sessions) -> None:
     session = sessions(name)
     options: dict[str, Any] = {**DRAW, "mode": mode, "threshold": 0.3, "max_new_tokens": 10}
     results = session.generate_best(PROMPTS[0], 5, **options)
@@ -141,7 +141,7 @@ def test_several_samples_are_those_of_one_prompt_best_first(name: str, mode: str
     assert sum(result.stats.encode_seconds > 0 for result in results) == (name == T5)
 
 
-def test_several_samples_need_sampling_and_leave_the_slot(sessions: Sessions) -> None:
+def test_several_samples_require_sampling_and_release_the_slot(sessions: Sessions) -> None:
     session = sessions(LLAMA)
     for count, options in ((2, {}), (0, {"do_sample": True}), (1025, DRAW), (True, DRAW), (2, {"temperature": 0})):
         with pytest.raises(OptionError, match=f"num_return_sequences is {count}"):
@@ -156,7 +156,7 @@ def test_several_samples_need_sampling_and_leave_the_slot(sessions: Sessions) ->
 
 
 @both
-def test_log_probabilities_are_those_of_the_source_model(name: str, sessions: Sessions, source_model: Model) -> None:
+def test_log_probabilities_match_the_source_model(name: str, sessions: Sessions, source_model: Model) -> None:
     for mode in ("free", "rollback", "lossless", "full"):
         ours = sessions(name).generate(
             PROMPTS[0],
@@ -179,7 +179,7 @@ def test_log_probabilities_are_those_of_the_source_model(name: str, sessions: Se
 
 
 @pytest.mark.parametrize("mode", ["free", "lossless", "full"])
-def test_a_processor_forces_full_logits_in_every_mode(mode: str, sessions: Sessions) -> None:
+def test_logits_processor_forces_full_logits_in_every_mode(mode: str, sessions: Sessions) -> None:
     def even(ids: np.ndarray, scores: np.ndarray) -> np.ndarray:
         assert ids.shape[0] == 1
         assert scores.shape == (1, VOCAB_SIZE)
@@ -193,7 +193,7 @@ def test_a_processor_forces_full_logits_in_every_mode(mode: str, sessions: Sessi
         assert all(token % 2 == 0 for token in result.token_ids)
 
 
-def test_a_bias_beyond_the_vocabulary_is_refused(sessions: Sessions) -> None:
+def test_bias_beyond_the_vocabulary_is_refused(sessions: Sessions) -> None:
     with pytest.raises(OptionError, match=f"sequence_bias names token {VOCAB_SIZE}"):
         sessions(LLAMA).generate(PROMPTS[0], sequence_bias={(1, VOCAB_SIZE): 1.0})
     chosen = sessions(LLAMA).generate(PROMPTS[0], sequence_bias={77: 1e6}, max_new_tokens=5)
@@ -208,7 +208,7 @@ def written(directory: Path, content: Any) -> Path:
     return directory
 
 
-def test_sampling_values_are_read_and_others_left(tmp_path: Path) -> None:
+def test_only_sampling_values_of_generation_config_are_read(tmp_path: Path) -> None:
     content = {
         "do_sample": True,
         "temperature": 0.6,
@@ -233,11 +233,11 @@ UNUSABLE = [
 
 
 @pytest.mark.parametrize("content", [{"top_p": 3}, {"temperature": "hot"}, {"top_k": -1}, [1], "{", "\0", *UNUSABLE])
-def test_a_file_that_cannot_be_used_is_refused(content: Any, tmp_path: Path) -> None:
+def test_unreadable_generation_config_is_refused(content: Any, tmp_path: Path) -> None:
     with pytest.raises(BundleError, match=r"generation_config\.json") as refused:
         read_defaults(written(tmp_path, content))
     assert len(str(refused.value)) < 600
 
 
-def test_a_file_that_the_manifest_does_not_list_is_not_read(tmp_path: Path) -> None:
+def test_unlisted_generation_config_is_not_read(tmp_path: Path) -> None:
     assert read_defaults(written(tmp_path, {"temperature": 0.6}), {"deep.onnx": None}) == {}

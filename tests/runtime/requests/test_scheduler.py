@@ -242,7 +242,7 @@ class Ask:
         return tokens, None
 
 
-def test_a_long_prompt_is_read_in_smaller_pieces_while_others_decode(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_prompt_is_read_in_smaller_pieces_while_others_decode(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("runtime.decoding.decoder.PREFILL_ROWS", 6)
     monkeypatch.setattr("runtime.decoding.decoder.SHARED_PREFILL_ROWS", 2)
     machine, late, ask = Machine(2), list[Job](), Ask(tuple(range(12)), "full", 14)
@@ -261,7 +261,7 @@ def test_a_long_prompt_is_read_in_smaller_pieces_while_others_decode(monkeypatch
 
 
 @pytest.mark.parametrize("mode", ["full", "free"])
-def test_an_engine_that_fails_ends_the_request_that_is_alone(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_engine_failure_of_a_single_request_ends_it(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     machine, ask = Machine(1), Ask((1, 2, 3), mode, 12)
     run, numbers = machine.runners[1].run, itertools.count()
 
@@ -300,7 +300,7 @@ asks = st.builds(
     borrow=st.booleans(),
 )
 @tries(40)
-def test_requests_give_what_they_give_alone_whatever_comes_and_goes_beside_them(
+def test_results_do_not_depend_on_concurrent_requests(
     beside: bool, slots: int, arrivals: list[tuple[Ask, int, int | None]], borrow: bool
 ) -> None:
     """They come and go during engine calls, as from other threads."""
@@ -344,7 +344,7 @@ def test_requests_give_what_they_give_alone_whatever_comes_and_goes_beside_them(
             assert job.came == tokens[: len(job.came)]
 
 
-def test_requests_share_calls_and_deep_passes_collect() -> None:
+def test_requests_share_calls_and_deep_passes_are_batched() -> None:
     machine, bare = Machine(8), Machine(1)
     asks = [Ask((number,), tokens=12, threshold=0.4) for number in range(8)]
     for ask in asks:
@@ -355,7 +355,7 @@ def test_requests_share_calls_and_deep_passes_collect() -> None:
         assert len(machine.calls[name]) < 0.5 * len(bare.calls[name])
 
 
-def test_a_request_with_a_call_of_its_own_keeps_what_that_wrote_where_it_is_idle_in_the_next() -> None:
+def test_request_with_its_own_call_keeps_its_cache_rows_in_later_shared_calls() -> None:
     machine = Machine(3)
     asks = [Ask((5,), "full", 40), Ask((6,), "free", 40, 0.0, 8), Ask((7,), "full", 40)]
     jobs = [machine.ask(ask) for ask in asks]
@@ -365,7 +365,7 @@ def test_a_request_with_a_call_of_its_own_keeps_what_that_wrote_where_it_is_idle
     assert [job.came for job in jobs] == [ask.alone()[0] for ask in asks]
 
 
-def test_no_request_waits_for_long_beside_others_without_end() -> None:
+def test_no_request_starves_beside_a_stream_of_others() -> None:
     """Twenty requests, two slots: they end in the order in which they came, but for those in the slots together."""
     machine, ended = Machine(2), list[int]()
     for number in range(20):
@@ -374,7 +374,7 @@ def test_no_request_waits_for_long_beside_others_without_end() -> None:
     assert all(abs(place - number) <= 2 for place, number in enumerate(ended))
 
 
-def test_a_deep_pass_is_not_kept_waiting_by_requests_that_exit_for_ever() -> None:
+def test_deep_pass_is_not_starved_by_requests_that_always_exit() -> None:
     machine, turns = Machine(4), 0
     for number in range(3):
         machine.ask(Ask((number,), tokens=60, threshold=0.0, max_pending=8))
@@ -388,7 +388,7 @@ def test_a_deep_pass_is_not_kept_waiting_by_requests_that_exit_for_ever() -> Non
 # With the worker
 
 
-def test_the_worker_decodes_for_many_threads_and_rests_between() -> None:
+def test_worker_serves_many_threads_and_sleeps_when_idle() -> None:
     machine = Machine(3, queue=1000, kind=Scheduler)
     asks = [Ask((number % 7, number), tokens=3 + number % 9) for number in range(24)]
     outcomes: list[Any] = [None] * len(asks)
@@ -413,7 +413,7 @@ def test_the_worker_decodes_for_many_threads_and_rests_between() -> None:
         machine.ask(asks[0])
 
 
-def test_a_fault_of_the_worker_ends_what_it_decodes_and_not_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_worker_fault_ends_its_requests_but_not_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     machine, ended = Machine(2, kind=Scheduler), threading.Event()
     with monkeypatch.context() as patch:
         patch.setattr(machine.scheduler, "_resume", lambda: 1 / 0)
@@ -447,7 +447,7 @@ def works(*asked: tuple[int, int]) -> list[SlotCall]:
         ([(0, 8), (1, 8)], [2]),
     ],
 )
-def test_rows_are_grouped_where_that_costs_less(asked: list[tuple[int, int]], sizes: list[int]) -> None:
+def test_rows_are_grouped_if_that_is_cheaper(asked: list[tuple[int, int]], sizes: list[int]) -> None:
     assert sorted(len(group) for group in grouped(works(*asked), 0.1)) == sizes
 
 
@@ -456,14 +456,14 @@ def policy_of(asked: Sequence[SlotCall], batch: Any, packed: bool = False, base:
     return BatchPolicy(dict.fromkeys((deep, shallow), batch), shallow, CallCosts(base), packed)
 
 
-def test_packed_deep_passes_are_one_call_whatever_rows_they_have() -> None:
+def test_packed_deep_passes_of_any_rows_are_one_call() -> None:
     asked = works((0, 1), (1, 16), (15, 1))
     sizes = [[len(group) for group in policy_of(asked, None, packed)._grouped(asked)] for packed in (True, False)]
     assert sizes == [[3], [1, 1, 1]]
 
 
 @pytest.mark.parametrize(("eight", "calls", "patience"), [(4.0, 3, 2), (1.7, 3, 4), (1.01, 1, 8)])
-def test_rows_that_cost_nothing_are_one_call_and_waited_for(eight: float, calls: int, patience: int) -> None:
+def test_free_rows_are_awaited_and_run_as_one_call(eight: float, calls: int, patience: int) -> None:
     asked = works((0, 1), (1, 16), (15, 1))
     policy = policy_of(asked, None, base=Costs(1.0, 1.0, {1: 1.0, 8: eight}))
     assert (len(policy._grouped(asked)), policy.rules.patience) == (calls, patience)
@@ -481,7 +481,7 @@ class Timed:
 
 
 @pytest.mark.parametrize(("further", "patience"), [(0.01, 8), (0.1, 4), (0.5, 2)])
-def test_rules_are_learned_from_calls_of_several_sizes(further: float, patience: int) -> None:
+def test_grouping_rules_are_learned_from_calls_of_several_sizes(further: float, patience: int) -> None:
     few, many = works((0, 1), (1, 1)), works((0, 4), (1, 4))
     for work in many:
         work.runner = few[0].runner

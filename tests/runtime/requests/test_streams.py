@@ -29,7 +29,7 @@ def slowly(ids: np.ndarray, scores: np.ndarray) -> np.ndarray:
 # Admission
 
 
-def test_a_full_queue_is_said_at_the_call_before_there_is_an_answer(open_session: Open) -> None:
+def test_full_queue_is_reported_when_the_stream_is_created(open_session: Open) -> None:
     session, refused = open_session(queue=1), threading.Event()
 
     def held(ids: np.ndarray, scores: np.ndarray) -> np.ndarray:
@@ -55,7 +55,7 @@ def test_a_full_queue_is_said_at_the_call_before_there_is_an_answer(open_session
 
 
 @pytest.mark.parametrize("way", ["close", "aclose", "forget"])
-def test_streams_that_are_given_up_unread_make_room_in_the_queue(way: str, open_session: Open) -> None:
+def test_abandoned_unread_streams_free_queue_places(way: str, open_session: Open) -> None:
     session = open_session(queue=0)
     alone = session.generate(PROMPT, max_new_tokens=3)
     for _ in range(3):
@@ -71,7 +71,7 @@ def test_streams_that_are_given_up_unread_make_room_in_the_queue(way: str, open_
 # What they give
 
 
-def test_an_async_stream_has_a_result(open_session: Open) -> None:
+def test_async_stream_has_a_result(open_session: Open) -> None:
     session = open_session()
     alone = session.generate(PROMPT, max_new_tokens=12)
 
@@ -92,7 +92,7 @@ def test_an_async_stream_has_a_result(open_session: Open) -> None:
     run(main())
 
 
-def test_an_async_stream_that_is_closed_gives_its_slot_back(open_session: Open) -> None:
+def test_closed_async_stream_releases_its_slot(open_session: Open) -> None:
     session = open_session()
     whole = session.generate(PROMPT, **ENDLESS)
 
@@ -112,7 +112,7 @@ def test_an_async_stream_that_is_closed_gives_its_slot_back(open_session: Open) 
 # Ends, and how long it took
 
 
-def test_deadline_and_cancel_are_different_ends(open_session: Open) -> None:
+def test_deadline_and_cancel_have_different_finish_reasons(open_session: Open) -> None:
     session, cancel = open_session(), threading.Event()
     late = session.generate(PROMPT, deadline=0.1, logits_processor=slowly, **ENDLESS)
     assert (late.finish_reason, late.complete, late.interrupted) == ("deadline", False, True)
@@ -126,7 +126,7 @@ def test_deadline_and_cancel_are_different_ends(open_session: Open) -> None:
     assert stream.result.finish_reason == "cancelled"
 
 
-def test_a_deadline_ends_a_list_that_waits_for_slots(open_session: Open) -> None:
+def test_deadline_ends_a_list_waiting_for_slots(open_session: Open) -> None:
     session = open_session()
     began = monotonic()
     results = session.generate([PROMPT] * 2000, deadline=0.3, logits_processor=slowly, **ENDLESS)
@@ -136,7 +136,7 @@ def test_a_deadline_ends_a_list_that_waits_for_slots(open_session: Open) -> None
 
 
 @pytest.mark.parametrize("way", ["stream", "astream"])
-def test_statistics_have_the_wait_for_a_slot_and_the_time_to_the_first_token(way: str, open_session: Open) -> None:
+def test_statistics_include_queue_time_and_time_to_first_token(way: str, open_session: Open) -> None:
     session, both = open_session(), threading.Event()
 
     def pause(ids: np.ndarray, scores: np.ndarray) -> np.ndarray:

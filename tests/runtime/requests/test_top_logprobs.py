@@ -53,7 +53,7 @@ def same_as_transformers(ours: GenerationResult, run: Run, judged: bool) -> None
 
 @pytest.mark.parametrize("name", MODES)
 @pytest.mark.parametrize("case", [LLAMA, T5], ids=lambda case: case.name)
-def test_they_are_those_of_the_decoder_that_decided(
+def test_top_logprobs_come_from_the_decoder_that_decided_the_token(
     case: Case, name: str, bundle: Bundles, source_model: Model, longest_drafts: None
 ) -> None:
     options: dict[str, Any] = {**MODES[name], "max_new_tokens": TOKENS, "ignore_eos": True}
@@ -71,7 +71,7 @@ def test_they_are_those_of_the_decoder_that_decided(
     assert (exits > 0) == (name != "full")
 
 
-def test_an_exit_of_layers_has_its_own(bundle: Bundles, source_model: Model) -> None:
+def test_exit_layers_have_their_own_top_logprobs(bundle: Bundles, source_model: Model) -> None:
     case = EXIT_CASES[0]
     with Session(bundle(case, EXIT_LAYER), threads=1, slots=1) as session:
         options: dict[str, Any] = {"mode": "free", "drafts": "exit", "threshold": 0.05, "top_logprobs": COUNT}
@@ -80,7 +80,7 @@ def test_an_exit_of_layers_has_its_own(bundle: Bundles, source_model: Model) -> 
     same_as_transformers(ours, Run(source_model(case), PROMPTS[2], EXIT_LAYER), False)
 
 
-def test_of_an_exit_vocabulary_only_its_tokens_are_named(bundle: Bundles) -> None:
+def test_top_logprobs_of_an_exit_vocabulary_name_only_its_tokens(bundle: Bundles) -> None:
     with Session(bundle(with_exit_vocabulary("llama-tied"), EXIT_LAYER), threads=1, slots=1) as session:
         options: dict[str, Any] = {"mode": "free", "drafts": "exit", "threshold": 0.0, "top_logprobs": COUNT}
         ours = session.generate(PROMPTS[0], max_new_tokens=TOKENS, ignore_eos=True, **options)

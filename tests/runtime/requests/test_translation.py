@@ -25,7 +25,7 @@ def theirs(model: Any, prompt: Any, **options: Any) -> list[int]:
 
 @pytest.mark.parametrize("dialect", ["ort", "standard"])
 @pytest.mark.parametrize("case", [*KIN, BY_NAME["marian"]], ids=lambda case: case.name)
-def test_every_mode_forces_and_suppresses_what_transformers_does(
+def test_every_mode_forces_and_suppresses_the_tokens_of_transformers(
     case: Case, dialect: str, bundle: Bundles, source_model: Model
 ) -> None:
     model = source_model(case)
@@ -47,7 +47,7 @@ def test_every_mode_forces_and_suppresses_what_transformers_does(
                 assert case.name != "marian" or 0 not in ours.token_ids
 
 
-def test_languages_of_prompt_and_output_are_options(bundle: Bundles, source_model: Model) -> None:
+def test_source_and_target_languages_are_options(bundle: Bundles, source_model: Model) -> None:
     with Session(bundle(NLLB, 1), threads=1, slots=1) as session:
         text = [259, *(3 + byte for byte in b"x"), 1]
         assert session.encode("x")[0] == LANGUAGES["eng_Latn"]
@@ -70,7 +70,7 @@ def test_languages_of_prompt_and_output_are_options(bundle: Bundles, source_mode
         session.generate("x", tgt_lang="de")
 
 
-def test_the_start_token_of_mbart_is_the_target_language(bundle: Bundles, source_model: Model) -> None:
+def test_start_token_of_mbart_is_the_target_language(bundle: Bundles, source_model: Model) -> None:
     case = BY_NAME["mbart"]
     with Session(bundle(case, 1), threads=1, slots=1) as session:
         ours = session.generate("x", mode="full", max_new_tokens=TOKENS, tgt_lang="fra_Latn")

@@ -24,7 +24,7 @@ TOLERANCE = 2e-4
 
 
 @pytest.mark.parametrize(("bins", "seconds"), [(80, 3.21), (128, 0.003), (80, 31.0)])
-def test_features_are_those_of_transformers(bins: int, seconds: float) -> None:
+def test_features_match_transformers(bins: int, seconds: float) -> None:
     from transformers import WhisperFeatureExtractor
 
     samples = sound(seconds)
@@ -46,7 +46,7 @@ def test_pcm_of_every_width_is_read_and_channels_are_averaged(
 
 
 @pytest.mark.parametrize("rate", [8000, 22050, 44100, 48000])
-def test_other_rates_are_resampled(rate: int) -> None:
+def test_other_sample_rates_are_resampled(rate: int) -> None:
     time, tone = np.arange(rate) / rate, 440.0
     samples = read_audio(wav(np.sin(2 * np.pi * tone * time) / 2, rate))
     wanted = np.sin(2 * np.pi * tone * np.arange(RATE) / RATE) / 2
@@ -86,7 +86,7 @@ def altered_headers() -> Iterator[bytes]:
             yield whole[:size]
 
 
-def test_a_header_of_any_kind_is_read_or_refused() -> None:
+def test_arbitrary_headers_are_read_or_refused() -> None:
     refused = 0
     for content in altered_headers():
         try:
@@ -98,7 +98,7 @@ def test_a_header_of_any_kind_is_read_or_refused() -> None:
 
 @settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 60), st.integers(0, 255)), max_size=6), st.integers(0, 200))
-def test_an_altered_header_is_read_or_refused(changes: list[tuple[int, int]], size: int) -> None:
+def test_altered_header_is_read_or_refused(changes: list[tuple[int, int]], size: int) -> None:
     content = bytearray(wav(sound(0.005)))
     for place, value in changes:
         content[place] = value
@@ -121,7 +121,7 @@ def test_an_altered_header_is_read_or_refused(changes: list[tuple[int, int]], si
         ("/missing.wav", "/missing.wav cannot be read"),
     ],
 )
-def test_bad_audio_is_refused_in_a_line(audio: object, message: str) -> None:
+def test_invalid_audio_is_refused_in_one_line(audio: object, message: str) -> None:
     with pytest.raises(PromptError, match=r"^[^\n]*$") as caught:
         read_audio(audio)
     assert message in str(caught.value)
@@ -139,7 +139,7 @@ def compressed(kind: str, samples: np.ndarray, rate: int = RATE) -> bytes:
 
 @pytest.mark.parametrize("kind", [*FORMATS, "WAV"])
 @pytest.mark.parametrize("rate", [RATE, 44100])
-def test_compressed_files_and_floats_are_read(kind: str, rate: int, tmp_path: Path) -> None:
+def test_compressed_and_float_files_are_read(kind: str, rate: int, tmp_path: Path) -> None:
     time = np.arange(rate) / rate
     stereo = np.stack([np.sin(2 * np.pi * 440 * time), np.zeros(rate)], axis=1) / 2
     (path := tmp_path / "sound").write_bytes(content := compressed(kind, stereo, rate))
@@ -151,7 +151,7 @@ def test_compressed_files_and_floats_are_read(kind: str, rate: int, tmp_path: Pa
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_a_file_that_is_not_what_it_begins_as_is_refused_in_a_line(kind: str) -> None:
+def test_file_that_contradicts_its_header_is_refused_in_one_line(kind: str) -> None:
     content = compressed(kind, sound(0.5))
     random = np.random.default_rng(0)
     for lies in (
@@ -166,7 +166,7 @@ def test_a_file_that_is_not_what_it_begins_as_is_refused_in_a_line(kind: str) ->
         read_audio(content[:4] + bytes(2000))
 
 
-def test_a_wav_file_that_lies_about_its_samples_is_refused_in_a_line() -> None:
+def test_wav_file_with_a_wrong_sample_count_is_refused_in_one_line() -> None:
     pytest.importorskip("soundfile")
     content = wav(sound(0.1))
     for tag in (b"\x55\0", b"\3\0", b"\xfe\xff"):  # MP3, floats, extensible
@@ -174,7 +174,7 @@ def test_a_wav_file_that_lies_about_its_samples_is_refused_in_a_line() -> None:
             read_audio(content[:20] + tag + content[22:])
 
 
-def test_without_soundfile_a_compressed_file_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compressed_file_without_soundfile_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "soundfile", None)
     with pytest.raises(PromptError, match=r"the audio is FLAC; pip install 'freeexport\[audio\]', or convert it"):
         read_audio(b"fLaC" + bytes(100))
@@ -250,14 +250,14 @@ def test_channels_of_m4a_files_are_averaged(channels: int) -> None:
     assert np.abs(samples[2000:15000] - tone[2000:15000] / 2 / channels).max() < 0.03
 
 
-def test_an_m4a_file_with_an_unknown_codec_is_refused_in_a_line() -> None:
+def test_m4a_file_with_an_unknown_codec_is_refused_in_one_line() -> None:
     content = m4a(sound(0.1))
     kind = content.index(b"\x40\x15", content.index(b"esds"))  # 0x40 is AAC
     with pytest.raises(PromptError, match=r"but cannot be decoded \(its codec is unknown\); convert it"):
         read_audio(content[:kind] + b"\1" + content[kind + 1 :])
 
 
-def test_a_false_m4a_file_is_refused_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_file_that_is_not_m4a_despite_its_name_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     content = m4a(sound(1.0))
     random = np.random.default_rng(0)
     for lies in (content[:8] + random.bytes(2000), content[:8] + bytes(2000), content[: len(content) // 3]):
@@ -276,7 +276,7 @@ def test_a_false_m4a_file_is_refused_in_a_line(monkeypatch: pytest.MonkeyPatch) 
         read_audio(content)
 
 
-def test_without_pyav_an_m4a_file_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_m4a_file_without_pyav_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(PromptError, match=r"the audio is M4A; pip install 'freeexport\[m4a\]', or convert it"):
         read_audio(b"\0\0\0\x20ftypM4A " + bytes(100))

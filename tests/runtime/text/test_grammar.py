@@ -52,7 +52,7 @@ def allowed(grammars: Grammars, size: int, choices: list[str], output: list[int]
     return set(np.flatnonzero(np.isfinite(scores)).tolist())
 
 
-def test_a_first_token_may_begin_with_a_space_that_is_no_text() -> None:
+def test_first_token_may_have_a_leading_space_that_is_not_text() -> None:
     tokenizer = Tokenizer(unigram())
     grammars = Grammars(tokenizer, 16, [1])
     choices = ["positive", "negative"]
@@ -64,7 +64,7 @@ def test_a_first_token_may_begin_with_a_space_that_is_no_text() -> None:
     assert tokenizer.decode([4, 5]) == tokenizer.decode([6, 5]) == "positive"
 
 
-def test_bytes_spell_what_no_token_does() -> None:
+def test_byte_tokens_spell_characters_without_a_token() -> None:
     tokenizer = Tokenizer(byte_fallback())
     grammars = Grammars(tokenizer, tokenizer.vocab_size, [1])
     grammar = grammars.open("choice", '["positive"]', 99)
@@ -73,21 +73,21 @@ def test_bytes_spell_what_no_token_does() -> None:
     assert grammar.allows(NONE, [tokenizer.encode("p", special=False)[-1], spelled[1]]) == 2
 
 
-def test_word_pieces() -> None:
+def test_word_piece_tokens_spell_a_choice() -> None:
     grammars = Grammars(Tokenizer(word_piece()), 7, [1])
     grammar = grammars.open("choice", '["positive", "negative"]', 99)
     assert grammar.allows(NONE, [3, 4, 1]) == 3
     assert grammar.allows(NONE, [3, 6]) == 1
 
 
-def test_a_vocabulary_that_cannot_spell_it_is_named() -> None:
+def test_constraint_that_the_vocabulary_cannot_spell_is_named() -> None:
     grammars = Grammars(Tokenizer(unigram()), 16, [1])
     grammar = grammars.open("choice", '["{}"]', 99)
     with pytest.raises(OptionError, match="choice"):
         grammar.mask(np.zeros(16, np.float32), np.array([3]))
 
 
-def test_time_is_counted_however_a_call_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_grammar_time_is_counted_even_if_a_call_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("runtime.text.grammar.perf_counter", count().__next__)  # each call takes one second
     grammars = Grammars(Tokenizer(unigram()), 16, [1])
     scores = np.zeros(16, np.float32)
@@ -114,14 +114,14 @@ def test_time_is_counted_however_a_call_ends(monkeypatch: pytest.MonkeyPatch) ->
     assert grammar.seconds == 3
 
 
-def test_a_tokenizer_may_have_more_tokens_than_the_model() -> None:
+def test_tokenizer_may_have_more_tokens_than_the_model() -> None:
     grammars = Grammars(Tokenizer(unigram()), 8, [1])
     assert allowed(grammars, 8, ["positive", "negative"], []) == {3, 4, 6, 7}
     grammar = grammars.open("choice", '["negative", "positive"]', 99)
     assert grammar.forced(np.array([7])) is None  # "ative" is token 8
 
 
-def test_without_a_tokenizer_or_an_end_it_is_refused() -> None:
+def test_missing_tokenizer_or_end_token_is_refused() -> None:
     for grammars, missing in (
         (Grammars(None, 16, [1]), "no tokenizer"),
         (Grammars(Tokenizer(unigram()), 16, []), "no end-of-sequence token"),
@@ -130,7 +130,7 @@ def test_without_a_tokenizer_or_an_end_it_is_refused() -> None:
             grammars.open("regex", "a", 99)
 
 
-def test_compiled_grammars_are_kept_up_to_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_grammars_are_cached_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     grammars, compiled = Grammars(Tokenizer(unigram()), 16, [1]), list[str]()
     compile_ = grammars._compile
     monkeypatch.setattr("runtime.text.grammar.MAX_KEPT", 2)

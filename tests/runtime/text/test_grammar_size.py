@@ -32,11 +32,11 @@ from runtime.text.grammar_size import Size, grammar_size, regex_size, schema_siz
         ("a)b{5}", 6, 6),
     ],
 )
-def test_letters_of_a_regex(regex: str, least: int, most: int) -> None:
+def test_regex_size_bounds_the_length_of_matches(regex: str, least: int, most: int) -> None:
     assert regex_size(regex) == Size(least, most)
 
 
-def test_comments_of_a_verbose_regex_hide_nothing() -> None:
+def test_comments_of_a_verbose_regex_do_not_hide_its_size() -> None:
     assert regex_size("(?x)a # (\n{100000}").most > 100_000
 
 
@@ -72,7 +72,7 @@ LANGUAGES: st.SearchStrategy[Language] = st.recursive(
 
 @settings(deadline=None)
 @given(LANGUAGES.filter(lambda language: len(language[1]) <= 300))
-def test_no_more_is_forced_than_the_estimate(language: Language) -> None:
+def test_forced_text_is_no_longer_than_the_estimate(language: Language) -> None:
     regex, texts = language
     size = regex_size(regex)
     assert size.least == min(map(len, texts))
@@ -101,11 +101,11 @@ def test_no_more_is_forced_than_the_estimate(language: Language) -> None:
     ],
     ids=lambda value: json.dumps(value)[:40],
 )  # fmt: skip
-def test_letters_of_a_schema(schema: dict[str, Any], most: int) -> None:
+def test_schema_size_counts_forced_characters(schema: dict[str, Any], most: int) -> None:
     assert schema_size(schema).most >= most
 
 
-def test_an_ordinary_schema_is_small() -> None:
+def test_ordinary_schema_is_small() -> None:
     many = {f"key_{n}": {"type": "string", "maxLength": 10**9, "description": "x" * 200} for n in range(500)}
     listed = {"type": "array", "items": {"enum": [f"value {n}" for n in range(9000)]}, "maxItems": 10**6}
     node = {"type": "object", "properties": {"name": {"type": "string"}, "left": {"$ref": "#/$defs/node"}}}
@@ -129,11 +129,11 @@ def test_an_ordinary_schema_is_small() -> None:
         ('start: aB{1000}\na: "x"\nB: "y"{1000}', 10**6),  # a rule and a terminal
     ],
 )
-def test_letters_of_a_grammar(grammar: str, most: int) -> None:
+def test_grammar_size_counts_forced_characters(grammar: str, most: int) -> None:
     assert grammar_size(grammar).most >= most
 
 
-def test_an_ordinary_grammar_is_small() -> None:
+def test_ordinary_grammar_is_small() -> None:
     levels = [f'e{n}: e{n + 1} (("op{n}" | "o{n}") e{n + 1})*' for n in range(60)]
     ended = 'start: ANSWER | head "x"\nhead[lazy]: ANSWER "<tool_call>"\nANSWER: /(?s:.*)/ & ~/(?s:.*)<call>(?s:.*)/'
     for grammar in ("\n".join(["start: e0", *levels, 'e60: "(" e0 ")" | /[a-z]{1,8}/']), ended):

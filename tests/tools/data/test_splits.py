@@ -28,7 +28,7 @@ def data_set() -> dict[str, list[Line]]:
     return {name: examples(name) for name in SHARES}
 
 
-def test_the_split_of_a_key_never_changes_and_splits_have_their_shares() -> None:
+def test_split_of_a_key_is_stable_and_splits_have_their_shares() -> None:
     # Data sets that exist rely on these.
     assert [split_of(key) for key in ("word", "zoo", "17", "16")] == ["train", "validation", "calibration", "test"]
     counts = Counter(split_of(f"word {index}") for index in range(20_000))
@@ -36,14 +36,14 @@ def test_the_split_of_a_key_never_changes_and_splits_have_their_shares() -> None
         assert counts[name] / 200 == pytest.approx(percent, abs=1)
 
 
-def test_the_order_depends_on_the_seed_and_not_on_the_order_before() -> None:
+def test_order_depends_only_on_the_seed() -> None:
     words = [f"w{index}" for index in range(50)]
     assert shuffled(words, 1, str) == shuffled(reversed(words), 1, str)
     assert shuffled(words, 1, str) != shuffled(words, 2, str)
     assert sorted(shuffled(words, 1, str)) == sorted(words)
 
 
-def test_a_later_version_of_a_test_split_has_no_line_that_an_earlier_one_may_have_shown() -> None:
+def test_later_test_split_contains_no_line_visible_in_an_earlier_version() -> None:
     lines = [Line(f"line {number}", "x", (f"family {number % 900}",)) for number in range(1800)]
     assert fresh(lines, 1) == lines
     second, third = fresh(lines, 2), fresh(lines, 3)
@@ -54,7 +54,7 @@ def test_a_later_version_of_a_test_split_has_no_line_that_an_earlier_one_may_hav
     assert third
 
 
-def test_a_data_set_is_lines_of_json_and_is_replaced_only_when_asked(
+def test_data_set_is_json_lines_and_is_replaced_only_on_request(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_data_set(tmp_path / "set", data_set(), {"source": "here"})

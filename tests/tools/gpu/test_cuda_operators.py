@@ -41,7 +41,7 @@ KINDS = ("t5-relu-tied", "t5-gated-untied", "umt5", "llama-biases", "mistral-win
         *((case.name, {"precision": precision}) for case in EXITS for precision in ("fp16", "int4")),
     ],
 )
-def test_every_node_has_a_kernel(name: str, options: dict[str, str], bundle: Bundles) -> None:
+def test_every_node_has_a_cuda_kernel(name: str, options: dict[str, str], bundle: Bundles) -> None:
     path = bundle(BY_NAME[name], target="cuda", **options)
     assert len(list(path.glob("*.onnx"))) == (4 if "t5" in name else 2)
     assert check_bundle(path, TABLE_HERE) == []
@@ -83,7 +83,7 @@ SHAPE = {"N": 8, "K": 64, "block_size": 32}
         (model("Add", {"a": FLOAT, "b": FLOAT}, opset=25), "opset 25 is not in the table"),
     ],
 )
-def test_what_the_provider_cannot_run_is_named(graph: onnx.ModelProto, problem: str | None) -> None:
+def test_nodes_without_a_cuda_kernel_are_named(graph: onnx.ModelProto, problem: str | None) -> None:
     found = check_graph(graph, "shallow", TABLE_HERE)
     assert len(found) == (problem is not None)
     assert all(text.startswith("shallow: ") and re.search(str(problem), text) for text in found)

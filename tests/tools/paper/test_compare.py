@@ -68,7 +68,7 @@ def row(**changes: Any) -> dict[str, Any]:
     return {**found, "eager": {**speed, "request_speed": 3.0}, **changes}
 
 
-def test_the_plan_has_a_measurement_for_each_table_and_trains_each_checkpoint_once() -> None:
+def test_plan_has_a_measurement_per_table_and_trains_each_checkpoint_once() -> None:
     given = options(Path(), static_depths=(2, 3, 4), depths=(2,))
     plan = measurements_of(given)
     names = [one.name for one in plan]
@@ -87,14 +87,14 @@ def test_the_plan_has_a_measurement_for_each_table_and_trains_each_checkpoint_on
     assert not bundles["full-3"].calibrated
 
 
-def test_rows_can_be_chosen_and_leftover_teachers_dropped() -> None:
+def test_rows_can_be_selected_and_leftover_teachers_dropped() -> None:
     plan = measurements_of(options(Path(), rows=("free", "mapping"), leftover="drop"))
     assert [one.name for one in plan[0].contestants] == ["full-3", "free-drop-3"]
     assert [one.name.partition("/")[0] for one in plan] == ["main", "mapping", "mapping", "mapping"]
     assert plan[-1].contestants[0].training.recipe == "free-drop"
 
 
-def test_the_full_model_is_measured_in_the_loop_of_early_exits_if_any_of_them_is() -> None:
+def test_full_model_is_measured_with_the_same_loop_as_early_exits() -> None:
     full = {row: measurements_of(options(Path(), rows=("full", row)))[0].contestants[0] for row in ("calm", "free")}
     assert full["calm"].methods == ("eager-full",)
     assert full["free"].methods == ()
@@ -102,7 +102,7 @@ def test_the_full_model_is_measured_in_the_loop_of_early_exits_if_any_of_them_is
     assert copying.methods == ("calm-single", "eager-free")
 
 
-def test_each_method_has_a_setting_for_each_threshold_that_it_uses() -> None:
+def test_each_method_has_a_setting_for_each_of_its_thresholds() -> None:
     free = measurements_of(options(Path()))[0].contestants[1]
     manifest: Any = SimpleNamespace(threshold=0.5, rollback_threshold=3.0)
     names = [one.name for one in settings(free, (0.3, 0.9), manifest)]
@@ -138,7 +138,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_bad_input_is_refused_in_one_line_before_any_work(name: str, checkpoint: Directory, tmp_path: Path) -> None:
+def test_invalid_input_is_refused_in_one_line_before_any_work(name: str, checkpoint: Directory, tmp_path: Path) -> None:
     data, changes, error, message = BROKEN[name]
     given = options(write_splits(tmp_path / "data", **data), checkpoint(T5), **changes)
     with pytest.raises(error, match=message) as raised:
@@ -148,7 +148,7 @@ def test_bad_input_is_refused_in_one_line_before_any_work(name: str, checkpoint:
     assert not given.output.exists()
 
 
-def test_a_missing_split_is_named(checkpoint: Directory, tmp_path: Path) -> None:
+def test_missing_split_is_named(checkpoint: Directory, tmp_path: Path) -> None:
     data = write_splits(tmp_path / "data")
     (data / "validation.jsonl").rename(data / "calibration.jsonl")
     assert checked_options(options(data, checkpoint(T5))).options.validation == data / "calibration.jsonl"
@@ -157,7 +157,7 @@ def test_a_missing_split_is_named(checkpoint: Directory, tmp_path: Path) -> None
         checked_options(options(data, checkpoint(T5)))
 
 
-def test_a_missing_package_is_named_before_any_work(
+def test_missing_package_is_named_before_any_work(
     checkpoint: Directory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(compare_check, "find_spec", lambda name: None if name == "peft" else name)
@@ -167,7 +167,7 @@ def test_a_missing_package_is_named_before_any_work(
     checked_options(replace(given, rows=("full",)))
 
 
-def test_too_little_memory_is_refused_on_a_cpu_and_on_a_gpu(
+def test_insufficient_memory_is_refused_on_a_cpu_and_on_a_gpu(
     checkpoint: Directory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = options(write_splits(tmp_path / "data"), checkpoint(T5))
@@ -186,7 +186,7 @@ def test_too_little_memory_is_refused_on_a_cpu_and_on_a_gpu(
     assert "not yet been run on a GPU" in checked.notes[0]
 
 
-def test_engines_of_a_gpu_have_a_precision_by_default_and_refuse_others(
+def test_gpu_engines_have_a_default_precision_and_refuse_others(
     checkpoint: Directory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
@@ -204,7 +204,7 @@ def test_engines_of_a_gpu_have_a_precision_by_default_and_refuse_others(
         checked_options(given)
 
 
-def test_too_little_disk_is_refused_unless_the_run_has_used_it(
+def test_insufficient_disk_space_is_refused_unless_the_run_already_used_it(
     checkpoint: Directory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = options(write_splits(tmp_path / "data"), checkpoint(T5))
@@ -216,9 +216,7 @@ def test_too_little_disk_is_refused_unless_the_run_has_used_it(
     checked_options(given)
 
 
-def test_rows_that_need_a_t5_are_left_out_for_others_and_late_exits_and_tiny_models_are_noted(
-    checkpoint: Directory, tmp_path: Path
-) -> None:
+def test_rows_that_need_a_t5_are_skipped_for_other_models(checkpoint: Directory, tmp_path: Path) -> None:
     data = write_splits(tmp_path / "data")
     checked = checked_options(options(data, checkpoint(LLAMA), exit_layer=1, calm_min_layer=1))
     assert not {"eager-exits", "calm", "calm-single", "copying"} & set(checked.options.rows)
@@ -237,14 +235,14 @@ def test_memory_and_disk_count_what_the_plan_has() -> None:
     assert needed_disk(replace(free, device="cuda:0", engines="tensorrt"), 10) == 2 * (2 * 40 + 2 * 40) + 160
 
 
-def test_sync_passes_and_caches_are_as_long_as_an_output_and_prompts_as_in_training(checkpoint: Directory) -> None:
+def test_sync_passes_and_caches_cover_an_output_and_prompts_match_training(checkpoint: Directory) -> None:
     description = open_checkpoint(str(checkpoint(T5))).described()
     given = options(Path(), max_new_tokens=512, max_tokens=300).conversion(description, 2)
     assert (given.max_pending, given.capacity, given.encoder_capacity) == (256, 512, 300)
     assert options(Path(), max_new_tokens=30).conversion(description, 2).max_pending == 30
 
 
-def test_inputs_are_cut_as_in_training(checkpoint: Directory, tmp_path: Path) -> None:
+def test_inputs_are_truncated_as_in_training(checkpoint: Directory, tmp_path: Path) -> None:
     long = json.dumps({"input": "A long line of words.", "target": "b", "id": 7}) + "\n"
     given = options(write_splits(tmp_path / "data", test=long), checkpoint(T5), max_tokens=8, lines=5)
     given.output.mkdir()
@@ -268,7 +266,7 @@ def test_sessions_run_no_deep_pass_in_the_background(bundle: Bundles) -> None:
 @pytest.mark.parametrize(
     ("prefix", "first"), [("", "rouge-l"), ("translate German to English: ", "bleu"), ("question: ", "squad-f1")]
 )
-def test_the_metrics_are_those_of_the_task(prefix: str, first: str, checkpoint: Directory, tmp_path: Path) -> None:
+def test_metrics_are_those_of_the_task(prefix: str, first: str, checkpoint: Directory, tmp_path: Path) -> None:
     test = json.dumps({"input": f"{prefix}a b c", "target": "A b c d."}) + "\n"
     checked = checked_options(options(write_splits(tmp_path / "data", test=test), checkpoint(T5)))
     assert checked.options.metrics[0] == first
@@ -315,7 +313,7 @@ def test_tables_follow_the_paper_and_state_copying_has_its_own() -> None:
     assert "- a note" in page
 
 
-def test_another_decoder_decodes_its_method() -> None:
+def test_other_decoder_decodes_its_method() -> None:
     entry: Any = Entry("a", None, (Setting("other", 0.5),))  # type: ignore[arg-type]
     others = {("a", "other"): lambda setting, prompt, most: {"setting": setting.name, "prompt": prompt, "most": most}}
     work = Work([entry], [], [{1: [4, 5]}], False, others)
@@ -327,7 +325,7 @@ def train_here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recipes, "run_child", lambda module, call, variables: recipes.main([call]))
 
 
-def test_a_step_is_trained_and_a_line_decoded_in_every_method_first(
+def test_one_step_is_trained_and_one_line_decoded_per_method_first(
     checkpoint: Directory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train_here(monkeypatch)
@@ -339,7 +337,7 @@ def test_a_step_is_trained_and_a_line_decoded_in_every_method_first(
     assert not (given.output / "check").exists()
 
 
-def test_what_no_engine_supports_fails_before_any_training(
+def test_configuration_without_engine_support_fails_before_any_training(
     checkpoint: Directory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: Any) -> Any:
@@ -358,9 +356,7 @@ GPU: dict[str, Any] = {"device": "cuda:0", "max_new_tokens": 512, "max_tokens": 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", [T5, UMT5, LONGT5], ids=lambda case: case.name)
-def test_bundles_for_cuda_are_verified_with_the_options_of_a_run(
-    case: Case, checkpoint: Directory, tmp_path: Path
-) -> None:
+def test_cuda_bundles_are_verified_with_the_options_of_a_run(case: Case, checkpoint: Directory, tmp_path: Path) -> None:
     given = options(tmp_path, precision="fp32", **GPU)
     manifest = compare._built(str(checkpoint(case)), tmp_path / "out", 1, given)
     assert (manifest.target, manifest.verified, manifest.max_pending) == ("cuda", True, 256)
@@ -379,7 +375,7 @@ def test_tensorrt_builds_the_engines_of_a_run(case: Case, checkpoint: Directory,
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_the_example_of_the_tutorial_runs(tmp_path: Path) -> None:
+def test_tutorial_example_runs(tmp_path: Path) -> None:
     root = Path(__file__).parents[3]
     page = (root / "docs" / "tutorial-paper.md").read_text()
     commands = page[page.index("    words=") : page.index("It shows the tables")]
@@ -393,7 +389,7 @@ def test_the_example_of_the_tutorial_runs(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_the_whole_command_measures_every_row_and_continues(
+def test_command_measures_every_row_and_continues(
     checkpoint: Directory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train_here(monkeypatch)

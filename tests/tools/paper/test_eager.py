@@ -34,7 +34,7 @@ def decoder(case: Case, exit_layer: int, bundle: Bundles, checkpoint: Directory)
     [(T5, 2), (UMT5, 1), pytest.param(LONGT5, 1, marks=pytest.mark.slow)],
     ids=lambda value: getattr(value, "name", value),
 )
-def test_every_method_gives_the_tokens_of_the_engines(
+def test_every_eager_method_matches_the_tokens_of_the_engines(
     case: Case, exit_layer: int, bundle: Bundles, checkpoint: Directory
 ) -> None:
     eager = decoder(case, exit_layer, bundle, checkpoint)
@@ -63,7 +63,7 @@ def test_every_method_gives_the_tokens_of_the_engines(
     assert 0 < exits < TOKENS * len(PROMPTS)
 
 
-def test_copied_states_are_exact_where_skipped_layers_change_nothing(bundle: Bundles, checkpoint: Directory) -> None:
+def test_copied_states_are_exact_if_skipped_layers_change_nothing(bundle: Bundles, checkpoint: Directory) -> None:
     """The last layer then reads the same keys and values, whether its input was copied or computed."""
     eager = decoder(T5, 2, bundle, checkpoint)
     with torch.no_grad():
@@ -89,7 +89,7 @@ def test_calm_exits_after_its_first_layer_or_any_later_one(bundle: Bundles, chec
         assert least * made[0.4]["tokens"] < made[0.4]["layers"] < T5.layers * made[0.4]["tokens"]
 
 
-def test_a_model_that_is_no_t5_has_the_full_model_only(bundle: Bundles, checkpoint: Directory) -> None:
+def test_model_other_than_t5_supports_only_the_full_method(bundle: Bundles, checkpoint: Directory) -> None:
     llama = BY_NAME["llama-tied"]
     eager = decoder(llama, 1, bundle, checkpoint)
     with Session(bundle(llama, 1), threads=1, slots=1) as session:

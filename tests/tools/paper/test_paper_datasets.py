@@ -84,7 +84,7 @@ PATENT = json.dumps({"publication_number": "US-1", "abstract": "Short.", "descri
         ),
     ],
 )  # fmt: skip
-def test_original_files_become_lines(
+def test_original_files_are_converted_to_lines(
     name: str, files: dict[str, str | bytes], lines: list[dict[str, Any]], tmp_path: Path
 ) -> None:
     sources = [part for path in written(tmp_path, files) for part in ("--source", str(path))]
@@ -115,7 +115,7 @@ def test_original_files_become_lines(
         ("iwslt17-de-en", {"a.de.xml": "<!DOCTYPE a [<!ENTITY b 'c'>]><a/>", "a.en.xml": "<a/>"}, "declares entities"),
     ],
 )
-def test_other_files_are_refused_and_nothing_is_written(
+def test_unrecognized_files_are_refused_and_nothing_is_written(
     name: str, files: dict[str, str | bytes], message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(DataError, match=message):

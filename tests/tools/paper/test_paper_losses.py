@@ -49,10 +49,10 @@ def test_weighted_cross_entropy_trains_all_layers_and_allows_any_exit(
         ({"loss_alpha": 0.5}, "--loss weighted-ce has none"),
     ],
 )
-def test_a_loss_of_layers_is_refused_for_an_exit_of_its_own(change: dict[str, Any], message: str) -> None:
+def test_loss_over_layers_is_refused_for_an_exit_with_its_own_layers(change: dict[str, Any], message: str) -> None:
     with pytest.raises(OptionError, match=message):
         run_options(Path(), loss=LOSSES["weighted-ce"], **change)
 
 
-def test_a_run_records_the_name_of_its_loss() -> None:
+def test_run_records_the_name_of_its_loss() -> None:
     assert run_options(Path(), loss=LOSSES["weighted-ce"]).recorded()["loss"] == {"name": "weighted-ce"}

@@ -98,7 +98,7 @@ def nearest(exit_layer: int, leftover: Leftover) -> list[tuple[int, int]]:
         ("last", "reuse", [(3, 6)]),
     ],
 )
-def test_distillation_equals_its_definition(
+def test_distillation_matches_its_definition(
     mapping: Mapped, leftover: Leftover, pairs: list[tuple[int, int]], alpha: float
 ) -> None:
     found, gradients = computed(HiddenDistillation(mapping, alpha, leftover), 3)
@@ -124,7 +124,7 @@ def spaced(*positions: float) -> dict[int, torch.Tensor]:
         (spaced(1.0, 2.0, 3.0, 2.9, 9.0, 0.9), {(1, 6), (1, 4), (1, 2)}, {(1, 6)}),
     ],
 )
-def test_mappings_of_cases_computed_by_hand(
+def test_layer_mappings_match_hand_computed_cases(
     states: dict[int, torch.Tensor], dyn: set[tuple[int, int]], dropped: set[tuple[int, int]]
 ) -> None:
     found = HiddenDistillation().pairs(states, 3, 6)
@@ -145,7 +145,7 @@ def test_mappings_of_cases_computed_by_hand(
         (3, 12, (4, 8, 12)),
     ],
 )
-def test_teachers_are_the_authors(exit_layer: int, layers: int, expected: tuple[int, ...]) -> None:
+def test_teachers_match_the_authors_choice(exit_layer: int, layers: int, expected: tuple[int, ...]) -> None:
     assert teachers(exit_layer, layers) == expected
 
 
@@ -159,7 +159,7 @@ def test_recipes_follow_the_authors_settings() -> None:
     assert recipe_options(RECIPES["free"], Path("a"), exit_layer=6, warmup=0.1).warmup == 0.1
 
 
-def test_a_run_records_the_options_of_its_loss() -> None:
+def test_run_records_the_options_of_its_loss() -> None:
     """A resumed run with another alpha must be refused."""
     records = []
     for alpha in (0.5, 2.0):
@@ -179,7 +179,7 @@ def test_a_run_records_the_options_of_its_loss() -> None:
         ({"steps": 0}, "--steps is 0"),
     ],
 )
-def test_bad_input_is_refused_before_a_training(
+def test_invalid_input_is_refused_before_training(
     checkpoint: Callable[[Case], Path], tmp_path: Path, change: dict[str, Any], message: str
 ) -> None:
     write_data(tmp_path)
@@ -195,7 +195,7 @@ def test_bad_input_is_refused_before_a_training(
     assert {path.name for path in tmp_path.iterdir()} == {"train.jsonl", "validation.jsonl"}
 
 
-def test_a_training_runs_in_a_child_that_sees_one_device(
+def test_training_runs_in_a_child_process_that_sees_one_device(
     checkpoint: Callable[[Case], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[Any] = []
@@ -214,7 +214,7 @@ def test_a_training_runs_in_a_child_that_sees_one_device(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_training_ends_with_the_process_that_started_it(
+def test_training_ends_with_its_parent_process(
     number: signal.Signals, checkpoint: Callable[[Case], Path], tmp_path: Path
 ) -> None:
     write_data(tmp_path)
@@ -264,7 +264,7 @@ def test_each_recipe_trains_and_its_checkpoint_converts(
 
 
 @pytest.mark.slow
-def test_an_interrupted_training_of_another_loss_is_refused(checkpoint: Callable[[Case], Path], tmp_path: Path) -> None:
+def test_interrupted_training_of_another_loss_is_refused(checkpoint: Callable[[Case], Path], tmp_path: Path) -> None:
     write_data(tmp_path)
     model = str(checkpoint(T5))
     free, other = (

@@ -55,7 +55,7 @@ def test_the_papers_rule_is_that_of_its_authors(seed: int) -> None:
     assert choice.mixture is not None
 
 
-def test_the_papers_rule_has_a_threshold_for_whatever_it_is_given() -> None:
+def test_papers_rule_gives_a_threshold_for_any_input() -> None:
     nothing, same, some = Moments(), Moments.of(np.full(50, 0.7)), Moments.of(np.linspace(0.1, 0.9, 30))
     assert paper_threshold(nothing, nothing) == paper_threshold(same, nothing) == GRID[-1]
     # Without tokens of a class, both fits are the same.
@@ -75,7 +75,7 @@ def teach(adaptive: PaperThreshold, random: np.random.Generator, labels: int = 1
     return seen
 
 
-def test_each_request_refits_to_all_labels_so_far_and_300_times_at_most() -> None:
+def test_each_request_refits_to_all_labels_at_most_300_times() -> None:
     random, adaptive = np.random.default_rng(2), PaperThreshold(MANIFEST)
     assert adaptive.threshold == FIRST_THRESHOLD
     early = adaptive.begin()
@@ -98,7 +98,7 @@ def test_each_request_refits_to_all_labels_so_far_and_300_times_at_most() -> Non
     assert adaptive.state() == last
 
 
-def test_where_little_agrees_it_exits_all_the_same_and_the_default_rule_does_not() -> None:
+def test_papers_rule_exits_despite_low_agreement_and_the_default_rule_does_not() -> None:
     """An untrained exit, as SmolLM2's after layer 10: the likelihood ratio leaves out that 4 % of the tokens agree."""
     wrong = {}
     for rule in (AdaptiveThreshold(MANIFEST, None, 4000), PaperThreshold(MANIFEST)):
@@ -135,13 +135,13 @@ def test_where_little_agrees_it_exits_all_the_same_and_the_default_rule_does_not
         ({"unknown": 1}, "unknown"),
     ],
 )
-def test_a_state_that_does_not_fit_the_papers_rule_is_refused(change: dict[str, Any], problem: str) -> None:
+def test_mismatched_state_of_the_papers_rule_is_refused(change: dict[str, Any], problem: str) -> None:
     state = {**PaperThreshold(MANIFEST).state(), **change}
     with pytest.raises(OptionError, match=problem):
         PaperThreshold(MANIFEST, state)
 
 
-def test_a_session_adapts_by_the_papers_rule_and_continues_from_its_state(bundle: Bundles) -> None:
+def test_session_adapts_by_the_papers_rule_and_continues_from_its_state(bundle: Bundles) -> None:
     path = bundle(BY_NAME["t5-deep-decoder"])
     options: dict[str, Any] = {"mode": "free", "drafts": "exit", "max_new_tokens": 16, "ignore_eos": True}
     with PaperSession(path, slots=1) as session:

@@ -37,7 +37,7 @@ def contender(name: str, bundle: Any = None) -> Contender:
     return Contender(name, "fp32", COMMAND, "", {}, bundle)
 
 
-def test_everyone_answers_every_round_and_failures_stop_nobody_else() -> None:
+def test_every_decoder_answers_every_round_and_a_failure_stops_no_other() -> None:
     missing = replace(contender("missing"), command=["/nowhere/python"])
     with Decoders([missing, contender("good"), contender("other")], 1) as running:
         blocks = TEXT.blocks([[[5]], [[6]]], 2, 100, None)
@@ -52,13 +52,13 @@ def test_everyone_answers_every_round_and_failures_stop_nobody_else() -> None:
     assert "cannot be started" in running.failed["missing"]
 
 
-def test_a_decoder_that_dies_has_no_row() -> None:
+def test_crashed_decoder_has_no_row() -> None:
     with Decoders([contender("good")], 1) as running:
         assert running.rows(TEXT, [[[[1]]], [[[fake_peer.DIES]]]], settle=0) == []
         assert "ended with code 3" in running.failed["good"]
 
 
-def test_rows_are_answered_together() -> None:
+def test_batch_rows_are_answered_together() -> None:
     cell = Cell(4, 2, rows=3)
     blocks = cell.blocks([], 2, 100, None)
     prompts = [prompt for block in blocks for request in block for prompt in request]
@@ -68,11 +68,11 @@ def test_rows_are_answered_together() -> None:
     assert (row["read"], row["rows"]) == (4, 3)
 
 
-def test_random_prompts_of_encoder_decoders_end_with_the_end() -> None:
+def test_random_encoder_decoder_prompts_end_with_the_end_token() -> None:
     assert all(request[0][-1] == 3 for (request,) in Cell(5, 1).blocks([], 3, 1000, 3))
 
 
-def test_tokens_are_compared_with_those_of_the_reference_up_to_its_end() -> None:
+def test_tokens_are_compared_up_to_the_end_of_the_reference() -> None:
     truth = [[1, 2, 3, 4], [5, 9, 7, 8], [1, 1, 1, 1]]
     found = agreement([[1, 2, 0, 4], [5, 9, 0, 0], [1, 1, 1, 1]], truth, {9})
     assert found["same"] == pytest.approx(9 / 10)
@@ -80,14 +80,14 @@ def test_tokens_are_compared_with_those_of_the_reference_up_to_its_end() -> None
     assert found["same_low"] < found["same"] < found["same_high"] == 1
 
 
-def test_all_are_compared_with_the_first() -> None:
+def test_all_decoders_are_compared_with_the_first() -> None:
     missing = replace(contender("missing"), command=["/nowhere/python"])
     rows, failed = fidelity([contender("fp32"), missing, contender("other")], [[1], [2]], 4, ())
     assert [(row["name"], row["same"], row["next"]) for row in rows] == [("fp32", 1, 1), ("other", 1, 1)]
     assert list(failed) == ["missing"]
 
 
-def test_outputs_that_differ_with_drafts_are_counted() -> None:
+def test_outputs_changed_by_drafts_are_counted() -> None:
     found = differences([(1, 2, 3), (4, 5, 6), (7, 8, 9)], [(1, 2, 3), (4, 0, 0), (0, 8, 9)])
     assert found == {"outputs": 3, "differing_outputs": 2}
     rows, failed = equality([contender("good")], [[1], [2]], 4, 1)
@@ -95,7 +95,7 @@ def test_outputs_that_differ_with_drafts_are_counted() -> None:
     assert not failed
 
 
-def test_a_precision_may_have_further_options_of_convert(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_precision_may_add_options_of_convert(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     given: list[str] = []
     monkeypatch.setattr(models, "open_checkpoint", lambda path: SimpleNamespace(config={}))
     monkeypatch.setattr(models, "run_command", lambda *command: given.extend(command))
@@ -105,7 +105,7 @@ def test_a_precision_may_have_further_options_of_convert(monkeypatch: pytest.Mon
     assert given[5:11] == [str(out), "--precision", "int4", "--head", "int4", "--verify"]
 
 
-def test_opening_counts_from_the_start_of_the_process() -> None:
+def test_opening_time_counts_from_process_start() -> None:
     missing = replace(contender("missing"), command=["/nowhere/python"])
     rows, failed = opening([contender("good"), missing], [7], 1, 1, settle=0)
     assert [row["name"] for row in rows] == ["good"]
@@ -114,13 +114,13 @@ def test_opening_counts_from_the_start_of_the_process() -> None:
     assert list(failed) == ["missing"]
 
 
-def test_ours_may_not_fail() -> None:
+def test_failure_of_freeexport_is_an_error() -> None:
     ours = contender("ours", bundle=object())
     with Decoders([ours], 1) as running, pytest.raises(FreeExportError, match=r"^ours: ValueError: cannot"):
         running.rows(TEXT, [[[[fake_peer.FAILS]]]] * 2, settle=0)
 
 
-def test_peers_that_are_named_must_be_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_requested_peers_must_be_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     left_out = chosen([])
     assert left_out["genai"] == "not installed"
@@ -151,7 +151,7 @@ def test_models_are_converted_once(
         peer_model(broken, str(source))
 
 
-def test_checkpoints_are_of_the_kind_that_they_replace(checkpoint: Callable[[Case], Path]) -> None:
+def test_checkpoints_have_the_architecture_they_replace(checkpoint: Callable[[Case], Path]) -> None:
     given = f"marian={checkpoint(T5)}"
     assert models_of((given,)) == {"marian": str(checkpoint(T5))}
     for text, said in (
@@ -164,7 +164,7 @@ def test_checkpoints_are_of_the_kind_that_they_replace(checkpoint: Callable[[Cas
 
 
 @pytest.mark.parametrize("size", models.CONFIGURATIONS)
-def test_tokens_of_a_made_vocabulary_are_where_its_configuration_says(size: str, tmp_path: Path) -> None:
+def test_special_tokens_of_a_generated_vocabulary_match_its_configuration(size: str, tmp_path: Path) -> None:
     config = models.CONFIGURATIONS[size]
     models.write_tokenizer(tmp_path, 200, models.SPECIAL[size])
     tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
@@ -186,7 +186,7 @@ def generate(last: int, tokens: int = 3) -> dict[str, Any]:
     return {"op": "generate", "prompts": [[last]], "tokens": tokens, "beams": 1}
 
 
-def test_a_worker_answers_whatever_libraries_print_and_after_failures(worker: Worker) -> None:
+def test_worker_answers_despite_printed_output_and_earlier_failures(worker: Worker) -> None:
     with pytest.raises(PeerError, match=r"^ValueError: cannot read this$"):
         worker.ask(generate(fake_peer.FAILS), 60)
     with pytest.raises(PeerError, match="generated 2 tokens instead of 3"):
@@ -204,7 +204,7 @@ def test_a_worker_answers_whatever_libraries_print_and_after_failures(worker: Wo
         (fake_peer.HANGS, 0.2, "generate took more than 0 s and was stopped", "its process was stopped"),
     ],
 )
-def test_a_worker_that_dies_or_hangs_is_reported(worker: Worker, last: int, limit: float, said: str, then: str) -> None:
+def test_crashed_or_hanging_worker_is_reported(worker: Worker, last: int, limit: float, said: str, then: str) -> None:
     with pytest.raises(PeerError, match=said):
         worker.ask(generate(last), limit)
     with pytest.raises(PeerError, match=then):

@@ -95,7 +95,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return found
 
 
-def test_a_run_continues_and_refuses_other_options(tmp_path: Path, measured: list[str]) -> None:
+def test_run_continues_and_refuses_other_options(tmp_path: Path, measured: list[str]) -> None:
     given = ("all", "--output", tmp_path / "out", "--steps", "decode-int8,rows")
     assert run(*given).exit_code == 1
     assert measured == ["decode-int8", "rows-int8"]
@@ -120,7 +120,7 @@ def test_a_run_continues_and_refuses_other_options(tmp_path: Path, measured: lis
         (("--model", "smollm2"), "is not NAME=CHECKPOINT"),
     ],
 )
-def test_what_cannot_run_is_refused_before_anything_is_written(
+def test_invalid_options_are_refused_before_writing(
     given: tuple[str, str], said: str, tmp_path: Path, measured: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -131,7 +131,7 @@ def test_what_cannot_run_is_refused_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
-def test_the_beginning_of_a_name_chooses_its_steps() -> None:
+def test_name_prefix_selects_its_steps() -> None:
     assert [step.name for step in steps_of("rows,decode-int4")] == ["rows-int8", "rows-int4", "decode-int4"]
     assert steps_of(None) == list(STEPS.values())
 
@@ -177,21 +177,23 @@ def test_pages_show_every_row_and_condition(tmp_path: Path, monkeypatch: pytest.
         ("[]", "is no report of tools.peers"),
     ],
 )
-def test_pages_refuse_what_is_no_result(text: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_that_are_not_results_are_refused(
+    text: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_docs(tmp_path, broken=text)
     monkeypatch.chdir(tmp_path)
     assert said in run("pages").output
     assert not (tmp_path / "docs" / "benchmarks.md").exists()
 
 
-def test_the_committed_pages_are_current(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_committed_pages_are_current(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     done = run("pages", "--check")
     assert done.exit_code == 0, done.output
 
 
 @pytest.mark.slow
-def test_ours_is_measured_beside_the_reference(tmp_path: Path) -> None:
+def test_freeexport_is_measured_with_the_reference(tmp_path: Path) -> None:
     """A whole step with real weights, in a trial."""
     left_out = dict.fromkeys(STEPS["decode-int8"].peers, "not asked for")
     conditions = Conditions(tmp_path, {}, left_out, rounds=1, threads=1, trial=True)

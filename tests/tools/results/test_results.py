@@ -47,7 +47,7 @@ def test_committed_pages_are_current(monkeypatch: pytest.MonkeyPatch) -> None:
     assert pages.README.search((ROOT / "README.md").read_text(encoding="utf-8"))
 
 
-def test_rows_read_no_more_lines_than_a_version_of_a_split_has() -> None:
+def test_rows_use_at_most_the_lines_of_their_split() -> None:
     # Rule `risk` cannot choose a threshold from fewer sequences.
     assert (1 - RISK) ** CALIBRATION_LINES < 0.05
     for row in ROWS.values():
@@ -102,7 +102,7 @@ def test_measurement_publishes_its_rows_and_records_the_use_of_test_lines(tmp_pa
     assert (tmp_path / "out" / "evaluations" / row.name / "evaluation.json").is_file()
 
 
-def test_measuring_again_replaces_rows_and_adds_a_use(tmp_path: Path, row: ResultRow) -> None:
+def test_repeated_measurement_replaces_rows_and_adds_a_use(tmp_path: Path, row: ResultRow) -> None:
     other = {"result": "other"}
     published.write_lines(tmp_path / RESULTS, [other])
     picture = "docs/picture.png"
@@ -114,7 +114,7 @@ def test_measuring_again_replaces_rows_and_adds_a_use(tmp_path: Path, row: Resul
     assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
 
 
-def test_measure_refuses_changes_other_than_those_it_writes(tmp_path: Path) -> None:
+def test_measure_refuses_unrelated_uncommitted_changes(tmp_path: Path) -> None:
     with pytest.raises(click.ClickException, match=r"git failed in .*not a git repository"):
         clean_commit(tmp_path)
     git(tmp_path, "init")
@@ -132,9 +132,7 @@ def test_measure_refuses_changes_other_than_those_it_writes(tmp_path: Path) -> N
         clean_commit(tmp_path)
 
 
-def test_measure_runs_named_rows_or_those_without_a_result_on_their_lines(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_measure_runs_named_rows_or_those_without_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measured = []
 
     def measure(row: ResultRow, output: Path) -> dict[str, Any]:
@@ -273,7 +271,7 @@ def test_full_reports_of_published_results_can_be_read() -> None:
     assert [name for name in sorted(reports) if git(ROOT, "cat-file", "-e", name).returncode] == []
 
 
-def test_published_json_is_small_and_has_no_path_of_a_machine() -> None:
+def test_published_json_is_small_and_contains_no_local_path() -> None:
     files = [path for name in ("results", "benchmarks") for path in (ROOT / "docs" / name).glob("*.json*")]
     assert sum(path.stat().st_size for path in files) < 300_000
     for path in files:
@@ -296,11 +294,11 @@ def unsupported(text: str, root: Path) -> Iterator[str]:
                 yield f"{figure} in: {' '.join(sentence.split())}"
 
 
-def test_figures_of_the_readme_are_in_published_results() -> None:
+def test_readme_figures_are_in_published_results() -> None:
     assert list(unsupported((ROOT / "README.md").read_text(encoding="utf-8"), ROOT)) == []
 
 
-def test_figures_without_a_result_or_a_page_are_found(tmp_path: Path) -> None:
+def test_figures_without_a_result_or_page_are_detected(tmp_path: Path) -> None:
     (tmp_path / RESULTS).parent.mkdir(parents=True)
     published.write_lines(tmp_path / RESULTS, [line("chat-int8", "lossless", 1.25)])
     (tmp_path / "docs/results/chat.md").write_text("| 1.25x | 99 |")

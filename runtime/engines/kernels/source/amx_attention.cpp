@@ -10,7 +10,8 @@ struct Products {
   const Tiles configured;
 
   template <int P, int T, bool kAdds>
-  static void multiply(const uint16_t* a, int64_t apart, const uint16_t* b, int64_t, int64_t count, float* sums, int64_t) {
+  static void multiply(const uint16_t* a, int64_t apart, const uint16_t* b, int64_t, int64_t count,
+                       float* sums, int64_t) {
     static_assert(T == 1, "the other registers hold rows and sums");
     if constexpr (kAdds) {
       load_tile<0>(sums, 64);

@@ -9,17 +9,22 @@ namespace freeexport {
 namespace {
 
 // Rows per task, which may share keys: if there are few rows, and at most.
-constexpr int64_t kFewPlaces = 8, kManyPlaces = 64;
+constexpr int64_t kFewPlaces = 8;
+constexpr int64_t kManyPlaces = 64;
 // Number of tasks per KV head for many rows, until tasks have kManyPlaces rows.
 constexpr int64_t kTasksOfMany = 16;
 // The same for a prompt's rows in tiles. A task may have more rows until it has kPromptQueries
 // queries, because it converts the keys and values.
-constexpr int64_t kBlocksOfPrompt = 4, kPromptPlaces = 128, kPromptQueries = 384;
+constexpr int64_t kBlocksOfPrompt = 4;
+constexpr int64_t kPromptPlaces = 128;
+constexpr int64_t kPromptQueries = 384;
 // Rows per task of an encoder: whole tiles of all instruction sets, and at most.
-constexpr int64_t kEncoderStep = 12, kEncoderPlaces = 96;
+constexpr int64_t kEncoderStep = 12;
+constexpr int64_t kEncoderPlaces = 96;
 // Minimum number of queries, or of rows, that share keys for which a piece of keys is transposed.
 // Fewer take less time one by one if the keys are not in the processor's cache (Zen 4).
-constexpr int64_t kTurnedFor = 16, kTurnedRows = 6;
+constexpr int64_t kTurnedFor = 16;
+constexpr int64_t kTurnedRows = 6;
 // With fewer tasks, every piece is a separate task.
 constexpr int64_t kFewTasks = 16;
 // With fewer values in the visible keys, one thread does everything.
@@ -33,12 +38,13 @@ struct Call {
   const Kernels& kernels;
   const Attention& attention;
   const Place* places;
-  int64_t count;  // number of places
+  int64_t count;            // number of places
   int64_t pieces = 0;       // of the block with the most pieces
   int64_t task_places = 0;  // places per task
   int64_t blocks = 0;       // of task_places places each
   int64_t seen = 0;         // positions, summed over all places
-  int64_t slots = 0, room = 0;  // per row and group of heads: pieces, and floats for them
+  int64_t slots = 0;        // pieces per row and group of heads
+  int64_t room = 0;         // floats for them
   float* rooms = nullptr;   // [kv_heads, places] rooms, or null if one task does all pieces
   bool failed = false;      // out of memory
   // Attends to all pieces with a block of a prompt's rows. Or null.
@@ -50,7 +56,8 @@ int64_t stored_places(const Attention& a) { return kStoredValues / (a.kv_heads *
 
 void store_task(void* data, size_t index) {
   const Call& call = *static_cast<Call*>(data);
-  const int64_t step = stored_places(call.attention), first = static_cast<int64_t>(index) * step;
+  const int64_t step = stored_places(call.attention);
+  const int64_t first = static_cast<int64_t>(index) * step;
   for (int64_t i = first; i < least(first + step, call.count); i++) {
     Place place = call.places[i];
     if (call.attention.encoder) place.position = place.row % call.attention.capacity;
@@ -76,12 +83,16 @@ bool sees(const Attention& a, const Place& place, int64_t piece) {
 
 // Places of a block, and the range of pieces that they see.
 struct Block {
-  const Place *first, *last;
-  int64_t piece, end;
+  const Place* first;
+  const Place* last;
+  int64_t piece;
+  int64_t end;
 };
 
-Block block_of(const Attention& a, const Place* places, int64_t count, int64_t task_places, int64_t block) {
-  Block found = {places + block * task_places, places + least((block + 1) * task_places, count), INT64_MAX, 0};
+Block block_of(const Attention& a, const Place* places, int64_t count, int64_t task_places,
+               int64_t block) {
+  Block found = {places + block * task_places, places + least((block + 1) * task_places, count),
+                 INT64_MAX, 0};
   for (const Place* place = found.first; place < found.last; place++) {
     found.piece = least(found.piece, first_piece(a, *place));
     found.end = most(found.end, end_piece(*place));
@@ -97,7 +108,8 @@ void attend_block(const Call& call, const Block& block, int64_t kv_head, int64_t
   for (const Place *place = block.first, *end = place; place < block.last; place = end) {
     end = place + 1;
     if (!sees(a, *place, piece)) continue;
-    while (turns && end < block.last && end->sequence == place->sequence && sees(a, *end, piece)) end++;
+    while (turns && end < block.last && end->sequence == place->sequence && sees(a, *end, piece))
+      end++;
     room.values = rooms + (place - block.first) * room.apart;
     if (end - place >= kTurnedRows || (end - place) * a.heads >= kTurnedFor * a.kv_heads) {
       call.kernels.attend_rows(a, place, end - place, kv_head, piece, room);
@@ -116,8 +128,10 @@ void attend_block(const Call& call, const Block& block, int64_t kv_head, int64_t
 // Attends to one piece with a block.
 void piece_task(void* data, size_t index) {
   const Call& call = *static_cast<Call*>(data);
-  const int64_t piece = static_cast<int64_t>(index) % call.pieces, at = static_cast<int64_t>(index) / call.pieces;
-  const int64_t kv_head = at % call.attention.kv_heads, number = at / call.attention.kv_heads;
+  const int64_t piece = static_cast<int64_t>(index) % call.pieces;
+  const int64_t at = static_cast<int64_t>(index) / call.pieces;
+  const int64_t kv_head = at % call.attention.kv_heads;
+  const int64_t number = at / call.attention.kv_heads;
   const Block block = block_of(call.attention, call.places, call.count, call.task_places, number);
   if (block.piece + piece >= block.end) return;
   float* rooms = call.rooms + (kv_head * call.count + number * call.task_places) * call.room;
@@ -129,10 +143,12 @@ void piece_task(void* data, size_t index) {
 void block_task(void* data, size_t index) {
   Call& call = *static_cast<Call*>(data);
   const Attention& a = call.attention;
-  const int64_t turn = static_cast<int64_t>(index) / a.kv_heads, kv_head = static_cast<int64_t>(index) % a.kv_heads;
+  const int64_t turn = static_cast<int64_t>(index) / a.kv_heads;
+  const int64_t kv_head = static_cast<int64_t>(index) % a.kv_heads;
   const int64_t number = turn % 2 ? call.blocks - 1 - turn / 2 : turn / 2;
   const Block block = block_of(a, call.places, call.count, call.task_places, number);
-  auto* rooms = static_cast<float*>(std::malloc(static_cast<size_t>(call.task_places * call.room) * sizeof(float)));
+  auto* rooms = static_cast<float*>(
+      std::malloc(static_cast<size_t>(call.task_places * call.room) * sizeof(float)));
   if (rooms == nullptr) {
     __atomic_store_n(&call.failed, true, __ATOMIC_RELAXED);
     return;
@@ -140,7 +156,8 @@ void block_task(void* data, size_t index) {
   for (int64_t piece = block.piece; piece < block.end; piece++)
     attend_block(call, block, kv_head, piece, {rooms, call.slots, call.room, true});
   for (const Place* place = block.first; place < block.last; place++)
-    call.kernels.join(a, *place, kv_head, {rooms + (place - block.first) * call.room, call.slots, call.room, true});
+    call.kernels.join(a, *place, kv_head,
+                      {rooms + (place - block.first) * call.room, call.slots, call.room, true});
   std::free(rooms);
 }
 
@@ -148,12 +165,15 @@ void block_task(void* data, size_t index) {
 void prompt_task(void* data, size_t index) {
   Call& call = *static_cast<Call*>(data);
   const Attention& a = call.attention;
-  const int64_t turn = static_cast<int64_t>(index) / a.kv_heads, kv_head = static_cast<int64_t>(index) % a.kv_heads;
+  const int64_t turn = static_cast<int64_t>(index) / a.kv_heads;
+  const int64_t kv_head = static_cast<int64_t>(index) % a.kv_heads;
   const int64_t number = turn % 2 ? call.blocks - 1 - turn / 2 : turn / 2;
   const Place* last = call.places + least((number + 1) * call.task_places, call.count);
-  for (const Place *place = call.places + number * call.task_places, *end = place; place < last; place = end) {
+  for (const Place *place = call.places + number * call.task_places, *end = place; place < last;
+       place = end) {
     while (end < last && end->sequence == place->sequence) end++;
-    if (!call.attend_prompt(a, place, end - place, kv_head)) __atomic_store_n(&call.failed, true, __ATOMIC_RELAXED);
+    if (!call.attend_prompt(a, place, end - place, kv_head))
+      __atomic_store_n(&call.failed, true, __ATOMIC_RELAXED);
   }
 }
 
@@ -190,13 +210,15 @@ void run(Parallel parallel, void* context, void (*task)(void*, size_t), int64_t 
 void attend_few(Parallel parallel, void* context, Call& call) {
   const Attention& a = call.attention;
   const int64_t rooms = a.kv_heads * call.count;
-  call.rooms = static_cast<float*>(std::malloc(static_cast<size_t>(rooms * call.room) * sizeof(float)));
+  call.rooms =
+      static_cast<float*>(std::malloc(static_cast<size_t>(rooms * call.room) * sizeof(float)));
   if (call.rooms == nullptr) {
     call.failed = true;
     return;
   }
   const bool little = call.seen * a.kv_heads * a.size < kLittle;
-  run(little ? nullptr : parallel, context, piece_task, call.blocks * a.kv_heads * call.pieces, call);
+  run(little ? nullptr : parallel, context, piece_task, call.blocks * a.kv_heads * call.pieces,
+      call);
   for (int64_t i = 0; i < rooms; i++)
     call.kernels.join(a, call.places[i % call.count], i / call.count,
                       {call.rooms + i * call.room, call.slots, call.room, false});
@@ -213,9 +235,12 @@ const char* check_lengths(const Attention& a) {
     const int64_t past = a.cross_lengths ? a.cross_lengths[prompt_of(a, b)] : a.past_lengths[b];
     if (past < 0 || query < 0) return "a length is negative";
     if (a.cross_lengths && past > a.capacity) return "cross_lengths go beyond the keys";
-    if (!a.cross_lengths && past + query > a.capacity) return "past_lengths and query_lengths go beyond the cache";
-    if (a.cosine != nullptr && past + query > a.positions) return "positions go beyond the rotary tables";
-    if (!a.packed && query * a.batch > a.rows) return "query_lengths go beyond the rows of a sequence";
+    if (!a.cross_lengths && past + query > a.capacity)
+      return "past_lengths and query_lengths go beyond the cache";
+    if (a.cosine != nullptr && past + query > a.positions)
+      return "positions go beyond the rotary tables";
+    if (!a.packed && query * a.batch > a.rows)
+      return "query_lengths go beyond the rows of a sequence";
     counted += query;
   }
   return a.packed && counted != a.rows ? "query_lengths do not add up to the rows" : nullptr;
@@ -223,15 +248,19 @@ const char* check_lengths(const Attention& a) {
 
 // Lists the valid rows in order and returns their number. Sets y of all other rows to 0.
 int64_t find_places(const Attention& a, Place* places) {
-  const int64_t width = a.heads * a.size, rows = a.batch ? a.rows / a.batch : 0;
+  const int64_t width = a.heads * a.size;
+  const int64_t rows = a.batch ? a.rows / a.batch : 0;
   int64_t count = 0;
   for (int64_t b = 0; b < a.batch; b++) {
-    const int64_t query = a.query_lengths[b], first = a.packed ? count : b * rows;
+    const int64_t query = a.query_lengths[b];
+    const int64_t first = a.packed ? count : b * rows;
     const int64_t prompt = prompt_of(a, b);
     for (int64_t i = 0; i < query; i++, count++)
-      places[count] = {first + i, prompt, a.cross_lengths ? a.cross_lengths[prompt] - 1 : a.past_lengths[b] + i};
+      places[count] = {first + i, prompt,
+                       a.cross_lengths ? a.cross_lengths[prompt] - 1 : a.past_lengths[b] + i};
     if (!a.packed && query < rows)
-      std::memset(a.y + (first + query) * width, 0, static_cast<size_t>((rows - query) * width) * sizeof(float));
+      std::memset(a.y + (first + query) * width, 0,
+                  static_cast<size_t>((rows - query) * width) * sizeof(float));
   }
   return count;
 }
@@ -244,7 +273,8 @@ void copy_past(const Attention& a) {
       const int64_t at = (b * a.kv_heads + head) * a.capacity * row_bytes;
       const auto bytes = static_cast<size_t>(a.past_lengths[b] * row_bytes);
       const auto copy = [&](void* to, const void* from) {
-        if (to != from) std::memcpy(static_cast<char*>(to) + at, static_cast<const char*>(from) + at, bytes);
+        if (to != from)
+          std::memcpy(static_cast<char*>(to) + at, static_cast<const char*>(from) + at, bytes);
       };
       copy(a.key, a.past_key);
       copy(a.value, a.past_value);
@@ -252,9 +282,11 @@ void copy_past(const Attention& a) {
 }
 
 // Attends with some places of a call. Returns false if out of memory.
-bool attend_places(const Kernels& kernels, const Attention& a, const Place* places, int64_t count, bool tiles,
-                   Parallel parallel, void* context) {
-  const auto attend_prompt = tiles ? kernels.attend_prompt : a.encoder ? kernels.attend_encoder : nullptr;
+bool attend_places(const Kernels& kernels, const Attention& a, const Place* places, int64_t count,
+                   bool tiles, Parallel parallel, void* context) {
+  const auto attend_prompt = tiles       ? kernels.attend_prompt
+                             : a.encoder ? kernels.attend_encoder
+                                         : nullptr;
   const auto blocks_of = [&](int64_t step, int64_t most_places) {
     return most(step, least(count / kBlocksOfPrompt / step * step, most_places));
   };
@@ -289,8 +321,8 @@ bool attend_places(const Kernels& kernels, const Attention& a, const Place* plac
 }
 
 // Stores the keys and values of a call's rows in the cache.
-void store(const Kernels& kernels, const Attention& a, const Place* places, int64_t count, Parallel parallel,
-           void* context) {
+void store(const Kernels& kernels, const Attention& a, const Place* places, int64_t count,
+           Parallel parallel, void* context) {
   Call call = {kernels, a, places, count};
   const int64_t step = stored_places(a);
   run(parallel, context, store_task, (count + step - 1) / step, call);
@@ -304,27 +336,32 @@ constexpr const char* kNoPlaces = "no memory for the rows of a call";
 
 }  // namespace
 
-const char* store_prompts(const Kernels& kernels, const Attention& a, Parallel parallel, void* context) {
+const char* store_prompts(const Kernels& kernels, const Attention& a, Parallel parallel,
+                          void* context) {
   Place* places = places_of(a);
   if (places == nullptr) return kNoPlaces;
-  for (int64_t row = 0; row < a.rows; row++) places[row] = {row, row / a.capacity, row % a.capacity};
+  for (int64_t row = 0; row < a.rows; row++)
+    places[row] = {row, row / a.capacity, row % a.capacity};
   store(kernels, a, places, a.rows, parallel, context);
   std::free(places);
   return nullptr;
 }
 
-const char* attention(const Kernels& kernels, const Attention& a, Parallel parallel, void* context) {
+const char* attention(const Kernels& kernels, const Attention& a, Parallel parallel,
+                      void* context) {
   if (const char* problem = check_lengths(a)) return problem;
   Place* places = places_of(a);
   if (places == nullptr) return kNoPlaces;
   const int64_t count = find_places(a, places);
   if (!a.cross_lengths) copy_past(a);
   // Queries of a cache in 8 bits are quantized.
-  if (!a.cross_lengths || a.encoder || a.cache == kBytes) store(kernels, a, places, count, parallel, context);
+  if (!a.cross_lengths || a.encoder || a.cache == kBytes)
+    store(kernels, a, places, count, parallel, context);
   Place* late = places + count;
   const int64_t early = split_places(places, count, first_in_tiles(kernels, a), late);
   bool done = early == 0 || attend_places(kernels, a, places, early, false, parallel, context);
-  if (done && early < count) done = attend_places(kernels, a, late, count - early, true, parallel, context);
+  if (done && early < count)
+    done = attend_places(kernels, a, late, count - early, true, parallel, context);
   std::free(places);
   return done ? nullptr : "no memory for the scores of a row";
 }

@@ -21,35 +21,40 @@ enum Cache : int32_t {
 };
 
 struct Attention {
-  int64_t batch, rows;  // number of sequences, and of their rows
-  int64_t prompts;      // of cross-attention: batch / prompts sequences share each. Otherwise batch
-  int64_t heads, kv_heads, size, capacity;  // no heads: keys and values are only stored
-  int64_t width;              // of input rows: (heads + 2 kv_heads) * size, or heads * size (cross)
+  int64_t batch;    // number of sequences
+  int64_t rows;     // number of rows of all sequences
+  int64_t prompts;  // of cross-attention: batch / prompts sequences share each. Otherwise batch
+  int64_t heads;    // 0: keys and values are only stored
+  int64_t kv_heads;
+  int64_t size;
+  int64_t capacity;
+  int64_t width;  // of input rows: (heads + 2 kv_heads) * size, or heads * size (cross)
   float scale;
-  float softcap;              // scores become softcap * tanh(score / softcap). 0: none
-  int64_t window;             // newest positions that a row sees, including itself. 0: all
-  const float* input;         // [rows, width]: query, key, value
-  Cache cache;                // type of keys and values
-  const void* past_key;       // [prompts, kv_heads, capacity, cache_width], like the next three
+  float softcap;         // scores become softcap * tanh(score / softcap). 0: none
+  int64_t window;        // newest positions that a row sees, including itself. 0: all
+  const float* input;    // [rows, width]: query, key, value
+  Cache cache;           // type of keys and values
+  const void* past_key;  // [prompts, kv_heads, capacity, cache_width], like the next three
   const void* past_value;
-  void* key;                  // filled and attended to: the memory of past_key, or another
+  void* key;  // filled and attended to: the memory of past_key, or another
   void* value;
   const int32_t* cross_lengths;  // [prompts]: valid keys, which all rows see. Or null
   const int32_t* past_lengths;   // [batch]: valid positions before the call
   const int32_t* query_lengths;  // [batch]: valid rows
-  bool packed;                // valid rows are contiguous, else each sequence has rows / batch rows
-  const float* cosine;        // [positions, turned], or null without rotary positions
+  bool packed;          // valid rows are contiguous, else each sequence has rows / batch rows
+  const float* cosine;  // [positions, turned], or null without rotary positions
   const float* sine;
-  int64_t positions, turned;  // size of the tables: rotated pairs of a head are at most size / 2
+  int64_t positions;  // number of rows of the tables
+  int64_t turned;     // rotated pairs of a head, at most size / 2
   // [reach + 1, heads] by distance, the last for larger ones. In an encoder [2 reach + 1, heads] by
   // key - query, from -reach on. Or null
   const float* bias;
   int64_t reach;
-  const float* query_norm;    // [size]: norm of each head. Or null
+  const float* query_norm;  // [size]: norm of each head. Or null
   const float* key_norm;
   float epsilon;
-  float* y;                   // [rows, heads * size], 0 in rows that are not valid
-  int prompt;                 // rows of a prompt, which may have other bits, see `attend_prompt`
+  float* y;    // [rows, heads * size], 0 in rows that are not valid
+  int prompt;  // rows of a prompt, which may have other bits, see `attend_prompt`
   // Keys and values are those of the rows, which are not packed, with `capacity` rows each. `key`
   // and `value` are memory for them, each with kBehind values after the last.
   bool encoder;
@@ -58,7 +63,9 @@ struct Attention {
 // A valid row: its index in the call, the sequence or prompt whose keys it sees, and its position,
 // which is the last that it sees.
 struct Place {
-  int64_t row, sequence, position;
+  int64_t row;
+  int64_t sequence;
+  int64_t position;
 };
 
 // Heads of a group that are computed together, because they share keys and values.
@@ -82,13 +89,16 @@ FREEEXPORT_ATTENTION int64_t first_position(const Attention& a, const Place& pla
 FREEEXPORT_ATTENTION int64_t first_piece(const Attention& a, const Place& place) {
   return first_position(a, place) / kPieceRows;
 }
-FREEEXPORT_ATTENTION int64_t end_piece(const Place& place) { return (place.position + kPieceRows) / kPieceRows; }
+FREEEXPORT_ATTENTION int64_t end_piece(const Place& place) {
+  return (place.position + kPieceRows) / kPieceRows;
+}
 // Returns the elements of a position and head in the cache.
 FREEEXPORT_ATTENTION int64_t cache_width(const Attention& a) {
   return a.cache == kBytes ? a.size + static_cast<int64_t>(sizeof(float)) : a.size;
 }
 // Returns the offset of a position's key and value in the cache, in elements.
-FREEEXPORT_ATTENTION int64_t keys_at(const Attention& a, const Place& place, int64_t kv_head, int64_t position) {
+FREEEXPORT_ATTENTION int64_t keys_at(const Attention& a, const Place& place, int64_t kv_head,
+                                     int64_t position) {
   return ((place.sequence * a.kv_heads + kv_head) * a.capacity + position) * cache_width(a);
 }
 FREEEXPORT_ATTENTION int64_t element_bytes(const Attention& a) {
@@ -107,7 +117,8 @@ struct Ahead {
 // two rows are `apart`.
 struct Room {
   float* values;
-  int64_t slots, apart;
+  int64_t slots;
+  int64_t apart;
   bool running;
 };
 constexpr int64_t kRunningSlots = 2;
@@ -123,9 +134,11 @@ using Parallel = void (*)(void* context, void (*task)(void*, size_t), size_t tot
 
 // Stores the keys and values of prompts of `capacity` rows each. Returns null, or an error about
 // the memory.
-const char* store_prompts(const Kernels& kernels, const Attention& attention, Parallel parallel, void* context);
+const char* store_prompts(const Kernels& kernels, const Attention& attention, Parallel parallel,
+                          void* context);
 
 // Returns null, or an error about the lengths or the memory.
-const char* attention(const Kernels& kernels, const Attention& attention, Parallel parallel, void* context);
+const char* attention(const Kernels& kernels, const Attention& attention, Parallel parallel,
+                      void* context);
 
 }  // namespace freeexport

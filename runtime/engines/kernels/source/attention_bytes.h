@@ -1,6 +1,6 @@
-// Keys and values in 8 bits for one instruction set. A position and head has `size` values from -127
-// to 127, followed by their scale in fp32: the largest magnitude / 127. A position is quantized
-// alone, so that its bits do not depend on the call that writes it.
+// Keys and values in 8 bits for one instruction set. A position and head has `size` values from
+// -127 to 127, followed by their scale in fp32: the largest magnitude / 127. A position is
+// quantized alone, so that its bits do not depend on the call that writes it.
 //
 // Queries are rounded to 16 bits. Products with keys are summed in integers, which is exact in any
 // order. Values are converted to fp32, and their scales are multiplied with the weights.
@@ -15,7 +15,8 @@ namespace {
 
 // Range of the keys of a piece that a row sees, from `from` to `end` of 64.
 struct Seen {
-  int64_t from, end;
+  int64_t from;
+  int64_t end;
 };
 
 constexpr int64_t kShorts = 2 * Vec::kLanes;  // 16-bit values of a register
@@ -58,7 +59,8 @@ inline float scale_after(const Q* values, int64_t size) {
 // Quantizes a query to 16 bits in place. Its factor, which follows, includes that of all scores.
 inline void shorten_query(const Attention& a, float* query) {
   const int64_t most = INT32_MAX / (127 * a.size);  // sums must fit in 32 bits
-  const float scale = quantize_head<int16_t>(query, a.size, static_cast<int32_t>(least(INT16_MAX, most)), query);
+  const float scale =
+      quantize_head<int16_t>(query, a.size, static_cast<int32_t>(least(INT16_MAX, most)), query);
   const float by = scale * a.scale;
   std::memcpy(reinterpret_cast<int16_t*>(query) + a.size, &by, sizeof(by));
 }
@@ -72,15 +74,17 @@ inline void scales_of(const int8_t* rows, int64_t size, const Seen& seen, float*
 // x[t] *= scales[t] * by, for t from..end, extended to whole registers.
 inline void times_scales(float* x, const float* scales, const Seen& seen, float by) {
   for (int64_t t = seen.from / Vec::kLanes * Vec::kLanes; t < seen.end; t += Vec::kLanes)
-    Vec::store(x + t, Vec::times(Vec::floats(x + t), Vec::times(Vec::floats(scales + t), Vec::set(by))));
+    Vec::store(x + t,
+               Vec::times(Vec::floats(x + t), Vec::times(Vec::floats(scales + t), Vec::set(by))));
 }
 
 // Computes scores[q][t] of the keys of a piece that a row sees, for Q heads from `head`. Prefetches
 // `values`.
 template <int Q>
-inline void byte_scores(const Attention& a, const Place& place, int64_t head, const int8_t* keys, const int8_t* values,
-                        const Seen& seen, float* scores) {
-  const int64_t size = a.size, width = cache_width(a);
+inline void byte_scores(const Attention& a, const Place& place, int64_t head, const int8_t* keys,
+                        const int8_t* values, const Seen& seen, float* scores) {
+  const int64_t size = a.size;
+  const int64_t width = cache_width(a);
   const int16_t* queries[Q];
   for (int q = 0; q < Q; q++)
     queries[q] = reinterpret_cast<const int16_t*>(a.y + (place.row * a.heads + head + q) * size);
@@ -100,14 +104,16 @@ inline void byte_scores(const Attention& a, const Place& place, int64_t head, co
       }
       for (; i < size; i += 8)
 #pragma GCC unroll 4
-        for (int q = 0; q < Q; q++) sums[q][k] = Vec::add_eight(keys + at + i, queries[q] + i, sums[q][k]);
+        for (int q = 0; q < Q; q++)
+          sums[q][k] = Vec::add_eight(keys + at + i, queries[q] + i, sums[q][k]);
     }
 #pragma GCC unroll 4
     for (int q = 0; q < Q; q++) Vec::fold_four(sums[q], scores + q * kPieceRows + t);
   }
   float scales[kPieceRows] = {};
   scales_of(keys, size, seen, scales);
-  for (int q = 0; q < Q; q++) times_scales(scores + q * kPieceRows, scales, seen, scale_after(queries[q], size));
+  for (int q = 0; q < Q; q++)
+    times_scales(scores + q * kPieceRows, scales, seen, scale_after(queries[q], size));
 }
 
 }  // namespace

@@ -1,6 +1,6 @@
 // ONNX Runtime operators for attention: CachedAttention, its variants with capped scores and with a
-// cache in float16 or in 8 bits, CrossAttention and its variants, PromptCache, which stores the keys
-// and values for it, and EncoderAttention.
+// cache in float16 or in 8 bits, CrossAttention and its variants, PromptCache, which stores the
+// keys and values for it, and EncoderAttention.
 #include "operators.h"
 #include "platform.h"
 
@@ -8,16 +8,30 @@ namespace freeexport {
 namespace {
 
 enum Input : size_t {
-  kRows, kPastKey, kPastValue, kPastLengths, kQueryLengths, kCosine, kSine, kBias, kQueryNorm, kKeyNorm, kInputs
+  kRows,
+  kPastKey,
+  kPastValue,
+  kPastLengths,
+  kQueryLengths,
+  kCosine,
+  kSine,
+  kBias,
+  kQueryNorm,
+  kKeyNorm,
+  kInputs
 };
 enum Output : size_t { kY, kKey, kValue, kOutputs };
 // Inputs of CrossAttention, which also has kRows, kQueryLengths, and the prompt's keys and values
 // as kPastKey and kPastValue.
-constexpr size_t kCrossLengths = kPastLengths, kCrossInputs = kQueryLengths + 1;
+constexpr size_t kCrossLengths = kPastLengths;
+constexpr size_t kCrossInputs = kQueryLengths + 1;
 // Inputs of EncoderAttention, which also has kRows.
-constexpr size_t kLengths = 1, kDistances = 2, kEncoderInputs = 3;
+constexpr size_t kLengths = 1;
+constexpr size_t kDistances = 2;
+constexpr size_t kEncoderInputs = 3;
 // Inputs and outputs of PromptCache.
-constexpr size_t kPromptInputs = 1, kPromptOutputs = 2;
+constexpr size_t kPromptInputs = 1;
+constexpr size_t kPromptOutputs = 2;
 
 // One node of a session: its attributes, without tensors.
 struct Kernel {
@@ -67,18 +81,21 @@ ort::Status* read_attributes(const ort::KernelInfo* info, Kernel* kernel) {
   RETURN_IF_ERROR(api->KernelInfoGetAttribute_float(info, "epsilon", &a.epsilon));
   a.width = (a.heads + 2 * a.kv_heads) * a.size;
   if (a.window < 0) return fail(api, ort::kInvalidGraph, "window is negative");
-  if (kernel->given[kCosine] != kernel->given[kSine]) return fail(api, ort::kInvalidGraph, "cosine goes with sine");
+  if (kernel->given[kCosine] != kernel->given[kSine])
+    return fail(api, ort::kInvalidGraph, "cosine goes with sine");
   return nullptr;
 }
 
-ort::Status* begin_kernel(const ort::Api* api, const ort::KernelInfo* info, size_t inputs, Kernel* kernel) {
+ort::Status* begin_kernel(const ort::Api* api, const ort::KernelInfo* info, size_t inputs,
+                          Kernel* kernel) {
   const char* problem = nullptr;
   *kernel = {api, choose_kernels(&problem), {}, {}, integer_of(api, info, "exact") != 0};
   if (kernel->kernels == nullptr) return fail(api, ort::kEngineError, "%s", problem);
   return find_inputs(api, info, inputs, kernel->given);
 }
 
-ort::Status* create_cached(const ort::CustomOp*, const ort::Api* api, const ort::KernelInfo* info, void** out) {
+ort::Status* create_cached(const ort::CustomOp*, const ort::Api* api, const ort::KernelInfo* info,
+                           void** out) {
   Kernel kernel;
   RETURN_IF_ERROR(begin_kernel(api, info, kInputs, &kernel));
   RETURN_IF_ERROR(read_sizes(info, &kernel));
@@ -86,37 +103,44 @@ ort::Status* create_cached(const ort::CustomOp*, const ort::Api* api, const ort:
   return keep(api, kernel, out);
 }
 
-ort::Status* create_capped(const ort::CustomOp*, const ort::Api* api, const ort::KernelInfo* info, void** out) {
+ort::Status* create_capped(const ort::CustomOp*, const ort::Api* api, const ort::KernelInfo* info,
+                           void** out) {
   Kernel kernel;
   RETURN_IF_ERROR(begin_kernel(api, info, kInputs, &kernel));
   RETURN_IF_ERROR(read_sizes(info, &kernel));
   RETURN_IF_ERROR(read_attributes(info, &kernel));
   RETURN_IF_ERROR(api->KernelInfoGetAttribute_float(info, "softcap", &kernel.attention.softcap));
-  if (!(kernel.attention.softcap > 0.0f)) return fail(api, ort::kInvalidGraph, "softcap is not above 0");
+  if (!(kernel.attention.softcap > 0.0f))
+    return fail(api, ort::kInvalidGraph, "softcap is not above 0");
   return keep(api, kernel, out);
 }
 
 // Creates a node with a cache of another type than fp32.
-ort::Status* create_typed(const ort::Api* api, const ort::KernelInfo* info, Cache cache, void** out) {
+ort::Status* create_typed(const ort::Api* api, const ort::KernelInfo* info, Cache cache,
+                          void** out) {
   Kernel kernel;
   RETURN_IF_ERROR(begin_kernel(api, info, kInputs, &kernel));
   RETURN_IF_ERROR(read_sizes(info, &kernel));
   RETURN_IF_ERROR(read_attributes(info, &kernel));
   RETURN_IF_ERROR(api->KernelInfoGetAttribute_float(info, "softcap", &kernel.attention.softcap));
-  if (!(kernel.attention.softcap >= 0.0f)) return fail(api, ort::kInvalidGraph, "softcap is negative");
+  if (!(kernel.attention.softcap >= 0.0f))
+    return fail(api, ort::kInvalidGraph, "softcap is negative");
   kernel.attention.cache = cache;
   return keep(api, kernel, out);
 }
 
-ort::Status* create_half(const ort::CustomOp*, const ort::Api* api, const ort::KernelInfo* info, void** out) {
+ort::Status* create_half(const ort::CustomOp*, const ort::Api* api, const ort::KernelInfo* info,
+                         void** out) {
   return create_typed(api, info, kHalves, out);
 }
 
-ort::Status* create_int8(const ort::CustomOp*, const ort::Api* api, const ort::KernelInfo* info, void** out) {
+ort::Status* create_int8(const ort::CustomOp*, const ort::Api* api, const ort::KernelInfo* info,
+                         void** out) {
   return create_typed(api, info, kBytes, out);
 }
 
-ort::Status* create_cross(const ort::CustomOp*, const ort::Api* api, const ort::KernelInfo* info, void** out) {
+ort::Status* create_cross(const ort::CustomOp*, const ort::Api* api, const ort::KernelInfo* info,
+                          void** out) {
   Kernel kernel;
   RETURN_IF_ERROR(begin_kernel(api, info, kCrossInputs, &kernel));
   RETURN_IF_ERROR(read_sizes(info, &kernel));
@@ -125,13 +149,15 @@ ort::Status* create_cross(const ort::CustomOp*, const ort::Api* api, const ort::
   return keep(api, kernel, out);
 }
 
-ort::Status* create_half_cross(const ort::CustomOp* op, const ort::Api* api, const ort::KernelInfo* info, void** out) {
+ort::Status* create_half_cross(const ort::CustomOp* op, const ort::Api* api,
+                               const ort::KernelInfo* info, void** out) {
   RETURN_IF_ERROR(create_cross(op, api, info, out));
   static_cast<Kernel*>(*out)->attention.cache = kHalves;
   return nullptr;
 }
 
-ort::Status* create_int8_cross(const ort::CustomOp* op, const ort::Api* api, const ort::KernelInfo* info, void** out) {
+ort::Status* create_int8_cross(const ort::CustomOp* op, const ort::Api* api,
+                               const ort::KernelInfo* info, void** out) {
   float softcap = 0.0f;
   RETURN_IF_ERROR(api->KernelInfoGetAttribute_float(info, "softcap", &softcap));
   if (!(softcap >= 0.0f)) return fail(api, ort::kInvalidGraph, "softcap is negative");
@@ -141,8 +167,8 @@ ort::Status* create_int8_cross(const ort::CustomOp* op, const ort::Api* api, con
   return nullptr;
 }
 
-ort::Status* create_capped_cross(const ort::CustomOp* op, const ort::Api* api, const ort::KernelInfo* info,
-                                 void** out) {
+ort::Status* create_capped_cross(const ort::CustomOp* op, const ort::Api* api,
+                                 const ort::KernelInfo* info, void** out) {
   float softcap = 0.0f;
   RETURN_IF_ERROR(api->KernelInfoGetAttribute_float(info, "softcap", &softcap));
   if (!(softcap > 0.0f)) return fail(api, ort::kInvalidGraph, "softcap is not above 0");
@@ -151,7 +177,8 @@ ort::Status* create_capped_cross(const ort::CustomOp* op, const ort::Api* api, c
   return nullptr;
 }
 
-ort::Status* create_prompt(const ort::Api* api, const ort::KernelInfo* info, Cache cache, void** out) {
+ort::Status* create_prompt(const ort::Api* api, const ort::KernelInfo* info, Cache cache,
+                           void** out) {
   Kernel kernel;
   RETURN_IF_ERROR(begin_kernel(api, info, kPromptInputs, &kernel));
   Attention& a = kernel.attention;
@@ -161,7 +188,8 @@ ort::Status* create_prompt(const ort::Api* api, const ort::KernelInfo* info, Cac
   return keep(api, kernel, out);
 }
 
-ort::Status* create_encoder(const ort::CustomOp*, const ort::Api* api, const ort::KernelInfo* info, void** out) {
+ort::Status* create_encoder(const ort::CustomOp*, const ort::Api* api, const ort::KernelInfo* info,
+                            void** out) {
   Kernel kernel;
   RETURN_IF_ERROR(begin_kernel(api, info, kEncoderInputs, &kernel));
   RETURN_IF_ERROR(read_sizes(info, &kernel));
@@ -172,8 +200,8 @@ ort::Status* create_encoder(const ort::CustomOp*, const ort::Api* api, const ort
 }
 
 // Checks the shape of an input. -1 in `expected` permits any size, and is replaced by it.
-ort::Status* check_shape(const Kernel& kernel, const ort::KernelContext* context, size_t input, const char* name,
-                         size_t rank, int64_t* expected) {
+ort::Status* check_shape(const Kernel& kernel, const ort::KernelContext* context, size_t input,
+                         const char* name, size_t rank, int64_t* expected) {
   if (!kernel.given[input]) return nullptr;
   const ort::Value* value = nullptr;
   RETURN_IF_ERROR(kernel.api->KernelContext_GetInput(context, input, &value));
@@ -181,24 +209,31 @@ ort::Status* check_shape(const Kernel& kernel, const ort::KernelContext* context
   size_t found = 0;
   RETURN_IF_ERROR(shape_of(kernel.api, value, name, shape, &found));
   if (found != rank)
-    return fail(kernel.api, ort::kInvalidArgument, "%s has %zu dimensions, not %zu", name, found, rank);
+    return fail(kernel.api, ort::kInvalidArgument, "%s has %zu dimensions, not %zu", name, found,
+                rank);
   for (size_t i = 0; i < rank; i++) {
     if (expected[i] == -1) expected[i] = shape[i];
     if (shape[i] != expected[i])
-      return fail(kernel.api, ort::kInvalidArgument, "dimension %zu of %s is %lld, not %lld", i, name,
-                  static_cast<long long>(shape[i]), static_cast<long long>(expected[i]));
+      return fail(kernel.api, ort::kInvalidArgument, "dimension %zu of %s is %lld, not %lld", i,
+                  name, static_cast<long long>(shape[i]), static_cast<long long>(expected[i]));
   }
   return nullptr;
 }
 
-ort::Status* check_shapes(const Kernel& kernel, const ort::KernelContext* context, bool cross, Attention* a) {
-  int64_t rows[2] = {-1, a->width}, cache[4] = {-1, a->kv_heads, -1, cache_width(*a)}, sequences[1] = {-1};
-  int64_t tables[2] = {-1, -1}, bias[2] = {-1, a->heads}, norm[1] = {a->size};
+ort::Status* check_shapes(const Kernel& kernel, const ort::KernelContext* context, bool cross,
+                          Attention* a) {
+  int64_t rows[2] = {-1, a->width};
+  int64_t cache[4] = {-1, a->kv_heads, -1, cache_width(*a)};
+  int64_t sequences[1] = {-1};
+  int64_t tables[2] = {-1, -1};
+  int64_t bias[2] = {-1, a->heads};
+  int64_t norm[1] = {a->size};
   RETURN_IF_ERROR(check_shape(kernel, context, kRows, "rows", 2, rows));
   RETURN_IF_ERROR(check_shape(kernel, context, kPastKey, "past_key", 4, cache));
   RETURN_IF_ERROR(check_shape(kernel, context, kPastValue, "past_value", 4, cache));
   RETURN_IF_ERROR(check_shape(kernel, context, kPastLengths, "past_lengths", 1, cache));
-  RETURN_IF_ERROR(check_shape(kernel, context, kQueryLengths, "query_lengths", 1, cross ? sequences : cache));
+  RETURN_IF_ERROR(
+      check_shape(kernel, context, kQueryLengths, "query_lengths", 1, cross ? sequences : cache));
   RETURN_IF_ERROR(check_shape(kernel, context, kCosine, "cosine", 2, tables));
   RETURN_IF_ERROR(check_shape(kernel, context, kSine, "sine", 2, tables));
   RETURN_IF_ERROR(check_shape(kernel, context, kBias, "bias", 2, bias));
@@ -208,26 +243,31 @@ ort::Status* check_shapes(const Kernel& kernel, const ort::KernelContext* contex
   a->prompts = cache[0];
   a->batch = cross ? sequences[0] : a->prompts;
   if (a->prompts == 0 ? a->batch != 0 : a->batch % a->prompts != 0)
-    return fail(kernel.api, ort::kInvalidArgument, "query_lengths of %lld sequences do not share %lld prompts",
+    return fail(kernel.api, ort::kInvalidArgument,
+                "query_lengths of %lld sequences do not share %lld prompts",
                 static_cast<long long>(a->batch), static_cast<long long>(a->prompts));
   a->capacity = cache[2];
   a->positions = tables[0];
   a->turned = kernel.given[kCosine] ? tables[1] : 0;
-  if (a->turned > a->size / 2) return fail(kernel.api, ort::kInvalidArgument, "cosine is wider than half a head");
+  if (a->turned > a->size / 2)
+    return fail(kernel.api, ort::kInvalidArgument, "cosine is wider than half a head");
   a->reach = bias[0] - 1;
-  if (kernel.given[kBias] && a->reach < 0) return fail(kernel.api, ort::kInvalidArgument, "bias has no rows");
+  if (kernel.given[kBias] && a->reach < 0)
+    return fail(kernel.api, ort::kInvalidArgument, "bias has no rows");
   if (!a->packed && (a->batch == 0 ? a->rows != 0 : a->rows % a->batch != 0))
     return fail(kernel.api, ort::kInvalidArgument, "rows are no multiple of the sequences");
   return nullptr;
 }
 
-ort::Status* make_outputs(const Kernel& kernel, ort::KernelContext* context, size_t outputs, Attention* a) {
-  const int64_t y[2] = {a->rows, a->heads * a->size}, cache[4] = {a->batch, a->kv_heads, a->capacity, cache_width(*a)};
+ort::Status* make_outputs(const Kernel& kernel, ort::KernelContext* context, size_t outputs,
+                          Attention* a) {
+  const int64_t y[2] = {a->rows, a->heads * a->size};
+  const int64_t cache[4] = {a->batch, a->kv_heads, a->capacity, cache_width(*a)};
   void** const data[kOutputs] = {reinterpret_cast<void**>(&a->y), &a->key, &a->value};
   for (size_t output = kY; output < outputs; output++) {
     ort::Value* value = nullptr;
-    RETURN_IF_ERROR(kernel.api->KernelContext_GetOutput(context, output, output == kY ? y : cache, output == kY ? 2 : 4,
-                                                        &value));
+    RETURN_IF_ERROR(kernel.api->KernelContext_GetOutput(context, output, output == kY ? y : cache,
+                                                        output == kY ? 2 : 4, &value));
     if (value == nullptr) return fail(kernel.api, ort::kInvalidGraph, "an output is missing");
     RETURN_IF_ERROR(kernel.api->GetTensorMutableData(value, data[output]));
   }
@@ -235,15 +275,16 @@ ort::Status* make_outputs(const Kernel& kernel, ort::KernelContext* context, siz
 }
 
 // Checks shapes, allocates outputs, and sets all tensors except the lengths of the keys.
-ort::Status* begin_call(const Kernel& kernel, ort::KernelContext* context, size_t outputs, const void** inputs,
-                        Attention* a) {
+ort::Status* begin_call(const Kernel& kernel, ort::KernelContext* context, size_t outputs,
+                        const void** inputs, Attention* a) {
   RETURN_IF_ERROR(check_shapes(kernel, context, outputs == kKey, a));
   for (size_t input = kRows; input < kInputs; input++)
     RETURN_IF_ERROR(input_of(kernel.api, context, input, kernel.given[input], &inputs[input]));
   a->past_key = inputs[kPastKey];
   a->past_value = inputs[kPastValue];
-  const float** const tensors[kInputs] = {&a->input, nullptr, nullptr, nullptr, nullptr, &a->cosine,
-                                          &a->sine,  &a->bias, &a->query_norm, &a->key_norm};
+  const float** const tensors[kInputs] = {&a->input,      nullptr,     nullptr,  nullptr,
+                                          nullptr,        &a->cosine,  &a->sine, &a->bias,
+                                          &a->query_norm, &a->key_norm};
   for (size_t input = kRows; input < kInputs; input++)
     if (tensors[input] != nullptr) *tensors[input] = static_cast<const float*>(inputs[input]);
   a->prompt = reading_prompt && !kernel.exact;
@@ -281,7 +322,9 @@ ort::Status* compute_cross(void* op, ort::KernelContext* context) {
 ort::Status* compute_encoder(void* op, ort::KernelContext* context) {
   const Kernel& kernel = *static_cast<Kernel*>(op);
   Attention a = kernel.attention;
-  int64_t rows[2] = {-1, a.width}, lengths[1] = {-1}, bias[2] = {-1, a.heads};
+  int64_t rows[2] = {-1, a.width};
+  int64_t lengths[1] = {-1};
+  int64_t bias[2] = {-1, a.heads};
   RETURN_IF_ERROR(check_shape(kernel, context, kRows, "rows", 2, rows));
   RETURN_IF_ERROR(check_shape(kernel, context, kLengths, "lengths", 1, lengths));
   RETURN_IF_ERROR(check_shape(kernel, context, kDistances, "bias", 2, bias));
@@ -303,7 +346,8 @@ ort::Status* compute_encoder(void* op, ort::KernelContext* context) {
   RETURN_IF_ERROR(make_outputs(kernel, context, kKey, &a));
   const int64_t values = a.rows * a.kv_heads * a.size + kBehind;
   auto* memory = static_cast<float*>(allocate(static_cast<size_t>(2 * values) * sizeof(float)));
-  if (memory == nullptr) return fail(kernel.api, ort::kEngineError, "no memory for keys and values");
+  if (memory == nullptr)
+    return fail(kernel.api, ort::kEngineError, "no memory for keys and values");
   a.key = memory;
   a.value = memory + values;
   ort::Status* status = run(kernel, context, a);
@@ -378,7 +422,9 @@ constexpr ort::CustomOp with_cache(ort::CustomOp op) {
 constexpr ort::CustomOp half_attention_op() {
   ort::CustomOp op = with_cache<ort::kFloat16>(cached_attention_op());
   op.GetName = [](const ort::CustomOp*) { return "HalfAttention"; };
-  op.GetOutputType = [](const ort::CustomOp*, size_t output) { return output == kY ? ort::kFloat : ort::kFloat16; };
+  op.GetOutputType = [](const ort::CustomOp*, size_t output) {
+    return output == kY ? ort::kFloat : ort::kFloat16;
+  };
   op.CreateKernelV2 = create_half;
   return op;
 }
@@ -387,7 +433,9 @@ constexpr ort::CustomOp half_attention_op() {
 constexpr ort::CustomOp int8_attention_op() {
   ort::CustomOp op = with_cache<ort::kInt8>(cached_attention_op());
   op.GetName = [](const ort::CustomOp*) { return "Int8Attention"; };
-  op.GetOutputType = [](const ort::CustomOp*, size_t output) { return output == kY ? ort::kFloat : ort::kInt8; };
+  op.GetOutputType = [](const ort::CustomOp*, size_t output) {
+    return output == kY ? ort::kFloat : ort::kInt8;
+  };
   op.CreateKernelV2 = create_int8;
   return op;
 }
@@ -434,9 +482,8 @@ constexpr ort::CustomOp half_prompt_op() {
   op.GetOutputTypeCount = [](const ort::CustomOp*) -> size_t { return kPromptOutputs; };
   op.GetOutputType = [](const ort::CustomOp*, size_t) { return ort::kFloat16; };
   op.GetOutputCharacteristic = [](const ort::CustomOp*, size_t) { return ort::kRequired; };
-  op.CreateKernelV2 = [](const ort::CustomOp*, const ort::Api* api, const ort::KernelInfo* info, void** out) {
-    return create_prompt(api, info, kHalves, out);
-  };
+  op.CreateKernelV2 = [](const ort::CustomOp*, const ort::Api* api, const ort::KernelInfo* info,
+                         void** out) { return create_prompt(api, info, kHalves, out); };
   op.KernelComputeV2 = compute_prompt;
   return op;
 }
@@ -445,16 +492,17 @@ constexpr ort::CustomOp int8_prompt_op() {
   ort::CustomOp op = half_prompt_op();
   op.GetName = [](const ort::CustomOp*) { return "Int8PromptCache"; };
   op.GetOutputType = [](const ort::CustomOp*, size_t) { return ort::kInt8; };
-  op.CreateKernelV2 = [](const ort::CustomOp*, const ort::Api* api, const ort::KernelInfo* info, void** out) {
-    return create_prompt(api, info, kBytes, out);
-  };
+  op.CreateKernelV2 = [](const ort::CustomOp*, const ort::Api* api, const ort::KernelInfo* info,
+                         void** out) { return create_prompt(api, info, kBytes, out); };
   return op;
 }
 
 constexpr ort::CustomOp encoder_attention_op() {
   ort::CustomOp op = common_attention();
   op.GetName = [](const ort::CustomOp*) { return "EncoderAttention"; };
-  op.GetInputType = [](const ort::CustomOp*, size_t input) { return input == kLengths ? ort::kInt32 : ort::kFloat; };
+  op.GetInputType = [](const ort::CustomOp*, size_t input) {
+    return input == kLengths ? ort::kInt32 : ort::kFloat;
+  };
   op.GetInputCharacteristic = [](const ort::CustomOp*, size_t input) {
     return input == kDistances ? ort::kOptional : ort::kRequired;
   };
@@ -467,11 +515,16 @@ constexpr ort::CustomOp encoder_attention_op() {
 
 }  // namespace
 
-constexpr ort::CustomOp kCachedAttentionOp = cached_attention_op(), kCappedAttentionOp = capped_attention_op();
-constexpr ort::CustomOp kHalfAttentionOp = half_attention_op(), kInt8AttentionOp = int8_attention_op();
-constexpr ort::CustomOp kCrossAttentionOp = cross_attention_op(), kHalfCrossAttentionOp = half_cross_op();
-constexpr ort::CustomOp kCappedCrossAttentionOp = capped_cross_op(), kInt8CrossAttentionOp = int8_cross_op();
-constexpr ort::CustomOp kHalfPromptCacheOp = half_prompt_op(), kInt8PromptCacheOp = int8_prompt_op();
+constexpr ort::CustomOp kCachedAttentionOp = cached_attention_op();
+constexpr ort::CustomOp kCappedAttentionOp = capped_attention_op();
+constexpr ort::CustomOp kHalfAttentionOp = half_attention_op();
+constexpr ort::CustomOp kInt8AttentionOp = int8_attention_op();
+constexpr ort::CustomOp kCrossAttentionOp = cross_attention_op();
+constexpr ort::CustomOp kHalfCrossAttentionOp = half_cross_op();
+constexpr ort::CustomOp kCappedCrossAttentionOp = capped_cross_op();
+constexpr ort::CustomOp kInt8CrossAttentionOp = int8_cross_op();
+constexpr ort::CustomOp kHalfPromptCacheOp = half_prompt_op();
+constexpr ort::CustomOp kInt8PromptCacheOp = int8_prompt_op();
 constexpr ort::CustomOp kEncoderAttentionOp = encoder_attention_op();
 
 }  // namespace freeexport

@@ -10,7 +10,8 @@ constexpr int kWide = 16;  // neighboring values with separate sums
 constexpr int kParts = kWide / Vec::kLanes;
 // A head's size is a multiple of 8, so half of `kWide` may remain. It takes kHalfParts registers,
 // of which the last is half full if a register holds `kWide` values.
-constexpr int kHalf = kWide / 2, kHalfParts = (kParts + 1) / 2;
+constexpr int kHalf = kWide / 2;
+constexpr int kHalfParts = (kParts + 1) / 2;
 
 template <typename V, bool Half, typename C>
 inline typename V::Float values_at(const C* from) {
@@ -33,16 +34,20 @@ inline void put_values(float* to, typename V::Float values) {
 }
 
 // Computes x / sqrt(mean(x^2) + epsilon) * norm, then rotates x by its position, in place.
-__attribute__((noinline)) void norm_and_turn(const Attention& a, const float* norm, int64_t position, float* x) {
-  const int64_t size = a.size, half = a.turned;
+__attribute__((noinline)) void norm_and_turn(const Attention& a, const float* norm,
+                                             int64_t position, float* x) {
+  const int64_t size = a.size;
+  const int64_t half = a.turned;
   if (norm != nullptr) {
     const float scale = 1.0f / root(sum_of_squares(x, size) / static_cast<float>(size) + a.epsilon);
     for (int64_t i = 0; i < size; i++) x[i] = (x[i] * scale) * norm[i];
   }
   if (a.cosine == nullptr) return;
-  const float *cosine = a.cosine + position * half, *sine = a.sine + position * half;
+  const float* cosine = a.cosine + position * half;
+  const float* sine = a.sine + position * half;
   for (int64_t i = 0; i < half; i++) {
-    const float low = x[i], high = x[i + half];
+    const float low = x[i];
+    const float high = x[i + half];
     x[i] = low * cosine[i] - high * sine[i];
     x[i + half] = high * cosine[i] + low * sine[i];
   }
@@ -59,7 +64,8 @@ inline const float* queries_of(const Attention& a, const Place& place) {
 }
 
 inline Seen seen_of(const Attention& a, const Place& place, int64_t piece) {
-  const int64_t from = first_position(a, place) - piece * kPieceRows, end = place.position + 1 - piece * kPieceRows;
+  const int64_t from = first_position(a, place) - piece * kPieceRows;
+  const int64_t end = place.position + 1 - piece * kPieceRows;
   return {from > 0 ? from : 0, end < kPieceRows ? end : kPieceRows};
 }
 
@@ -81,7 +87,8 @@ inline void store_row_as(const Attention& a, const Place& place) {
   const size_t bytes = static_cast<size_t>(a.size) * sizeof(float);
   const float* keys = a.input + place.row * a.width + a.heads * a.size;
   float* queries = a.y + place.row * a.heads * a.size;
-  const bool stores = !a.cross_lengths || a.encoder, turns = a.key_norm != nullptr || a.cosine != nullptr;
+  const bool stores = !a.cross_lengths || a.encoder;
+  const bool turns = a.key_norm != nullptr || a.cosine != nullptr;
   for (int64_t head = 0; stores && head < a.kv_heads; head++) {
     const int64_t at = keys_at(a, place, head, place.position);
     const float* key = keys + head * a.size;
@@ -109,12 +116,14 @@ inline void store_row(const Attention& a, const Place& place) {
 
 // Adds the products of 4 keys and Q queries to sums, for `Parts` registers, or 8 values if `Half`.
 template <int Q, int Parts, bool Half, typename C>
-inline void add_four(const float* queries, const C* keys, int64_t size, typename Vec::Float (&sums)[Q][4][kParts]) {
+inline void add_four(const float* queries, const C* keys, int64_t size,
+                     typename Vec::Float (&sums)[Q][4][kParts]) {
 #pragma GCC unroll 16
   for (int p = 0; p < Parts; p++) {
     typename Vec::Float query[Q];
 #pragma GCC unroll 16
-    for (int q = 0; q < Q; q++) query[q] = values_at<Vec, Half>(queries + q * size + p * Vec::kLanes);
+    for (int q = 0; q < Q; q++)
+      query[q] = values_at<Vec, Half>(queries + q * size + p * Vec::kLanes);
 #pragma GCC unroll 16
     for (int k = 0; k < 4; k++) {
       const typename Vec::Float key = values_at<Vec, Half>(keys + k * size + p * Vec::kLanes);
@@ -126,7 +135,8 @@ inline void add_four(const float* queries, const C* keys, int64_t size, typename
 
 // Computes scores[q][0..3] of 4 keys and Q queries. Prefetches the rows of `ahead`.
 template <int Q, typename C>
-inline void dot_four(const float* queries, const C* keys, int64_t size, float* scores, const C* ahead) {
+inline void dot_four(const float* queries, const C* keys, int64_t size, float* scores,
+                     const C* ahead) {
   typename Vec::Float sums[Q][4][kParts];
 #pragma GCC unroll 16
   for (int q = 0; q < Q; q++)
@@ -147,7 +157,8 @@ inline void dot_four(const float* queries, const C* keys, int64_t size, float* s
 
 // Computes scores[q][t] = queries[q] . keys[t]. Prefetches `values`.
 template <int Q, typename C>
-inline void dots(const float* queries, const C* keys, const C* values, int64_t size, int64_t count, float* scores) {
+inline void dots(const float* queries, const C* keys, const C* values, int64_t size, int64_t count,
+                 float* scores) {
   constexpr int kTogether = kParts == 1 ? Q : 1;  // limited by the number of registers
   int64_t t = 0;
   for (; t + 4 <= count; t += 4)
@@ -162,11 +173,13 @@ inline void dots(const float* queries, const C* keys, const C* values, int64_t s
       for (; at + kWide <= size; at += kWide)
         for (int p = 0; p < kParts; p++)
           sums[p] = Vec::add_product(Vec::floats(queries + q * size + at + p * Vec::kLanes),
-                                     values_at<Vec, false>(keys + t * size + at + p * Vec::kLanes), sums[p]);
+                                     values_at<Vec, false>(keys + t * size + at + p * Vec::kLanes),
+                                     sums[p]);
       if (at < size)
         for (int p = 0; p < kHalfParts; p++)
-          sums[p] = Vec::add_product(values_at<Vec, true>(queries + q * size + at + p * Vec::kLanes),
-                                     values_at<Vec, true>(keys + t * size + at + p * Vec::kLanes), sums[p]);
+          sums[p] = Vec::add_product(
+              values_at<Vec, true>(queries + q * size + at + p * Vec::kLanes),
+              values_at<Vec, true>(keys + t * size + at + p * Vec::kLanes), sums[p]);
       scores[q * kPieceRows + t] = Vec::fold(sums);
     }
 }
@@ -175,8 +188,8 @@ inline void dots(const float* queries, const C* keys, const C* values, int64_t s
 // size starting at `from`, or for 8 values if `Half`. The values of two t are `width` apart, the
 // weights of two q `stride`, their sums `apart`. Prefetches the rows of `ahead`.
 template <int Q, int Parts, bool Half = false, typename C>
-inline void weigh(const float* weights, int64_t stride, const C* values, int64_t width, int64_t count, int64_t from,
-                  float* out, int64_t apart, const Ahead& ahead) {
+inline void weigh(const float* weights, int64_t stride, const C* values, int64_t width,
+                  int64_t count, int64_t from, float* out, int64_t apart, const Ahead& ahead) {
   constexpr int kFetched = sizeof(C) == 1 ? 64 : kWide;  // neighboring values per prefetch
   typename Vec::Float sums[Q][Parts];
   for (int q = 0; q < Q; q++)
@@ -186,26 +199,30 @@ inline void weigh(const float* weights, int64_t stride, const C* values, int64_t
       for (int w = 0; w < Parts * Vec::kLanes; w += kFetched)
         __builtin_prefetch(static_cast<const C*>(ahead.keys) + t * width + from + w);
     for (int p = 0; p < Parts; p++) {
-      const typename Vec::Float value = values_at<Vec, Half>(values + t * width + from + p * Vec::kLanes);
+      const typename Vec::Float value =
+          values_at<Vec, Half>(values + t * width + from + p * Vec::kLanes);
       for (int q = 0; q < Q; q++)
         sums[q][p] = Vec::add_product(Vec::set(weights[q * stride + t]), value, sums[q][p]);
     }
   }
   for (int q = 0; q < Q; q++)
-    for (int p = 0; p < Parts; p++) put_values<Vec, Half>(out + q * apart + from + p * Vec::kLanes, sums[q][p]);
+    for (int p = 0; p < Parts; p++)
+      put_values<Vec, Half>(out + q * apart + from + p * Vec::kLanes, sums[q][p]);
 }
 
 // Computes e^(x - largest) of x[from]..x[end] in place, the largest x, and the sum, with separate
 // sums for 16 neighboring values. At both ends x has memory for whole groups of 16, which becomes
 // 0.
 inline void exponentials(float* x, int64_t from, int64_t end, float* most, float* sum) {
-  const int64_t first = from / kWide * kWide, last = (end + kWide - 1) / kWide * kWide;
+  const int64_t first = from / kWide * kWide;
+  const int64_t last = (end + kWide - 1) / kWide * kWide;
   for (int64_t i = first; i < from; i++) x[i] = x[from];
   for (int64_t i = end; i < last; i++) x[i] = x[from];
   typename Vec::Float parts[kParts];
   for (int p = 0; p < kParts; p++) parts[p] = Vec::floats(x + first + p * Vec::kLanes);
   for (int64_t i = first + kWide; i < last; i += kWide)
-    for (int p = 0; p < kParts; p++) parts[p] = Vec::larger(Vec::floats(x + i + p * Vec::kLanes), parts[p]);
+    for (int p = 0; p < kParts; p++)
+      parts[p] = Vec::larger(Vec::floats(x + i + p * Vec::kLanes), parts[p]);
   *most = Vec::largest(parts);
   const typename Vec::Float all = Vec::set(*most);
   for (int p = 0; p < kParts; p++) parts[p] = Vec::zero();
@@ -221,7 +238,8 @@ inline void exponentials(float* x, int64_t from, int64_t end, float* most, float
     for (int64_t i = first; i < from; i++) x[i] = 0.0f;
     for (int64_t i = end; i < last; i++) x[i] = 0.0f;
     for (int64_t i = first; i < last; i += kWide)
-      for (int p = 0; p < kParts; p++) parts[p] = Vec::added(parts[p], Vec::floats(x + i + p * Vec::kLanes));
+      for (int p = 0; p < kParts; p++)
+        parts[p] = Vec::added(parts[p], Vec::floats(x + i + p * Vec::kLanes));
   }
   *sum = Vec::fold(parts);
 }
@@ -239,8 +257,8 @@ inline void cap(float* x, int64_t count, float most) {
 
 // Caps scaled scores and adds the bias. `begin` is the position of the first key, `position` that
 // of the row.
-inline void cap_and_bias(const Attention& a, int64_t head, int64_t begin, int64_t position, float* scores,
-                         int64_t count) {
+inline void cap_and_bias(const Attention& a, int64_t head, int64_t begin, int64_t position,
+                         float* scores, int64_t count) {
   if (a.softcap > 0.0f) cap(scores, count, a.softcap);
   if (a.bias == nullptr) return;
   for (int64_t t = 0; t < count; t++) {
@@ -251,23 +269,27 @@ inline void cap_and_bias(const Attention& a, int64_t head, int64_t begin, int64_
 
 // Calls `weigh` for the whole size of the values, as much at a time as registers permit.
 template <int Q, typename C>
-inline void weigh_all(const float* weights, int64_t stride, const C* values, int64_t size, int64_t width,
-                      int64_t count, float* out, int64_t apart, const Ahead& ahead) {
+inline void weigh_all(const float* weights, int64_t stride, const C* values, int64_t size,
+                      int64_t width, int64_t count, float* out, int64_t apart, const Ahead& ahead) {
   constexpr int kWideSums = Vec::kLanes == 16 || Q == 1 ? 4 : Q < 4 ? 2 : 1;
   int64_t from = 0;
   for (; from + kWideSums * kWide <= size; from += kWideSums * kWide)
     weigh<Q, kWideSums * kParts>(weights, stride, values, width, count, from, out, apart, ahead);
   for (; from + kWide <= size; from += kWide)
     weigh<Q, kParts>(weights, stride, values, width, count, from, out, apart, ahead);
-  if (from < size) weigh<Q, kHalfParts, true>(weights, stride, values, width, count, from, out, apart, ahead);
+  if (from < size)
+    weigh<Q, kHalfParts, true>(weights, stride, values, width, count, from, out, apart, ahead);
 }
 
 // Results of a head so far: outputs, largest score, and sum of exponentials.
 struct Part {
-  float *out, *largest, *sum;
+  float* out;
+  float* largest;
+  float* sum;
 };
 inline Part part_of(const Attention& a, const Room& room, int64_t within, int64_t slot) {
-  const int64_t group = a.heads / a.kv_heads, padded = padded_slots(room.slots);
+  const int64_t group = a.heads / a.kv_heads;
+  const int64_t padded = padded_slots(room.slots);
   float* largest = room.values + group * room.slots * a.size + within * padded + slot;
   return {room.values + (within * room.slots + slot) * a.size, largest, largest + group * padded};
 }
@@ -279,7 +301,8 @@ inline float distance_of(float a, float b) { return a > b ? b - a : a - b; }
 // Joins a later piece to earlier ones. `power` is e^distance_of their largest scores.
 inline void join_piece(const Part& to, const Part& piece, float power, int64_t size) {
   const bool more = *piece.largest > *to.largest;
-  const float own = more ? power : 1.0f, other = more ? 1.0f : power;
+  const float own = more ? power : 1.0f;
+  const float other = more ? 1.0f : power;
   const auto joined = [&](typename Vec::Float values, typename Vec::Float others) {
     return Vec::add_product(values, Vec::set(own), Vec::times(others, Vec::set(other)));
   };
@@ -287,27 +310,35 @@ inline void join_piece(const Part& to, const Part& piece, float power, int64_t s
   for (; i + Vec::kLanes <= size; i += Vec::kLanes)
     Vec::store(to.out + i, joined(Vec::floats(to.out + i), Vec::floats(piece.out + i)));
   if (i < size)
-    put_values<Vec, true>(to.out + i, joined(values_at<Vec, true>(to.out + i), values_at<Vec, true>(piece.out + i)));
+    put_values<Vec, true>(
+        to.out + i, joined(values_at<Vec, true>(to.out + i), values_at<Vec, true>(piece.out + i)));
   *to.sum = *to.sum * own + *piece.sum * other;
   if (more) *to.largest = *piece.largest;
 }
 
 // Attends to a piece with Q heads of a group, starting at number `within`.
 template <int Q, typename C>
-inline void attend_heads(const Attention& a, const Place& place, int64_t kv_head, int64_t piece, int64_t within,
-                         const Ahead& ahead, const Room& room) {
-  const int64_t size = a.size, head = kv_head * (a.heads / a.kv_heads) + within, begin = piece * kPieceRows;
+inline void attend_heads(const Attention& a, const Place& place, int64_t kv_head, int64_t piece,
+                         int64_t within, const Ahead& ahead, const Room& room) {
+  const int64_t size = a.size;
+  const int64_t head = kv_head * (a.heads / a.kv_heads) + within;
+  const int64_t begin = piece * kPieceRows;
   const Seen seen = seen_of(a, place, piece);
-  const int64_t at = keys_at(a, place, kv_head, begin), width = cache_width(a), count = seen.end - seen.from;
+  const int64_t at = keys_at(a, place, kv_head, begin);
+  const int64_t width = cache_width(a);
+  const int64_t count = seen.end - seen.from;
   const int64_t slot = room.running ? piece > first_piece(a, place) : piece - first_piece(a, place);
-  float scores[Q * kPieceRows], value_scales[kPieceRows] = {};
-  const C *keys = static_cast<const C*>(a.key) + at, *values = static_cast<const C*>(a.value) + at;
+  float scores[Q * kPieceRows];
+  float value_scales[kPieceRows] = {};
+  const C* keys = static_cast<const C*>(a.key) + at;
+  const C* values = static_cast<const C*>(a.value) + at;
   if constexpr (sizeof(C) == 1) {
     byte_scores<Q>(a, place, head, keys, values, seen, scores);
     scales_of(values, size, seen, value_scales);
   } else {
     const int64_t first = seen.from * size;
-    dots<Q>(queries_of(a, place) + head * size, keys + first, values + first, size, count, scores + seen.from);
+    dots<Q>(queries_of(a, place) + head * size, keys + first, values + first, size, count,
+            scores + seen.from);
   }
   for (int q = 0; q < Q; q++) {
     float* own = scores + q * kPieceRows;
@@ -323,8 +354,8 @@ inline void attend_heads(const Attention& a, const Place& place, int64_t kv_head
 
 // Attends to a piece with all heads of a group, for one row.
 template <typename C>
-inline void attend_as(const Attention& a, const Place& place, int64_t kv_head, int64_t piece, const Ahead& ahead,
-                      const Room& room) {
+inline void attend_as(const Attention& a, const Place& place, int64_t kv_head, int64_t piece,
+                      const Ahead& ahead, const Room& room) {
   const int64_t group = a.heads / a.kv_heads;
   for (int64_t g = 0; g < group; g += kSharing) {
     const int64_t left = group - g;
@@ -339,15 +370,16 @@ inline void attend_as(const Attention& a, const Place& place, int64_t kv_head, i
   }
   if (!room.running || piece == first_piece(a, place)) return;
   for (int64_t g = 0; g < group; g++) {
-    const Part to = part_of(a, room, g, 0), part = part_of(a, room, g, 1);
+    const Part to = part_of(a, room, g, 0);
+    const Part part = part_of(a, room, g, 1);
     float power = distance_of(*to.largest, *part.largest);
     exponentials(&power, 1);
     join_piece(to, part, power, a.size);
   }
 }
 
-inline void attend(const Attention& a, const Place& place, int64_t kv_head, int64_t piece, const Ahead& ahead,
-                   const Room& room) {
+inline void attend(const Attention& a, const Place& place, int64_t kv_head, int64_t piece,
+                   const Ahead& ahead, const Room& room) {
   a.cache == kBytes    ? attend_as<int8_t>(a, place, kv_head, piece, ahead, room)
   : a.cache == kHalves ? attend_as<uint16_t>(a, place, kv_head, piece, ahead, room)
                        : attend_as<float>(a, place, kv_head, piece, ahead, room);
@@ -355,7 +387,9 @@ inline void attend(const Attention& a, const Place& place, int64_t kv_head, int6
 
 // Joins all pieces of a row, divides by the sum of exponentials, and stores y.
 inline void join(const Attention& a, const Place& place, int64_t kv_head, const Room& room) {
-  const int64_t size = a.size, group = a.heads / a.kv_heads, pieces = end_piece(place) - first_piece(a, place);
+  const int64_t size = a.size;
+  const int64_t group = a.heads / a.kv_heads;
+  const int64_t pieces = end_piece(place) - first_piece(a, place);
   for (int64_t g = 0; g < group; g++) {
     float* y = a.y + (place.row * a.heads + kv_head * group + g) * size;
     if (pieces == 0) {  // the row sees no keys
@@ -365,14 +399,16 @@ inline void join(const Attention& a, const Place& place, int64_t kv_head, const 
     const Part all = part_of(a, room, g, 0);
     for (int64_t first = 1; first < pieces && !room.running; first += kPieceRows) {
       const int64_t count = pieces - first < kPieceRows ? pieces - first : kPieceRows;
-      float powers[kPieceRows], most = *all.largest;
+      float powers[kPieceRows];
+      float most = *all.largest;
       for (int64_t p = 0; p < count; p++) {
         const float next = all.largest[first + p];
         powers[p] = distance_of(most, next);
         most = next > most ? next : most;
       }
       exponentials(powers, count);
-      for (int64_t p = 0; p < count; p++) join_piece(all, part_of(a, room, g, first + p), powers[p], size);
+      for (int64_t p = 0; p < count; p++)
+        join_piece(all, part_of(a, room, g, first + p), powers[p], size);
     }
     const float by = 1.0f / *all.sum;
     for (int64_t i = 0; i < size; i++) y[i] = all.out[i] * by;

@@ -11,20 +11,22 @@ struct Vec : Vec256 {
   static constexpr bool kWide = true;
   static Int pairs(Int weights, Int a) { return _mm256_maddubs_epi16(weights, a); }
   static Int sum_pairs(Int a, Int b) { return _mm256_add_epi16(a, b); }
-  static Int widen_pairs(Int a, int16_t factor) { return _mm256_madd_epi16(a, _mm256_set1_epi16(factor)); }
+  static Int widen_pairs(Int a, int16_t factor) {
+    return _mm256_madd_epi16(a, _mm256_set1_epi16(factor));
+  }
   static Int sum(Int a, Int b) { return _mm256_add_epi32(a, b); }
 
-  // Adds products in 16 bits, as in avx512.cpp. The upper halves of 8-bit weights are multiplied after
-  // all lower ones, so that the sums of four rows with both registers of a panel fit in 16 registers.
-  // Weights are then read once.
+  // Adds products in 16 bits, as in avx512.cpp. The upper halves of 8-bit weights are multiplied
+  // after all lower ones, so that the sums of four rows with both registers of a panel fit in 16
+  // registers. Weights are then read once.
   template <int Bits>
   struct Quads {
     template <int M>
     static constexpr int kWide = 2;
 
     template <int M, int Wide, typename Start, typename Take>
-    static FREEEXPORT_INLINE void multiply(const uint8_t* data, int64_t apart, const Group* rows, const Start& start,
-                                           const Take& take) {
+    static FREEEXPORT_INLINE void multiply(const uint8_t* data, int64_t apart, const Group* rows,
+                                           const Start& start, const Take& take) {
       Int dots[M][Wide];
 #pragma GCC unroll 2
       for (int half = 0; half < Bits / 4; half++) {
@@ -45,7 +47,8 @@ struct Vec : Vec256 {
             for (int w = 0; w < Wide; w++) {
               const Int products = pairs(quads[w], a);
               sums[m][w] = j == 0 ? products : sum_pairs(sums[m][w], products);
-              asm("" : "+v"(sums[m][w]));  // otherwise GCC keeps products in memory and adds them later
+              // Otherwise GCC keeps products in memory and adds them later.
+              asm("" : "+v"(sums[m][w]));
             }
           }
         }
@@ -53,7 +56,8 @@ struct Vec : Vec256 {
         for (int m = 0; m < M; m++)
 #pragma GCC unroll 2
           for (int w = 0; w < Wide; w++)
-            dots[m][w] = sum(half ? dots[m][w] : start(m, w), widen_pairs(sums[m][w], half ? 16 : 1));
+            dots[m][w] =
+                sum(half ? dots[m][w] : start(m, w), widen_pairs(sums[m][w], half ? 16 : 1));
       }
 #pragma GCC unroll 8
       for (int m = 0; m < M; m++)
@@ -67,19 +71,25 @@ struct Vec : Vec256 {
     for (int64_t quad = 0; quad < groups * kGroup / 4; quad++, to += 64)
       for (int half = 0; half < 2; half++, data += 32) {
         const Int bytes = load(data);
-        const auto pair = [&](Int even, Int odd) { return _mm256_or_si256(even, _mm256_slli_epi32(odd, 16)); };
-        const Int first = pair(_mm256_and_si256(bytes, byte), _mm256_and_si256(_mm256_srli_epi32(bytes, 8), byte));
-        const Int last = pair(_mm256_and_si256(_mm256_srli_epi32(bytes, 16), byte), _mm256_srli_epi32(bytes, 24));
+        const auto pair = [&](Int even, Int odd) {
+          return _mm256_or_si256(even, _mm256_slli_epi32(odd, 16));
+        };
+        const Int first = pair(_mm256_and_si256(bytes, byte),
+                               _mm256_and_si256(_mm256_srli_epi32(bytes, 8), byte));
+        const Int last = pair(_mm256_and_si256(_mm256_srli_epi32(bytes, 16), byte),
+                              _mm256_srli_epi32(bytes, 24));
         _mm256_store_si256(reinterpret_cast<Int*>(to + 16 * half), first);
         _mm256_store_si256(reinterpret_cast<Int*>(to + 32 + 16 * half), last);
       }
   }
   // Adds the products of a group of such weights, for kRows rows.
-  static FREEEXPORT_INLINE void add_wide_products(const int16_t* rows, const int16_t* weights, Int (&dots)[2][kRows]) {
+  static FREEEXPORT_INLINE void add_wide_products(const int16_t* rows, const int16_t* weights,
+                                                  Int (&dots)[2][kRows]) {
 #pragma GCC unroll 16
     for (int pair = 0; pair < kGroup / 2; pair++) {
       const auto* both = reinterpret_cast<const Int*>(weights + 32 * pair);
-      const Int first = _mm256_load_si256(both), last = _mm256_load_si256(both + 1);
+      const Int first = _mm256_load_si256(both);
+      const Int last = _mm256_load_si256(both + 1);
 #pragma GCC unroll 4
       for (int m = 0; m < kRows; m++) {
         int32_t two;
@@ -105,7 +115,13 @@ struct Vec : Vec256 {
 
 namespace freeexport {
 
-const Kernels kAvx2 = {"avx2", [] { return kProcessor.avx2; }, prepare, panels, prepare_floats, float_panels,
-                       store_row, attend, attend_rows, attend_encoder, join, piece};
+const Kernels kAvx2 = {
+    "avx2",         [] { return kProcessor.avx2; },
+    prepare,        panels,
+    prepare_floats, float_panels,
+    store_row,      attend,
+    attend_rows,    attend_encoder,
+    join,           piece,
+};
 
 }  // namespace freeexport

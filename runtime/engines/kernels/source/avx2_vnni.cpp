@@ -40,7 +40,9 @@ bool supported() {
 
 namespace freeexport {
 
-const Kernels kAvx2Vnni = {"avx2-vnni", supported, prepare, panels, prepare_floats, float_panels,
-                       store_row, attend, attend_rows, attend_encoder, join, piece};
+const Kernels kAvx2Vnni = {
+    "avx2-vnni", supported, prepare,     panels,         prepare_floats, float_panels,
+    store_row,   attend,    attend_rows, attend_encoder, join,           piece,
+};
 
 }  // namespace freeexport

@@ -6,6 +6,7 @@
 namespace freeexport {
 
 // Needs kProcessor.avx512_bf16.
-bool avx512_bf16_attend(const Attention& attention, const Place* places, int64_t count, int64_t kv_head);
+bool avx512_bf16_attend(const Attention& attention, const Place* places, int64_t count,
+                        int64_t kv_head);
 
 }  // namespace freeexport

@@ -28,15 +28,44 @@ struct Vec : Vec512 {
 
 namespace freeexport {
 
-const Kernels kAvx512Vnni = {"avx512-vnni", [] { return kProcessor.avx512_vnni; }, prepare, panels, prepare_floats, float_panels,
-                       store_row, attend, attend_rows, attend_encoder, join, piece};
+const Kernels kAvx512Vnni = {
+    "avx512-vnni",  [] { return kProcessor.avx512_vnni; },
+    prepare,        panels,
+    prepare_floats, float_panels,
+    store_row,      attend,
+    attend_rows,    attend_encoder,
+    join,           piece,
+};
 // Long prompts gain more from attention in bfloat16 than chats lose, which read answers beyond this
 // position again (docs/precision.md, "Prompts with AVX-512").
 constexpr int64_t kLongPrompt = 256;
-const Kernels kAvx512Bf16 = {"avx512-bf16", [] { return kProcessor.avx512_bf16; }, prepare, panels, prepare_floats, float_panels,
-                             store_row, attend, attend_rows, attend_encoder, join, piece, nullptr, nullptr,
-                             avx512_bf16_attend, kLongPrompt};
-const Kernels kAmx = {"amx", [] { return kProcessor.amx && request_tiles(); }, prepare, panels, prepare_floats, float_panels,
-                      store_row, attend, attend_rows, attend_encoder, join, piece, amx_prepare, amx_panels, amx_attend, 0};
+const Kernels kAvx512Bf16 = {
+    "avx512-bf16",
+    [] { return kProcessor.avx512_bf16; },
+    prepare,
+    panels,
+    prepare_floats,
+    float_panels,
+    store_row,
+    attend,
+    attend_rows,
+    attend_encoder,
+    join,
+    piece,
+    nullptr,
+    nullptr,
+    avx512_bf16_attend,
+    kLongPrompt,
+};
+const Kernels kAmx = {
+    "amx",          [] { return kProcessor.amx && request_tiles(); },
+    prepare,        panels,
+    prepare_floats, float_panels,
+    store_row,      attend,
+    attend_rows,    attend_encoder,
+    join,           piece,
+    amx_prepare,    amx_panels,
+    amx_attend,     0,
+};
 
 }  // namespace freeexport

@@ -17,7 +17,8 @@ struct Call {
 
 void piece_task(void* data, size_t index) {
   const Call& call = *static_cast<Call*>(data);
-  const int64_t row = static_cast<int64_t>(index) / call.pieces, first = static_cast<int64_t>(index) % call.pieces * kPiece;
+  const int64_t row = static_cast<int64_t>(index) / call.pieces;
+  const int64_t first = static_cast<int64_t>(index) % call.pieces * kPiece;
   const int64_t left = call.logits.count - first;
   const float* x = call.logits.values + row * call.logits.count + first;
   call.kernels.best_of_piece(x, first, left < kPiece ? left : kPiece, &call.found[index]);
@@ -43,7 +44,8 @@ BestTwo joined(const BestTwo& a, const BestTwo& b) {
 }  // namespace
 
 bool best_two(const Kernels& kernels, const Logits& logits, Parallel parallel, void* context) {
-  const int64_t pieces = (logits.count + kPiece - 1) / kPiece, total = logits.rows * pieces;
+  const int64_t pieces = (logits.count + kPiece - 1) / kPiece;
+  const int64_t total = logits.rows * pieces;
   if (total == 0) return true;
   auto* found = static_cast<BestTwo*>(std::malloc(static_cast<size_t>(total) * sizeof(BestTwo)));
   if (found == nullptr) return false;

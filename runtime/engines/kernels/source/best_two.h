@@ -14,13 +14,16 @@ constexpr int64_t kPiece = 4096;
 
 // Result for a piece, or for joined pieces.
 struct BestTwo {
-  float best, second;
-  int64_t best_index, second_index;
+  float best;
+  float second;
+  int64_t best_index;
+  int64_t second_index;
   float sum;  // of e^(x - best)
 };
 
 struct Logits {
-  int64_t rows, count;  // at least 2 per row
+  int64_t rows;
+  int64_t count;        // logits of a row, at least 2
   const float* values;  // [rows, count]
   int64_t* top;         // [rows, 2]
   float* log_sum;       // [rows]

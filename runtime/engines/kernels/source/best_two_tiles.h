@@ -25,9 +25,10 @@ inline void look(const float* x, int64_t first, BestTwo* two) {
   typename Vec::Float largest[kParts];
   for (int p = 0; p < kParts; p++) largest[p] = Vec::floats(x + p * Vec::kLanes);
   for (int i = kWide; i < Size; i += kWide)
-    for (int p = 0; p < kParts; p++) largest[p] = Vec::larger(Vec::floats(x + i + p * Vec::kLanes), largest[p]);
+    for (int p = 0; p < kParts; p++)
+      largest[p] = Vec::larger(Vec::floats(x + i + p * Vec::kLanes), largest[p]);
   if (!(Vec::largest(largest) > two->second)) return;
-  for (int i = 0; i < Size; i += Size > kWide ? Size / 4 : 1) {
+  for (int i = 0; i<Size; i += Size> kWide ? Size / 4 : 1) {
     if constexpr (Size > kWide)
       look<Size / 4>(x + i, first + i, two);
     else
@@ -50,11 +51,13 @@ inline void piece(const float* x, int64_t first, int64_t count, BestTwo* two) {
   for (int p = 0; p < kParts; p++) sums[p] = Vec::zero();
   for (i = 0; i + kWide <= count; i += kWide)
     for (int p = 0; p < kParts; p++)
-      sums[p] = Vec::added(sums[p], exponential(Vec::minus(Vec::floats(x + i + p * Vec::kLanes), best)));
+      sums[p] =
+          Vec::added(sums[p], exponential(Vec::minus(Vec::floats(x + i + p * Vec::kLanes), best)));
   float rest[kWide] = {};
   for (int64_t j = 0; i + j < count; j++) rest[j] = x[i + j] - two->best;
   exponentials(rest, count - i);
-  for (int p = 0; p < kParts; p++) sums[p] = Vec::added(sums[p], Vec::floats(rest + p * Vec::kLanes));
+  for (int p = 0; p < kParts; p++)
+    sums[p] = Vec::added(sums[p], Vec::floats(rest + p * Vec::kLanes));
   two->sum = Vec::fold(sums);
 }
 

@@ -12,7 +12,8 @@ namespace official {
 
 namespace ours = freeexport::ort;
 
-#define ENTRY(name) static_assert(offsetof(ours::Api, name) == offsetof(official::OrtApi, name), #name)
+#define ENTRY(name) \
+  static_assert(offsetof(ours::Api, name) == offsetof(official::OrtApi, name), #name)
 ENTRY(CreateStatus);
 ENTRY(CreateCustomOpDomain);
 ENTRY(CustomOpDomain_Add);
@@ -35,11 +36,13 @@ ENTRY(KernelInfo_GetInputName);
 ENTRY(KernelInfoGetConstantInput_tensor);
 ENTRY(KernelContext_ParallelFor);
 
-#define BASE(name) static_assert(offsetof(ours::ApiBase, name) == offsetof(official::OrtApiBase, name), #name)
+#define BASE(name) \
+  static_assert(offsetof(ours::ApiBase, name) == offsetof(official::OrtApiBase, name), #name)
 BASE(GetApi);
 BASE(GetVersionString);
 
-#define CALLBACK(name) static_assert(offsetof(ours::CustomOp, name) == offsetof(official::OrtCustomOp, name), #name)
+#define CALLBACK(name) \
+  static_assert(offsetof(ours::CustomOp, name) == offsetof(official::OrtCustomOp, name), #name)
 CALLBACK(version);
 CALLBACK(CreateKernel);
 CALLBACK(GetName);
@@ -66,9 +69,11 @@ CALLBACK(GetMayInplace);
 CALLBACK(ReleaseMayInplace);
 CALLBACK(GetAliasMap);
 CALLBACK(ReleaseAliasMap);
-static_assert(sizeof(ours::CustomOp) == sizeof(official::OrtCustomOp), "OrtCustomOp has other members");
+static_assert(sizeof(ours::CustomOp) == sizeof(official::OrtCustomOp),
+              "OrtCustomOp has other members");
 
-static_assert(ours::kApiVersion <= ORT_API_VERSION, "the header is older than what the library asks for");
+static_assert(ours::kApiVersion <= ORT_API_VERSION,
+              "the header is older than what the library asks for");
 static_assert(ours::kInvalidArgument == official::ORT_INVALID_ARGUMENT);
 static_assert(ours::kInvalidGraph == official::ORT_INVALID_GRAPH);
 static_assert(ours::kEngineError == official::ORT_RUNTIME_EXCEPTION);

@@ -1,15 +1,21 @@
-// Products of fp32 rows with quantized weights, included by tiles.h. A weight is widened in registers to
-// v * scale + offset, rounded once. For scales and offsets in float16 these are the values of the dequantized
-// weight. Products are added in the order of inputs, so results are those of float_tiles.h in fp32.
+// Products of fp32 rows with quantized weights, included by tiles.h. A weight is widened in
+// registers to v * scale + offset, rounded once. For scales and offsets in float16 these are the
+// values of the dequantized weight. Products are added in the order of inputs, so results are those
+// of float_tiles.h in fp32.
 
 // Factors in fp32 of a panel's groups, for a register of outputs that starts at `lane`.
 struct WideFactors {
-  int64_t left = 0, groups_of_scale;
-  const uint16_t *scales, *offsets;
+  int64_t left = 0;
+  int64_t groups_of_scale;
+  const uint16_t* scales;
+  const uint16_t* offsets;
   const uint8_t* zeros;
   const int8_t* multiples;
-  Vec::Float middle, whole = Vec::zero(), whole_offset = Vec::zero();
-  Vec::Float scale[2], offset[2];  // of the first and the last 16 inputs
+  Vec::Float middle;
+  Vec::Float whole = Vec::zero();
+  Vec::Float whole_offset = Vec::zero();
+  Vec::Float scale[2];   // of the first and the last 16 inputs
+  Vec::Float offset[2];  // of the first and the last 16 inputs
 
   void begin(const Weight& weight, int64_t panel, int lane) {
     const int64_t at = panel * weight.scales_of_panel() * kPanel + lane;
@@ -17,7 +23,9 @@ struct WideFactors {
     scales = weight.scales + at;
     offsets = weight.offsets ? weight.offsets + at : nullptr;
     zeros = weight.zeros ? weight.zeros + at : nullptr;
-    multiples = weight.multiples ? weight.multiples + panel * weight.blocks() * kPanel * (offsets ? 2 : 1) + lane : nullptr;
+    multiples = weight.multiples
+                    ? weight.multiples + panel * weight.blocks() * kPanel * (offsets ? 2 : 1) + lane
+                    : nullptr;
     middle = Vec::set(static_cast<float>(-(1 << (weight.bits - 1))));
   }
   // Must be called before each group of `Bits` bits.
@@ -31,7 +39,8 @@ struct WideFactors {
         whole_offset = Vec::halves(offsets);
         offsets += kPanel;
       } else if (zeros) {
-        whole_offset = Vec::times(Vec::minus(Vec::zero(), Vec::converted(Vec::widened(zeros))), whole);
+        whole_offset =
+            Vec::times(Vec::minus(Vec::zero(), Vec::converted(Vec::widened(zeros))), whole);
         zeros += kPanel;
       } else {
         whole_offset = Vec::times(middle, whole);
@@ -52,28 +61,33 @@ struct WideFactors {
   // Returns the weights of input `Each` of a quad's bytes, from `quad_of`.
   template <int Bits, int Quad, int Each>
   FREEEXPORT_INLINE Vec::Float widened(Vec::Int four) const {
-    return Vec::add_product(Vec::template byte<Each, Bits == 4>(four), scale[Quad / 4], offset[Quad / 4]);
+    return Vec::add_product(Vec::template byte<Each, Bits == 4>(four), scale[Quad / 4],
+                            offset[Quad / 4]);
   }
 };
 
-// Multiplies M rows with `Wide` registers of outputs, starting at output `lane` of a panel. Its panels in y are
-// `apart`.
+// Multiplies M rows with `Wide` registers of outputs, starting at output `lane` of a panel. Its
+// panels in y are `apart`.
 template <int Bits, int M, int Wide>
-inline void exact_tile(const float* rows, const Weight& weight, int64_t panel, int lane, float* y, int64_t stride,
-                       int64_t apart) {
+inline void exact_tile(const float* rows, const Weight& weight, int64_t panel, int lane, float* y,
+                       int64_t stride, int64_t apart) {
   constexpr int64_t kAhead = 4096;  // distance of prefetching, in bytes
   constexpr int kOfPanel = kPanel / Vec::kLanes;
-  const int64_t groups = weight.groups(), bytes = weight.group_bytes(), of_panel = groups * bytes;
+  const int64_t groups = weight.groups();
+  const int64_t bytes = weight.group_bytes();
+  const int64_t of_panel = groups * bytes;
   const int64_t panels = Wide > kOfPanel ? 2 : 1;
   const uint8_t* data = weight.data + panel * of_panel;
   WideFactors factors[Wide];
   Vec::Float sums[Wide][M];
   clear(sums);
 #pragma GCC unroll 4
-  for (int w = 0; w < Wide; w++) factors[w].begin(weight, panel + w / kOfPanel, lane + w % kOfPanel * Vec::kLanes);
+  for (int w = 0; w < Wide; w++)
+    factors[w].begin(weight, panel + w / kOfPanel, lane + w % kOfPanel * Vec::kLanes);
   for (int64_t g = 0; g < groups; g++, data += bytes, rows += M * kGroup) {
     // Skips the second of two panels after the end of the first, because it is already being read.
-    const uint8_t* next = data + kAhead + (panels > 1 && g * bytes + kAhead >= of_panel ? of_panel : 0);
+    const uint8_t* next =
+        data + kAhead + (panels > 1 && g * bytes + kAhead >= of_panel ? of_panel : 0);
     for (int64_t at = 0; at < bytes && lane == 0; at += 64)
       for (int64_t p = 0; p < panels; p++) __builtin_prefetch(next + at + p * of_panel);
 #pragma GCC unroll 4
@@ -82,32 +96,37 @@ inline void exact_tile(const float* rows, const Weight& weight, int64_t panel, i
       Vec::Int four[Wide];
 #pragma GCC unroll 4
       for (int w = 0; w < Wide; w++)
-        four[w] = quad_of<Vec, Bits, quad>(data + w / kOfPanel * of_panel + (lane + w % kOfPanel * Vec::kLanes) * 4);
+        four[w] = quad_of<Vec, Bits, quad>(data + w / kOfPanel * of_panel +
+                                           (lane + w % kOfPanel * Vec::kLanes) * 4);
       each_quad<0, 4>([&](auto each) {
         Vec::Float values[Wide];
 #pragma GCC unroll 4
-        for (int w = 0; w < Wide; w++) values[w] = factors[w].template widened<Bits, quad, each>(four[w]);
+        for (int w = 0; w < Wide; w++)
+          values[w] = factors[w].template widened<Bits, quad, each>(four[w]);
         const float* inputs = rows + (4 * quad + each) * M;
 #pragma GCC unroll 8
         for (int m = 0; m < M; m++)
 #pragma GCC unroll 4
-          for (int w = 0; w < Wide; w++) sums[w][m] = Vec::add_product(Vec::set(inputs[m]), values[w], sums[w][m]);
+          for (int w = 0; w < Wide; w++)
+            sums[w][m] = Vec::add_product(Vec::set(inputs[m]), values[w], sums[w][m]);
       });
     });
   }
 #pragma GCC unroll 4
   for (int w = 0; w < Wide; w++) {
     const int from = lane + w % kOfPanel * Vec::kLanes;
-    put(sums[w], weight, (panel + w / kOfPanel) * kPanel + from, y + w / kOfPanel * apart + from, stride, 0);
+    put(sums[w], weight, (panel + w / kOfPanel) * kPanel + from, y + w / kOfPanel * apart + from,
+        stride, 0);
   }
 }
 
-// Multiplies M rows with a panel, or with two. One row takes 20 % less time with two panels at a time (Zen 4),
-// because the additions to a sum wait for each other. From two rows on, reading one panel is faster, but not on Zen 5:
-// there, two rows take 13 % less time with two panels, and three 4 %.
+// Multiplies M rows with a panel, or with two. One row takes 20 % less time with two panels at a
+// time (Zen 4), because the additions to a sum wait for each other. From two rows on, reading one
+// panel is faster, but not on Zen 5: there, two rows take 13 % less time with two panels, and three
+// 4 %.
 template <int Bits, int M>
-inline void exact_panels(const float* rows, const Weight& weight, int64_t panels, int64_t panel, float* y, int64_t stride,
-                         int64_t apart) {
+inline void exact_panels(const float* rows, const Weight& weight, int64_t panels, int64_t panel,
+                         float* y, int64_t stride, int64_t apart) {
   constexpr int kOne = kPanel / Vec::kLanes;
   if constexpr ((M == 1 && kOne <= 2) || (M <= 4 && kOne == 1)) {
     if (panels == 2 && (M == 1 || kProcessor.zen5))
@@ -118,19 +137,22 @@ inline void exact_panels(const float* rows, const Weight& weight, int64_t panels
       exact_tile<Bits, M, kFloatsWide>(rows, weight, panel + p, lane, y + p * apart, stride, 0);
 }
 
-// With so many rows, a weight is widened once for all of them, kWidenedInputs at a time: 16 KB. With fewer, that
-// takes longer than it saves (Zen 4, AVX-512 and AVX2).
-constexpr int64_t kWidenedRows = 4 * Vec::kRows, kWidenedInputs = 256;
+// With so many rows, a weight is widened once for all of them, kWidenedInputs at a time: 16 KB.
+// With fewer, that takes longer than it saves (Zen 4, AVX-512 and AVX2).
+constexpr int64_t kWidenedRows = 4 * Vec::kRows;
+constexpr int64_t kWidenedInputs = 256;
 
 // Widens `count` inputs of a register of outputs. Rows of `to` have kPanel outputs.
 template <int Bits>
-inline void widen(const uint8_t* data, int64_t bytes, int64_t count, WideFactors& factors, float* to) {
+inline void widen(const uint8_t* data, int64_t bytes, int64_t count, WideFactors& factors,
+                  float* to) {
   for (int64_t i = 0; i < count; i += kGroup, data += bytes, to += kGroup * kPanel) {
     factors.template next<Bits>();
     each_quad([&](auto quad) {
       const Vec::Int four = quad_of<Vec, Bits, quad>(data);
       each_quad<0, 4>([&](auto each) {
-        Vec::store(to + (4 * quad + each) * kPanel, factors.template widened<Bits, quad, each>(four));
+        Vec::store(to + (4 * quad + each) * kPanel,
+                   factors.template widened<Bits, quad, each>(four));
       });
     });
   }
@@ -138,13 +160,18 @@ inline void widen(const uint8_t* data, int64_t bytes, int64_t count, WideFactors
 
 // Multiplies whole tiles of rows first..last with `Panels` panels, see `two_float_panels`.
 template <int Bits, int Panels>
-inline void exact_rows(const float* rows, int64_t first, int64_t last, const Weight& weight, int64_t panel, float* y,
-                       int64_t stride, int64_t apart) {
-  constexpr int kOne = kPanel / Vec::kLanes, kRows = Vec::kRows, kAll = Panels * kOne;
+inline void exact_rows(const float* rows, int64_t first, int64_t last, const Weight& weight,
+                       int64_t panel, float* y, int64_t stride, int64_t apart) {
+  constexpr int kOne = kPanel / Vec::kLanes;
+  constexpr int kRows = Vec::kRows;
+  constexpr int kAll = Panels * kOne;
   constexpr int kWide = Panels == 2 ? 2 : kFloatsWide;
   static_assert(Panels == 1 || kOne == 1, "a register holds a panel");
-  constexpr int64_t kPart = kWidenedInputs * kPanel, kApart = Panels == 2 ? kPart : Vec::kLanes;
-  const int64_t groups = weight.groups(), bytes = weight.group_bytes(), inputs = groups * kGroup;
+  constexpr int64_t kPart = kWidenedInputs * kPanel;
+  constexpr int64_t kApart = Panels == 2 ? kPart : Vec::kLanes;
+  const int64_t groups = weight.groups();
+  const int64_t bytes = weight.group_bytes();
+  const int64_t inputs = groups * kGroup;
   alignas(64) float values[Panels * kPart];
   Vec::Float sums[kTaskRows / kRows][kAll / kWide][kWide][kRows];
   WideFactors factors[kAll];
@@ -159,24 +186,29 @@ inline void exact_rows(const float* rows, int64_t first, int64_t last, const Wei
     }
     for (int64_t m = first; m < last; m += kRows)
       for (int part = 0; part < kAll / kWide; part++)
-        add_floats<Singles>(rows + m * inputs + i * kRows, values + part * kWide * Vec::kLanes, count, 0,
-                            sums[(m - first) / kRows][part], kApart);
+        add_floats<Singles>(rows + m * inputs + i * kRows, values + part * kWide * Vec::kLanes,
+                            count, 0, sums[(m - first) / kRows][part], kApart);
   }
   for (int64_t m = first; m < last; m += kRows)
     for (int w = 0; w < kAll; w++) {
       const int lane = w % kOne * Vec::kLanes;
-      put(sums[(m - first) / kRows][w / kWide][w % kWide], weight, (panel + w / kOne) * kPanel + lane,
-          y + w / kOne * apart + (m - first) * stride + lane, stride, 0);
+      put(sums[(m - first) / kRows][w / kWide][w % kWide], weight,
+          (panel + w / kOne) * kPanel + lane, y + w / kOne * apart + (m - first) * stride + lane,
+          stride, 0);
     }
 }
 
-using ExactPanels = void (*)(const float*, const Weight&, int64_t, int64_t, float*, int64_t, int64_t);
-using ExactRows = void (*)(const float*, int64_t, int64_t, const Weight&, int64_t, float*, int64_t, int64_t);
+using ExactPanels = void (*)(const float*, const Weight&, int64_t, int64_t, float*, int64_t,
+                             int64_t);
+using ExactRows = void (*)(const float*, int64_t, int64_t, const Weight&, int64_t, float*, int64_t,
+                           int64_t);
 
-// Functions for 1 to Vec::kRows rows, and for whole tiles of many rows with one panel and with two, or null.
+// Functions for 1 to Vec::kRows rows, and for whole tiles of many rows with one panel and with two,
+// or null.
 struct ExactTiles {
   ExactPanels of[Vec::kRows + 1] = {};
-  ExactRows of_many = nullptr, of_many_in_two = nullptr;
+  ExactRows of_many = nullptr;
+  ExactRows of_many_in_two = nullptr;
 };
 
 template <int Bits>
@@ -203,8 +235,8 @@ inline const ExactTiles& exact_tiles_of(const Weight& weight) {
   return weight.bits == 5 ? static_cast<const ExactTiles&>(in_5_bits) : in_6_bits;
 }
 
-inline void multiply_exact(const float* rows, int64_t first, int64_t last, const Weight& weight, int64_t panel, int64_t end,
-                           float* y, int64_t stride, int64_t apart) {
+inline void multiply_exact(const float* rows, int64_t first, int64_t last, const Weight& weight,
+                           int64_t panel, int64_t end, float* y, int64_t stride, int64_t apart) {
   const ExactTiles& tiles = exact_tiles_of(weight);
   const int64_t inputs = weight.groups() * kGroup;
   for (; panel < end; panel += 2, y += 2 * apart) {
@@ -219,13 +251,15 @@ inline void multiply_exact(const float* rows, int64_t first, int64_t last, const
           tiles.of_many(rows, first, m, weight, panel + p, y + p * apart, stride, 0);
     }
     for (; m < last; m += Vec::kRows)
-      tiles.of[rows_of_tile(m, last)](rows + m * inputs, weight, panels, panel, y + (m - first) * stride, stride, apart);
+      tiles.of[rows_of_tile(m, last)](rows + m * inputs, weight, panels, panel,
+                                      y + (m - first) * stride, stride, apart);
   }
 }
 
 // Like `multiply` of quantized rows, for all weights with rows in fp32.
-inline void multiply(const float* rows, const int16_t*, int64_t first, int64_t last, const Weight& weight,
-                     int64_t panel, int64_t end, float* y, int64_t stride, int64_t apart) {
+inline void multiply(const float* rows, const int16_t*, int64_t first, int64_t last,
+                     const Weight& weight, int64_t panel, int64_t end, float* y, int64_t stride,
+                     int64_t apart) {
   const auto multiply_all = weight.exact ? multiply_exact : multiply_floats;
   multiply_all(rows, first, last, weight, panel, end, y, stride, apart);
 }

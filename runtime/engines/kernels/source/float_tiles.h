@@ -2,8 +2,8 @@
 // Rows and sums are fp32. Products are added in the order of inputs, so the bits of a row depend
 // only on the row and the weight.
 
-// Returns the distance of prefetching in bytes. With one row, hardware prefetching alone is 17 % faster
-// on Zen 4. From three rows on it no longer keeps up. Not measured on other processors.
+// Returns the distance of prefetching in bytes. With one row, hardware prefetching alone is 17 %
+// faster on Zen 4. From three rows on it no longer keeps up. Not measured on other processors.
 template <int M>
 inline int64_t floats_ahead() {
   if (Vec::kFetches || kProcessor.intel) return 4096;
@@ -26,18 +26,21 @@ struct Singles {
 // Stores a row of a product, after its norm, for `float_panels`.
 inline void prepare_floats(const Product& product, int64_t row, float* normed, float* rows) {
   const float* x = normed_row(product, row, normed);
-  const int64_t inputs = product.weight.inputs, padded = product.weight.groups() * kGroup;
-  const int64_t tile = row / Vec::kRows * Vec::kRows, stride = rows_of_tile(tile, product.rows);
+  const int64_t inputs = product.weight.inputs;
+  const int64_t padded = product.weight.groups() * kGroup;
+  const int64_t tile = row / Vec::kRows * Vec::kRows;
+  const int64_t stride = rows_of_tile(tile, product.rows);
   float* to = rows + tile * padded + (row - tile);
   for (int64_t i = 0; i < inputs; i++) to[i * stride] = x[i];
   for (int64_t i = inputs; i < padded; i++) to[i * stride] = 0.0f;
 }
 
-// Adds the products of M rows with `Wide` registers of outputs, which are `apart`, to `sums`. `data` has kPanel outputs
-// of each input, and is prefetched `ahead` bytes before it is read, in both panels if there are two.
+// Adds the products of M rows with `Wide` registers of outputs, which are `apart`, to `sums`.
+// `data` has kPanel outputs of each input, and is prefetched `ahead` bytes before it is read, in
+// both panels if there are two.
 template <typename Type, int M, int Wide>
-inline void add_floats(const float* rows, const typename Type::Value* data, int64_t inputs, int64_t ahead,
-                       Vec::Float (&sums)[Wide][M], int64_t apart = Vec::kLanes) {
+inline void add_floats(const float* rows, const typename Type::Value* data, int64_t inputs,
+                       int64_t ahead, Vec::Float (&sums)[Wide][M], int64_t apart = Vec::kLanes) {
   const int64_t panels = apart > kPanel ? Wide : 1;
   for (int64_t i = 0; i < inputs; i += 2) {
     const char* next = reinterpret_cast<const char*>(data) + ahead;
@@ -72,8 +75,8 @@ constexpr int kFloatsWide = Vec::kLanes * 2 == kPanel ? 2 : 1;
 
 // Stores the sums of M rows with the outputs of a panel from `lane` on.
 template <int M>
-inline void put_floats(const Vec::Float (&sums)[kFloatsWide][M], const Weight& weight, int64_t panel, int lane, float* y,
-                       int64_t stride) {
+inline void put_floats(const Vec::Float (&sums)[kFloatsWide][M], const Weight& weight,
+                       int64_t panel, int lane, float* y, int64_t stride) {
 #pragma GCC unroll 4
   for (int w = 0; w < kFloatsWide; w++) {
     const int from = lane + w * Vec::kLanes;
@@ -83,10 +86,13 @@ inline void put_floats(const Vec::Float (&sums)[kFloatsWide][M], const Weight& w
 
 // Multiplies M rows with all outputs of a panel.
 template <typename Type, int M>
-inline void float_panel(const float* rows, const Weight& weight, int64_t panel, float* y, int64_t stride) {
+inline void float_panel(const float* rows, const Weight& weight, int64_t panel, float* y,
+                        int64_t stride) {
   const int64_t inputs = weight.groups() * kGroup;
-  const auto* data = reinterpret_cast<const typename Type::Value*>(weight.data) + panel * inputs * kPanel;
-  for (int lane = 0; lane < kPanel && panel * kPanel + lane < weight.outputs; lane += kFloatsWide * Vec::kLanes) {
+  const auto* data =
+      reinterpret_cast<const typename Type::Value*>(weight.data) + panel * inputs * kPanel;
+  for (int lane = 0; lane < kPanel && panel * kPanel + lane < weight.outputs;
+       lane += kFloatsWide * Vec::kLanes) {
     Vec::Float sums[kFloatsWide][M];
     clear(sums);
     // The first outputs of a panel prefetch for all others.
@@ -95,15 +101,18 @@ inline void float_panel(const float* rows, const Weight& weight, int64_t panel, 
   }
 }
 
-// True if many rows are multiplied with two panels at a time, which must fit a register each. A row is then read once
-// for both: with one panel, reading takes longer than multiplying where two products start per cycle. On Zen 5, 64 rows
-// take 4 to 15 % less time. Not measured on Intel's processors. Zen 4 starts one product.
-inline bool multiplies_in_two() { return Vec::kLanes == kPanel && (kProcessor.zen5 || kProcessor.intel); }
+// True if many rows are multiplied with two panels at a time, which must fit a register each. A row
+// is then read once for both: with one panel, reading takes longer than multiplying where two
+// products start per cycle. On Zen 5, 64 rows take 4 to 15 % less time. Not measured on Intel's
+// processors. Zen 4 starts one product.
+inline bool multiplies_in_two() {
+  return Vec::kLanes == kPanel && (kProcessor.zen5 || kProcessor.intel);
+}
 
 // Multiplies Vec::kRows rows with a panel and the next one, whose outputs are `apart` in y.
 template <typename Type>
-inline void two_float_panels(const float* rows, const Weight& weight, int64_t panel, float* y, int64_t stride,
-                             int64_t apart) {
+inline void two_float_panels(const float* rows, const Weight& weight, int64_t panel, float* y,
+                             int64_t stride, int64_t apart) {
   const int64_t values = weight.groups() * kGroup * kPanel;
   const auto* data = reinterpret_cast<const typename Type::Value*>(weight.data) + panel * values;
   Vec::Float sums[2][Vec::kRows];
@@ -143,21 +152,23 @@ inline const FloatTiles& float_tiles_of(const Weight& weight) {
 }
 
 // Multiplies rows first..last with panels panel..end. y begins at row `first` and the first output.
-inline void multiply_floats(const float* rows, int64_t first, int64_t last, const Weight& weight, int64_t panel,
-                            int64_t end, float* y, int64_t stride, int64_t apart) {
+inline void multiply_floats(const float* rows, int64_t first, int64_t last, const Weight& weight,
+                            int64_t panel, int64_t end, float* y, int64_t stride, int64_t apart) {
   const FloatTiles& tiles = float_tiles_of(weight);
   const int64_t inputs = weight.groups() * kGroup;
-  // With fewer rows, reading the weights takes longer than multiplying, and is faster one panel after the other.
+  // With fewer rows, reading the weights takes longer than multiplying, and is faster one panel
+  // after the other.
   const bool pairs = multiplies_in_two() && last - first >= 3 * Vec::kRows;
   for (; panel < end; panel += 2, y += 2 * apart) {
     const int64_t panels = least(2, end - panel);
     int64_t in_pairs = first;
     if (pairs && panels == 2)
       for (; in_pairs + Vec::kRows <= last; in_pairs += Vec::kRows)
-        tiles.of_two(rows + in_pairs * inputs, weight, panel, y + (in_pairs - first) * stride, stride, apart);
+        tiles.of_two(rows + in_pairs * inputs, weight, panel, y + (in_pairs - first) * stride,
+                     stride, apart);
     for (int64_t p = 0; p < panels; p++)
       for (int64_t m = in_pairs; m < last; m += Vec::kRows)
-        tiles.of[rows_of_tile(m, last)](rows + m * inputs, weight, panel + p, y + p * apart + (m - first) * stride,
-                                       stride);
+        tiles.of[rows_of_tile(m, last)](rows + m * inputs, weight, panel + p,
+                                        y + p * apart + (m - first) * stride, stride);
   }
 }

@@ -32,7 +32,9 @@ inline float root(float value) { return __builtin_sqrtf(value); }
 // e^x, with a relative error of about 1e-7: 2^n times a polynomial (from Cephes), with the same
 // operations on every instruction set. x is limited to -87..88.
 inline Vec::Float exponential(Vec::Float x) {
-  const auto both = [](Vec::Float a, Vec::Float b, float c) { return Vec::add_product(a, b, Vec::set(c)); };
+  const auto both = [](Vec::Float a, Vec::Float b, float c) {
+    return Vec::add_product(a, b, Vec::set(c));
+  };
   x = Vec::smaller(Vec::set(88.0f), Vec::larger(Vec::set(-87.0f), x));  // NaN stays NaN
   const Vec::Float rounded = both(x, Vec::set(1.44269504088896341f), 12582912.0f);
   const Vec::Float n = Vec::minus(rounded, Vec::set(12582912.0f));
@@ -49,7 +51,8 @@ inline Vec::Float exponential(Vec::Float x) {
 
 // Computes e^x in place.
 inline void exponentials(float* x, int64_t count) {
-  for (; count >= Vec::kLanes; count -= Vec::kLanes, x += Vec::kLanes) Vec::store(x, exponential(Vec::floats(x)));
+  for (; count >= Vec::kLanes; count -= Vec::kLanes, x += Vec::kLanes)
+    Vec::store(x, exponential(Vec::floats(x)));
   if (count <= 0) return;
   float rest[Vec::kLanes] = {};
   for (int64_t i = 0; i < count; i++) rest[i] = x[i];
@@ -67,7 +70,8 @@ inline void times_sigmoid(float* x, int64_t count, const Inner& inner) {
     const int64_t size = count - at < kAtOnce ? count - at : kAtOnce;
     for (int64_t i = 0; i < size; i++) powers[i] = -inner(x[i]);
     exponentials(powers, size);
-    for (int64_t i = 0; i < size; i++) x[i] = powers[i] > 1.6e38f ? 0.0f : x[i] / (1.0f + powers[i]);
+    for (int64_t i = 0; i < size; i++)
+      x[i] = powers[i] > 1.6e38f ? 0.0f : x[i] / (1.0f + powers[i]);
   }
 }
 
@@ -82,7 +86,9 @@ inline void gelu(float* x, int64_t count) {
     exponentials(powers, size);
     for (int64_t i = 0; i < size; i++) {
       const float t = 1.0f / (1.0f + 0.3275911f * 0.70710678f * __builtin_fabsf(x[i]));
-      const float p = (((1.061405429f * t - 1.453152027f) * t + 1.421413741f) * t - 0.284496736f) * t + 0.254829592f;
+      const float p =
+          (((1.061405429f * t - 1.453152027f) * t + 1.421413741f) * t - 0.284496736f) * t +
+          0.254829592f;
       const float tail = 0.5f * x[i] * (p * t * powers[i]);
       x[i] = x[i] < 0.0f ? tail : x[i] - tail;
     }
@@ -116,7 +122,8 @@ inline const float* normed_row(const Product& product, int64_t row, float* norme
   if (product.norm == nullptr) return x;
   if (product.keeps_norm) normed = product.total + row * inputs;
   if (product.layer) {
-    const float middle = sum_of(x, inputs, [](float value) { return value; }) / static_cast<float>(inputs);
+    const float middle =
+        sum_of(x, inputs, [](float value) { return value; }) / static_cast<float>(inputs);
     for (int64_t i = 0; i < inputs; i++) normed[i] = x[i] - middle;
     x = normed;
   }

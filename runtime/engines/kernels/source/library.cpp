@@ -28,7 +28,8 @@ EXPORT freeexport::ort::Status* RegisterCustomOps(freeexport::ort::SessionOption
   using namespace freeexport;
   const ort::Api* api = base->GetApi(ort::kApiVersion);
   if (api == nullptr)  // ONNX Runtime logs this, and API version 1 can return the error
-    return fail(base->GetApi(1), ort::kEngineError, "ONNX Runtime %s is too old for these kernels; install 1.%u or later",
+    return fail(base->GetApi(1), ort::kEngineError,
+                "ONNX Runtime %s is too old for these kernels; install 1.%u or later",
                 base->GetVersionString(), ort::kApiVersion);
   const char* problem = nullptr;
   if (choose_kernels(&problem) == nullptr) return fail(api, ort::kEngineError, "%s", problem);
@@ -94,19 +95,23 @@ EXPORT int freeexport_supports(const char* instructions) {
 }
 
 // Runs PackedLinear on one thread, for tests. Returns null or an error.
-EXPORT const char* freeexport_packed_linear(const char* instructions, const freeexport::Product* product) {
+EXPORT const char* freeexport_packed_linear(const char* instructions,
+                                            const freeexport::Product* product) {
   using namespace freeexport;
   const Kernels* kernels = find_kernels(instructions);
   if (kernels == nullptr || !kernels->supported()) return "no such instructions here";
   const Weight& w = product->weight;
   if (const char* problem = check_sizes(w.outputs, w.inputs, w.bits, w.block)) return problem;
-  if (const char* problem = check_form(w, w.scales, w.zeros, w.offsets, w.multiples)) return problem;
-  if (product->beside && product->activation != kNone) return "an activation of products beside each other";
+  if (const char* problem = check_form(w, w.scales, w.zeros, w.offsets, w.multiples))
+    return problem;
+  if (product->beside && product->activation != kNone)
+    return "an activation of products beside each other";
   return packed_linear(*kernels, *product, serial, nullptr) ? nullptr : "no memory";
 }
 
 // Runs CachedAttention on one thread, for tests. Returns null or an error.
-EXPORT const char* freeexport_attention(const char* instructions, const freeexport::Attention* call) {
+EXPORT const char* freeexport_attention(const char* instructions,
+                                        const freeexport::Attention* call) {
   using namespace freeexport;
   const Kernels* kernels = find_kernels(instructions);
   if (kernels == nullptr || !kernels->supported()) return "no such instructions here";

@@ -35,7 +35,13 @@ struct Vec : VecNeon, PlainInputs {
 
 namespace freeexport {
 
-const Kernels kNeon = {"neon", [] { return kProcessor.dot_products; }, prepare, panels, prepare_floats, float_panels,
-                       store_row, attend, attend_rows, attend_encoder, join, piece};
+const Kernels kNeon = {
+    "neon",         [] { return kProcessor.dot_products; },
+    prepare,        panels,
+    prepare_floats, float_panels,
+    store_row,      attend,
+    attend_rows,    attend_encoder,
+    join,           piece,
+};
 
 }  // namespace freeexport

@@ -29,7 +29,13 @@ struct Vec : VecNeon, PlainInputs {
 
 namespace freeexport {
 
-const Kernels kNeonI8mm = {"neon-i8mm", [] { return kProcessor.i8mm; }, prepare, panels, prepare_floats, float_panels,
-                           store_row, attend, attend_rows, attend_encoder, join, piece};
+const Kernels kNeonI8mm = {
+    "neon-i8mm",    [] { return kProcessor.i8mm; },
+    prepare,        panels,
+    prepare_floats, float_panels,
+    store_row,      attend,
+    attend_rows,    attend_encoder,
+    join,           piece,
+};
 
 }  // namespace freeexport

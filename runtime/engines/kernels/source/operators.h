@@ -24,7 +24,8 @@ extern thread_local bool reading_prompt;
 // them.
 extern thread_local bool spreading_logits;
 
-__attribute__((format(printf, 3, 4))) inline ort::Status* fail(const ort::Api* api, int code, const char* format, ...) {
+__attribute__((format(printf, 3, 4))) inline ort::Status* fail(const ort::Api* api, int code,
+                                                               const char* format, ...) {
   char text[300] = "freeexport: ";
   constexpr size_t kBegun = 12;
   std::va_list values;
@@ -37,7 +38,8 @@ __attribute__((format(printf, 3, 4))) inline ort::Status* fail(const ort::Api* a
 #define RETURN_IF_ERROR(call) \
   if (ort::Status* status = (call)) return status
 
-inline ort::Status* elements_of(const ort::Api* api, const ort::Value* value, int64_t* count, int* type) {
+inline ort::Status* elements_of(const ort::Api* api, const ort::Value* value, int64_t* count,
+                                int* type) {
   ort::TypeAndShape* info = nullptr;
   RETURN_IF_ERROR(api->GetTensorTypeAndShape(value, &info));
   size_t elements = 0;
@@ -49,7 +51,8 @@ inline ort::Status* elements_of(const ort::Api* api, const ort::Value* value, in
 }
 
 // Finds which inputs an operator has. Optional inputs that are left out have an empty name.
-inline ort::Status* find_inputs(const ort::Api* api, const ort::KernelInfo* info, size_t count, bool* given) {
+inline ort::Status* find_inputs(const ort::Api* api, const ort::KernelInfo* info, size_t count,
+                                bool* given) {
   size_t inputs = 0;
   RETURN_IF_ERROR(api->KernelInfo_GetInputCount(info, &inputs));
   for (size_t input = 0; input < count; input++) {
@@ -61,8 +64,8 @@ inline ort::Status* find_inputs(const ort::Api* api, const ort::KernelInfo* info
 }
 
 // Reads the data of an input. Null if the operator does not have it.
-inline ort::Status* input_of(const ort::Api* api, const ort::KernelContext* context, size_t input, bool given,
-                             const void** data) {
+inline ort::Status* input_of(const ort::Api* api, const ort::KernelContext* context, size_t input,
+                             bool given, const void** data) {
   *data = nullptr;
   if (!given) return nullptr;
   const ort::Value* value = nullptr;
@@ -71,7 +74,8 @@ inline ort::Status* input_of(const ort::Api* api, const ort::KernelContext* cont
 }
 
 // Returns an optional attribute, or `otherwise`.
-inline int64_t integer_of(const ort::Api* api, const ort::KernelInfo* info, const char* name, int64_t otherwise = 0) {
+inline int64_t integer_of(const ort::Api* api, const ort::KernelInfo* info, const char* name,
+                          int64_t otherwise = 0) {
   int64_t value = 0;
   ort::Status* status = api->KernelInfoGetAttribute_int64(info, name, &value);
   if (status != nullptr) api->ReleaseStatus(status);
@@ -80,8 +84,8 @@ inline int64_t integer_of(const ort::Api* api, const ort::KernelInfo* info, cons
 
 constexpr size_t kMostRank = 8;
 
-inline ort::Status* shape_of(const ort::Api* api, const ort::Value* value, const char* name, int64_t* shape,
-                             size_t* rank) {
+inline ort::Status* shape_of(const ort::Api* api, const ort::Value* value, const char* name,
+                             int64_t* shape, size_t* rank) {
   ort::TypeAndShape* info = nullptr;
   RETURN_IF_ERROR(api->GetTensorTypeAndShape(value, &info));
   ort::Status* status = api->GetDimensionsCount(info, rank);
@@ -123,8 +127,10 @@ constexpr ort::CustomOp common_callbacks() {
   op.GetExecutionProviderType = [](const ort::CustomOp*) -> const char* { return nullptr; };
   op.GetInputMemoryType = [](const ort::CustomOp*, size_t) { return 0; };
   op.GetOutputType = [](const ort::CustomOp*, size_t) { return ort::kFloat; };
-  op.GetVariadicInputMinArity = op.GetVariadicInputHomogeneity = [](const ort::CustomOp*) { return 0; };
-  op.GetVariadicOutputMinArity = op.GetVariadicOutputHomogeneity = [](const ort::CustomOp*) { return 0; };
+  op.GetVariadicInputMinArity =
+      op.GetVariadicInputHomogeneity = [](const ort::CustomOp*) { return 0; };
+  op.GetVariadicOutputMinArity =
+      op.GetVariadicOutputHomogeneity = [](const ort::CustomOp*) { return 0; };
   op.GetStartVersion = [](const ort::CustomOp*) { return 1; };
   op.GetEndVersion = [](const ort::CustomOp*) { return 0x7fffffff; };
   op.KernelDestroy = [](void* kernel) { std::free(kernel); };

@@ -8,9 +8,20 @@
 namespace freeexport::ort {
 
 constexpr uint32_t kApiVersion = 18;
-constexpr int kInvalidArgument = 2, kInvalidGraph = 10, kEngineError = 6;  // OrtErrorCode
-constexpr int kFloat = 1, kUint8 = 2, kInt8 = 3, kInt32 = 6, kInt64 = 7, kFloat16 = 10;  // ONNXTensorElementDataType
-constexpr int kRequired = 0, kOptional = 1;                                 // OrtCustomOpInputOutputCharacteristic
+// Values of OrtErrorCode.
+constexpr int kInvalidArgument = 2;
+constexpr int kInvalidGraph = 10;
+constexpr int kEngineError = 6;
+// Values of ONNXTensorElementDataType.
+constexpr int kFloat = 1;
+constexpr int kUint8 = 2;
+constexpr int kInt8 = 3;
+constexpr int kInt32 = 6;
+constexpr int kInt64 = 7;
+constexpr int kFloat16 = 10;
+// Values of OrtCustomOpInputOutputCharacteristic.
+constexpr int kRequired = 0;
+constexpr int kOptional = 1;
 
 struct Status;
 struct Value;
@@ -39,11 +50,12 @@ struct Api {
   void* unused_5[19];
   Status* (*KernelInfoGetAttribute_float)(const KernelInfo* info, const char* name, float* out);
   Status* (*KernelInfoGetAttribute_int64)(const KernelInfo* info, const char* name, int64_t* out);
-  Status* (*KernelInfoGetAttribute_string)(const KernelInfo* info, const char* name, char* out, size_t* size);
+  Status* (*KernelInfoGetAttribute_string)(const KernelInfo* info, const char* name, char* out,
+                                           size_t* size);
   void* unused_6[2];
   Status* (*KernelContext_GetInput)(const KernelContext* context, size_t index, const Value** out);
-  Status* (*KernelContext_GetOutput)(KernelContext* context, size_t index, const int64_t* shape, size_t rank,
-                                     Value** out);
+  Status* (*KernelContext_GetOutput)(KernelContext* context, size_t index, const int64_t* shape,
+                                     size_t rank, Value** out);
   void* unused_7[1];
   void (*ReleaseStatus)(Status* status);
   void* unused_8[5];
@@ -53,10 +65,11 @@ struct Api {
   void* unused_10[1];
   Status* (*KernelInfo_GetInputName)(const KernelInfo* info, size_t index, char* out, size_t* size);
   void* unused_11[16];
-  Status* (*KernelInfoGetConstantInput_tensor)(const KernelInfo* info, size_t index, int* constant, const Value** out);
+  Status* (*KernelInfoGetConstantInput_tensor)(const KernelInfo* info, size_t index, int* constant,
+                                               const Value** out);
   void* unused_12[24];
-  Status* (*KernelContext_ParallelFor)(const KernelContext* context, void (*task)(void*, size_t), size_t total,
-                                       size_t batches, void* data);
+  Status* (*KernelContext_ParallelFor)(const KernelContext* context, void (*task)(void*, size_t),
+                                       size_t total, size_t batches, void* data);
 };
 
 struct ApiBase {
@@ -82,7 +95,8 @@ struct CustomOp {
   int (*GetVariadicInputHomogeneity)(const CustomOp* op);
   int (*GetVariadicOutputMinArity)(const CustomOp* op);
   int (*GetVariadicOutputHomogeneity)(const CustomOp* op);
-  Status* (*CreateKernelV2)(const CustomOp* op, const Api* api, const KernelInfo* info, void** kernel);
+  Status* (*CreateKernelV2)(const CustomOp* op, const Api* api, const KernelInfo* info,
+                            void** kernel);
   Status* (*KernelComputeV2)(void* kernel, KernelContext* context);
   Status* (*InferOutputShapeFn)(const CustomOp* op, void* context);
   int (*GetStartVersion)(const CustomOp* op);

@@ -1,13 +1,14 @@
 // y = x W^T + bias for rows x in fp32 and a weight W in 4, 5, 6 or 8 bits, or in floating point,
-// packed in panels of 16 outputs. Fused with operations before and after such a product in a transformer: the norm of a
-// sum, an activation, and a gate.
+// packed in panels of 16 outputs. Fused with operations before and after such a product in a
+// transformer: the norm of a sum, an activation, and a gate.
 //
-// With a quantized weight, unless it is exact, rows are quantized to 8 bits, with a scale per group of 32 inputs. For activations in 16 bits, the
-// remainders are quantized in the same way to a second row, and the products of both rows are
-// added. The products of a group are summed exactly, in integers. Groups are added in order, in
-// fp32, with the same operations on every instruction set. The bits of a row therefore depend only
-// on the row and the weight. The same holds for weights in floating point (float_tiles.h), and for
-// exact ones (exact_tiles.h), which have the results of the same weight in fp32.
+// With a quantized weight, unless it is exact, rows are quantized to 8 bits, with a scale per group
+// of 32 inputs. For activations in 16 bits, the remainders are quantized in the same way to a
+// second row, and the products of both rows are added. The products of a group are summed exactly,
+// in integers. Groups are added in order, in fp32, with the same operations on every instruction
+// set. The bits of a row therefore depend only on the row and the weight. The same holds for
+// weights in floating point (float_tiles.h), and for exact ones (exact_tiles.h), which have the
+// results of the same weight in fp32.
 #pragma once
 
 #include <cstddef>
@@ -21,10 +22,10 @@
 
 namespace freeexport {
 
-constexpr int kGroup = 32;  // inputs that share a scale of the activations
-constexpr int kPanel = 16;  // outputs that are stored together
-constexpr int64_t kTaskRows = 64;  // maximum per task, quantized
-constexpr int64_t kTileRows = 16;  // in a tile of bfloat16
+constexpr int kGroup = 32;                           // inputs that share a scale of the activations
+constexpr int kPanel = 16;                           // outputs that are stored together
+constexpr int64_t kTaskRows = 64;                    // maximum per task, quantized
+constexpr int64_t kTileRows = 16;                    // in a tile of bfloat16
 constexpr int64_t kTileValues = kTileRows * kGroup;  // 16-bit values of such a tile
 constexpr int64_t kTileSums = kTileRows * kPanel;    // and fp32 values of a product
 constexpr int64_t kPromptRows = 512;  // maximum per task, for a prompt's rows in tiles
@@ -38,12 +39,13 @@ constexpr int kSuper = 256;  // inputs of a super-block
 
 // A weight [outputs, inputs]. A stored value v means (v - zero point) * scale, or v * scale +
 // offset. With `multiples`, the scale and offset of a block are those of its super-block times
-// small integers, as in the K-quants of GGUF files. With 16 or 32 bits, `data` has floats, and there
-// are no other tensors but the bias.
+// small integers, as in the K-quants of GGUF files. With 16 or 32 bits, `data` has floats, and
+// there are no other tensors but the bias.
 struct Weight {
-  int64_t outputs, inputs;
-  int bits;     // 4, 5, 6, 8, 16 or 32
-  int block;    // inputs per scale and zero point: a multiple of kGroup, or 16 for 6 bits. kGroup for floats
+  int64_t outputs;
+  int64_t inputs;
+  int bits;   // 4, 5, 6, 8, 16 or 32
+  int block;  // inputs per scale and zero point: a multiple of kGroup, or 16 for 6 bits
   // 8 bits: [panels][groups][8 quads of inputs][16 outputs][4 inputs].
   // 4 bits: 4 quads of bytes. The low halves of quad j of bytes are quad 2j, the high ones 2j + 1.
   // 5 bits: as 4 bits, then [16][4] bytes whose bit j is the fifth bit of quad j.
@@ -52,12 +54,12 @@ struct Weight {
   // 16 and 32 bits: [panels][groups][32 inputs][16 outputs].
   // Padding of outputs and inputs has no effect on results.
   const uint8_t* data;
-  const uint16_t* scales;  // [panels][blocks or super-blocks][16], float16
-  const uint8_t* zeros;  // [panels][blocks][16] for 4 and 8 bits. Null: the middle, 2^(bits - 1)
+  const uint16_t* scales;   // [panels][blocks or super-blocks][16], float16
+  const uint8_t* zeros;     // [panels][blocks][16] for 4 and 8 bits. Null: the middle, 2^(bits - 1)
   const uint16_t* offsets;  // like scales, for 4 and 5 bits without zeros. Or null
-  const float* bias;     // [outputs], or null
+  const float* bias;        // [outputs], or null
   const int8_t* multiples;  // [panels][blocks][16], for 4 and 5 bits [2][16]. Or null
-  int pairs;  // 1: a row of activations is quantized to a pair of rows, for 16 bits. Otherwise 0
+  int pairs;     // 1: a row of activations is quantized to a pair of rows, for 16 bits. Otherwise 0
   int bfloat16;  // 1: 16 bits are a bfloat16. Otherwise 0, and they are a float16
   int exact;     // 1: rows stay in fp32, and at most 8 bits are widened to fp32. Otherwise 0
 
@@ -68,7 +70,9 @@ struct Weight {
   FREEEXPORT_INLINE int64_t panels() const { return (outputs + kPanel - 1) / kPanel; }
   FREEEXPORT_INLINE int64_t groups() const { return (inputs + kGroup - 1) / kGroup; }
   FREEEXPORT_INLINE int64_t blocks() const { return (inputs + block - 1) / block; }
-  FREEEXPORT_INLINE int64_t scales_of_panel() const { return multiples ? (inputs + kSuper - 1) / kSuper : blocks(); }
+  FREEEXPORT_INLINE int64_t scales_of_panel() const {
+    return multiples ? (inputs + kSuper - 1) / kSuper : blocks();
+  }
   FREEEXPORT_INLINE int64_t group_bytes() const { return int64_t{kGroup} * kPanel * bits / 8; }
 };
 
@@ -88,12 +92,13 @@ struct Product {
   float epsilon;
   int activation;
   Weight weight;
-  Weight up;           // same inputs and type of rows, and without `beside` same outputs. data may be null
-  float* total;        // [rows, inputs]: x + skip, or n with `keeps_norm`. Null without skip
-  float* y;            // [rows, outputs]
-  int beside;          // only without activation
-  int layer, keeps_norm;
-  int prompt;          // rows of a prompt, which may have other bits, see `prompt_panels`
+  Weight up;  // same inputs and type of rows, and without `beside` same outputs. data may be null
+  float* total;  // [rows, inputs]: x + skip, or n with `keeps_norm`. Null without skip
+  float* y;      // [rows, outputs]
+  int beside;    // only without activation
+  int layer;
+  int keeps_norm;
+  int prompt;  // rows of a prompt, which may have other bits, see `prompt_panels`
 
   FREEEXPORT_INLINE int64_t quantized_rows() const { return rows << weight.pairs; }
   FREEEXPORT_INLINE int64_t outputs() const { return weight.outputs + (beside ? up.outputs : 0); }
@@ -102,9 +107,11 @@ struct Product {
 
 // Returns input i of a group, for the output whose bytes begin at `data`.
 FREEEXPORT_INLINE int value_of(const uint8_t* data, int bits, int i) {
-  const int quad = i / 4, each = bits - 4;
+  const int quad = i / 4;
+  const int each = bits - 4;
   if (bits == 8) return data[64 * quad + i % 4];
-  const int byte = data[64 * (quad / 2) + i % 4], value = quad % 2 ? byte >> 4 : byte & 15;
+  const int byte = data[64 * (quad / 2) + i % 4];
+  const int value = quad % 2 ? byte >> 4 : byte & 15;
   if (bits == 4) return value;
   const int above = data[256 + 64 * (quad * each / 8) + i % 4] >> quad * each % 8;
   return value + ((above & ((1 << each) - 1)) << 4);
@@ -124,8 +131,8 @@ struct Group {
   int32_t starts[2];
 };
 
-// With so many rows, some kernels unpack 8-bit weights to 16 bits. Below, unpacking takes longer than
-// it saves (Zen 3).
+// With so many rows, some kernels unpack 8-bit weights to 16 bits. Below, unpacking takes longer
+// than it saves (Zen 3).
 constexpr int64_t kManyRows = 16;
 
 // Returns true if memory for a product's quantized rows, widened to 16 bits, follows its groups, in
@@ -135,33 +142,39 @@ FREEEXPORT_INLINE bool has_wide_rows(const Product& product) {
   return bytes && product.quantized_rows() >= kManyRows && !product.weight.float_rows();
 }
 FREEEXPORT_INLINE int16_t* wide_rows_of(const Product& product, const Group* rows) {
-  return reinterpret_cast<int16_t*>(const_cast<Group*>(rows) + product.quantized_rows() * product.weight.groups());
+  return reinterpret_cast<int16_t*>(const_cast<Group*>(rows) +
+                                    product.quantized_rows() * product.weight.groups());
 }
 
 // Kernels of one instruction set.
 struct Kernels {
   const char* name;
   bool (*supported)();  // by this processor and system
-  // Quantizes a row of a product to a row, or a pair, of `rows`. `normed` [inputs] is memory for its norm.
+  // Quantizes a row of a product to a row, or a pair, of `rows`. `normed` [inputs] is memory for
+  // its norm.
   void (*prepare)(const Product& product, int64_t row, float* normed, Group* rows);
-  // Computes the outputs of panels `panel`..`end` for rows first..last, at most kTaskRows quantized ones.
-  void (*panels)(const Product& product, const Group* rows, int64_t first, int64_t last, int64_t panel, int64_t end);
-  // The same for weights with rows in fp32. `rows` is [tiles of rows][padded inputs][rows of the tile].
+  // Computes the outputs of panels `panel`..`end` for rows first..last, at most kTaskRows quantized
+  // ones.
+  void (*panels)(const Product& product, const Group* rows, int64_t first, int64_t last,
+                 int64_t panel, int64_t end);
+  // The same for weights with rows in fp32. `rows` is [tiles of rows][padded inputs][rows of the
+  // tile].
   void (*prepare_floats)(const Product& product, int64_t row, float* normed, float* rows);
-  void (*float_panels)(const Product& product, const float* rows, int64_t first, int64_t last, int64_t panel,
-                       int64_t end);
+  void (*float_panels)(const Product& product, const float* rows, int64_t first, int64_t last,
+                       int64_t panel, int64_t end);
   // Attention: `store_row` stores a row's keys and values in the cache, `attend` attends to one
   // piece with one group of heads, `join` joins all pieces.
   void (*store_row)(const Attention& attention, const Place& place);
-  void (*attend)(const Attention& attention, const Place& place, int64_t kv_head, int64_t piece, const Ahead& ahead,
-                 const Room& room);
+  void (*attend)(const Attention& attention, const Place& place, int64_t kv_head, int64_t piece,
+                 const Ahead& ahead, const Room& room);
   // Like `attend`, for consecutive rows of a sequence that see the piece. `room` belongs to the
   // first. Null if rows are processed one by one.
-  void (*attend_rows)(const Attention& attention, const Place* places, int64_t count, int64_t kv_head, int64_t piece,
-                      const Room& room);
+  void (*attend_rows)(const Attention& attention, const Place* places, int64_t count,
+                      int64_t kv_head, int64_t piece, const Room& room);
   // Computes y of consecutive rows of an encoder's prompt for one group of heads. Returns false if
   // out of memory.
-  bool (*attend_encoder)(const Attention& attention, const Place* places, int64_t count, int64_t kv_head);
+  bool (*attend_encoder)(const Attention& attention, const Place* places, int64_t count,
+                         int64_t kv_head);
   void (*join)(const Attention& attention, const Place& place, int64_t kv_head, const Room& room);
   // Finds the best two of `count` logits, which start at index `first`.
   void (*best_of_piece)(const float* logits, int64_t first, int64_t count, BestTwo* two);
@@ -169,10 +182,11 @@ struct Kernels {
   // only on the row and the weight. `rows` is bfloat16 [tiles of 16 rows][groups][16][32 inputs].
   // Or null.
   void (*prepare_prompt)(const Product& product, int64_t row, float* normed, uint16_t* rows);
-  void (*prompt_panels)(const Product& product, const uint16_t* rows, int64_t first, int64_t last, int64_t panel,
-                        int64_t end);
+  void (*prompt_panels)(const Product& product, const uint16_t* rows, int64_t first, int64_t last,
+                        int64_t panel, int64_t end);
   // Like `attend_encoder`, for rows of any prompt, without a bias. Or null.
-  bool (*attend_prompt)(const Attention& attention, const Place* places, int64_t count, int64_t kv_head);
+  bool (*attend_prompt)(const Attention& attention, const Place* places, int64_t count,
+                        int64_t kv_head);
   // The first position for which a decoder uses `attend_prompt`. Encoders use it for all.
   int64_t prompt_from;
 };
@@ -186,7 +200,8 @@ extern const Kernels kNeon, kNeonI8mm;
 #endif
 
 // Returns false if out of memory.
-bool packed_linear(const Kernels& kernels, const Product& product, Parallel parallel, void* context);
+bool packed_linear(const Kernels& kernels, const Product& product, Parallel parallel,
+                   void* context);
 
 // Returns the best kernels for this processor, or those in the environment variable
 // FREEEXPORT_INSTRUCTIONS. If these are unknown or not supported, returns null and sets `problem`.

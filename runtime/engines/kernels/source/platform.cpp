@@ -30,7 +30,8 @@ bool all(unsigned value, unsigned bits) { return (value & bits) == bits; }
 #elif defined(__aarch64__) && defined(__linux__)
 
 Processor detect() {
-  constexpr unsigned long kDotProducts = 1ul << 20, kI8mm = 1ul << 13;  // HWCAP_ASIMDDP, HWCAP2_I8MM
+  constexpr unsigned long kDotProducts = 1ul << 20;  // HWCAP_ASIMDDP
+  constexpr unsigned long kI8mm = 1ul << 13;         // HWCAP2_I8MM
   Processor found;
   found.dot_products = (getauxval(AT_HWCAP) & kDotProducts) != 0;
   found.i8mm = (getauxval(AT_HWCAP2) & kI8mm) != 0;
@@ -65,7 +66,10 @@ Processor detect() { return {}; }
 Identity identify() {
   constexpr int kReadable = 27;  // OSXSAVE
   Identity found;
-  unsigned a = 0, b = 0, c = 0, d = 0;
+  unsigned a = 0;
+  unsigned b = 0;
+  unsigned c = 0;
+  unsigned d = 0;
   __get_cpuid_count(0, 0, &a, &found.vendor, &c, &d);
   __get_cpuid_count(1, 0, &a, &b, &found.basic_c, &d);
   unsigned last_part = 0;
@@ -80,16 +84,26 @@ Identity identify() {
 }
 
 Processor detect(const Identity& is) {
-  constexpr unsigned kYmm = 0x6, kZmm = 0xe6, kTiles = 0x600e6;
+  constexpr unsigned kYmm = 0x6;
+  constexpr unsigned kZmm = 0xe6;
+  constexpr unsigned kTiles = 0x600e6;
   Processor found;
   found.intel = is.vendor == 0x756e6547;  // "Genu"
-  const bool avx = bit(is.basic_c, 28), fma = bit(is.basic_c, 12), f16c = bit(is.basic_c, 29);
+  const bool avx = bit(is.basic_c, 28);
+  const bool fma = bit(is.basic_c, 12);
+  const bool f16c = bit(is.basic_c, 29);
   found.avx2 = all(is.saved, kYmm) && avx && fma && f16c && bit(is.b, 5);
   found.avx_vnni = found.avx2 && bit(is.part_a, 4);
-  const bool f = bit(is.b, 16), dq = bit(is.b, 17), bw = bit(is.b, 30), vl = bit(is.b, 31);
+  const bool f = bit(is.b, 16);
+  const bool dq = bit(is.b, 17);
+  const bool bw = bit(is.b, 30);
+  const bool vl = bit(is.b, 31);
   found.avx512 = found.avx2 && all(is.saved, kZmm) && f && dq && bw && vl;
   found.avx512_vnni = found.avx512 && bit(is.c, 11);
-  const bool vbmi = bit(is.c, 1), bf16 = bit(is.part_a, 5), tile_bf16 = bit(is.d, 22), tiles = bit(is.d, 24);
+  const bool vbmi = bit(is.c, 1);
+  const bool bf16 = bit(is.part_a, 5);
+  const bool tile_bf16 = bit(is.d, 22);
+  const bool tiles = bit(is.d, 24);
   found.avx512_bf16 = found.avx512_vnni && bf16;
   found.amx = found.avx512_bf16 && all(is.saved, kTiles) && vbmi && tile_bf16 && tiles;
   found.zen5 = !found.intel && found.avx512_bf16 && found.avx_vnni;  // Zen 4 has no AVX-VNNI
@@ -122,7 +136,8 @@ const int kCores = cores();
 
 bool request_tiles() {
 #if defined(__x86_64__) && defined(__linux__)
-  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM of Linux 5.16
+  constexpr long kRequestPermission = 0x1023;  // ARCH_REQ_XCOMP_PERM of Linux 5.16
+  constexpr long kTileData = 18;
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 #else
   return false;

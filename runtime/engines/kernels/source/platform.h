@@ -25,11 +25,13 @@ struct Processor {
 #if defined(__x86_64__)
 // Registers of CPUID, and of XCR0, which tells what the system saves when it switches threads.
 struct Identity {
-  unsigned vendor = 0;           // leaf 0, EBX
-  unsigned basic_c = 0;          // leaf 1, ECX
-  unsigned b = 0, c = 0, d = 0;  // leaf 7
-  unsigned part_a = 0;           // leaf 7, part 1, EAX
-  unsigned saved = 0;            // XCR0, or 0 if the system does not let programs read it
+  unsigned vendor = 0;   // leaf 0, EBX
+  unsigned basic_c = 0;  // leaf 1, ECX
+  unsigned b = 0;        // leaf 7, EBX
+  unsigned c = 0;        // leaf 7, ECX
+  unsigned d = 0;        // leaf 7, EDX
+  unsigned part_a = 0;   // leaf 7, part 1, EAX
+  unsigned saved = 0;    // XCR0, or 0 if the system does not let programs read it
 };
 
 Identity identify();

@@ -15,7 +15,8 @@ struct PlainInputs {
   // Returns the bits of the largest magnitude. Without the sign, bits have the order of values, NaN
   // last.
   static FREEEXPORT_INLINE int32_t peak_bits(const float* inputs) {
-    int32_t bits[kGroup], peak = 0;
+    int32_t bits[kGroup];
+    int32_t peak = 0;
     std::memcpy(bits, inputs, sizeof(bits));
     for (int i = 0; i < kGroup; i++) {
       const int32_t magnitude = bits[i] & 0x7fffffff;
@@ -25,10 +26,12 @@ struct PlainInputs {
   }
   // Multiplies inputs with `factor`, to at most 127, and rounds them to nearest, ties to even. Also
   // returns the sums of the first and the last 16.
-  static FREEEXPORT_INLINE void round(const float* inputs, float factor, int8_t* values, int32_t* sums) {
+  static FREEEXPORT_INLINE void round(const float* inputs, float factor, int8_t* values,
+                                      int32_t* sums) {
     constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding and subtracting it rounds
     int32_t rounded[kGroup];
-    for (int i = 0; i < kGroup; i++) rounded[i] = static_cast<int32_t>((inputs[i] * factor + kRound) - kRound);
+    for (int i = 0; i < kGroup; i++)
+      rounded[i] = static_cast<int32_t>((inputs[i] * factor + kRound) - kRound);
     for (int i = 0; i < kGroup; i++) values[i] = static_cast<int8_t>(rounded[i]);
     sums[0] = sums[1] = 0;
     for (int i = 0; i < kGroup / 2; i++) sums[0] += rounded[i], sums[1] += rounded[kGroup / 2 + i];
@@ -39,8 +42,10 @@ struct PlainInputs {
 // to the left, and mask after the shift.
 template <int Bits, int Quad>
 struct Plane {
-  static constexpr int kEach = Bits - 4, kPerByte = kEach > 0 ? 8 / kEach : 8;
-  static constexpr int kByte = 256 + 64 * (Quad / kPerByte), kShift = 4 - kEach * (Quad % kPerByte);
+  static constexpr int kEach = Bits - 4;
+  static constexpr int kPerByte = kEach > 0 ? 8 / kEach : 8;
+  static constexpr int kByte = 256 + 64 * (Quad / kPerByte);
+  static constexpr int kShift = 4 - kEach * (Quad % kPerByte);
   static constexpr int kMask = ((1 << kEach) - 1) << 4;
 };
 
@@ -63,8 +68,8 @@ struct RowByRow {
   static constexpr int kWide = 1;
 
   template <int M, int Wide, typename Start, typename Take>
-  static FREEEXPORT_INLINE void multiply(const uint8_t* data, int64_t, const Group* rows, const Start& start,
-                                         const Take& take) {
+  static FREEEXPORT_INLINE void multiply(const uint8_t* data, int64_t, const Group* rows,
+                                         const Start& start, const Take& take) {
     const Quads quads(data);
 #pragma GCC unroll 8  // otherwise sums of many rows are kept in memory
     for (int m = 0; m < M; m++) take(m, 0, quads.dot(rows[m].values, start(m, 0)));
@@ -78,7 +83,8 @@ FREEEXPORT_INLINE typename V::Int quad_of(const uint8_t* data) {
   const typename V::Int bytes = V::load(data + 64 * (Quad / 2));
   const typename V::Int four = Quad % 2 ? V::high(bytes) : V::low(bytes);
   using At = Plane<Bits, Quad>;
-  if constexpr (Bits > 4) return V::template with_bits<At::kShift>(four, V::load(data + At::kByte), At::kMask);
+  if constexpr (Bits > 4)
+    return V::template with_bits<At::kShift>(four, V::load(data + At::kByte), At::kMask);
   return four;
 }
 
@@ -116,8 +122,8 @@ struct TwoPanels {
   static constexpr int kWide = M > 1 ? 2 : 1;
 
   template <int M, int Wide, typename Start, typename Take>
-  static FREEEXPORT_INLINE void multiply(const uint8_t* data, int64_t apart, const Group* rows, const Start& start,
-                                         const Take& take) {
+  static FREEEXPORT_INLINE void multiply(const uint8_t* data, int64_t apart, const Group* rows,
+                                         const Start& start, const Take& take) {
     if constexpr (Wide == 1) {
       RowByRow<VnniQuads<V, Bits>>::template multiply<M, 1>(data, apart, rows, start, take);
     } else {
@@ -131,7 +137,8 @@ struct TwoPanels {
         typename V::Int quads[Wide];
 #pragma GCC unroll 2
         for (int w = 0; w < Wide; w++) {
-          const typename V::Int bytes = V::load(data + (Bits == 8 ? 64 * j : 64 * (j / 2)) + apart * w);
+          const typename V::Int bytes =
+              V::load(data + (Bits == 8 ? 64 * j : 64 * (j / 2)) + apart * w);
           quads[w] = Bits == 8 ? bytes : j % 2 == 0 ? V::low(bytes) : V::high(bytes);
         }
 #pragma GCC unroll 8
@@ -149,20 +156,23 @@ struct TwoPanels {
   }
 };
 
-// Adds products in 16 bits, for weights in 4 to 6 bits that are unpacked once for all rows. Products of four
-// quads of 5 bits fit in 16 bits, or of two quads of 6 bits.
+// Adds products in 16 bits, for weights in 4 to 6 bits that are unpacked once for all rows.
+// Products of four quads of 5 bits fit in 16 bits, or of two quads of 6 bits.
 template <typename V, int Bits>
 struct PairGroup : VnniQuads<V, Bits> {
   using VnniQuads<V, Bits>::VnniQuads;
 
   template <int Part, int Parts>
   typename V::Int dot_part(const int8_t* a, typename V::Int dot) const {
-    constexpr int kFull = Bits == 4 ? 8 : Bits == 5 ? 4 : 2, kCount = 8 / Parts;
+    constexpr int kFull = Bits == 4 ? 8 : Bits == 5 ? 4 : 2;
+    constexpr int kCount = 8 / Parts;
     each_quad<0, kCount / (kFull < kCount ? kFull : kCount)>([&](auto piece) {
-      constexpr int kFirst = Part * kCount + piece * kFull, kLast = kFirst + (kFull < kCount ? kFull : kCount);
+      constexpr int kFirst = Part * kCount + piece * kFull;
+      constexpr int kLast = kFirst + (kFull < kCount ? kFull : kCount);
       typename V::Int sum = V::pairs(this->quads[kFirst], V::quad(a, kFirst));
 #pragma GCC unroll 8
-      for (int j = kFirst + 1; j < kLast; j++) sum = V::sum_pairs(sum, V::pairs(this->quads[j], V::quad(a, j)));
+      for (int j = kFirst + 1; j < kLast; j++)
+        sum = V::sum_pairs(sum, V::pairs(this->quads[j], V::quad(a, j)));
       dot = V::sum(dot, V::widen_pairs(sum, 1));
     });
     return dot;

@@ -11,7 +11,8 @@ namespace {
 struct Vec : PlainInputs {
   using Int = int32_t;
   using Float = float;
-  static constexpr int kLanes = 1, kRows = 2;
+  static constexpr int kLanes = 1;
+  static constexpr int kRows = 2;
   static constexpr bool kFetches = false;
   static constexpr bool kWide = false;
   static constexpr int32_t kNothing = 0;
@@ -37,7 +38,9 @@ struct Vec : PlainInputs {
     for (float part : parts) most = larger(part, most);
     return most;
   }
-  static Float times_power(Float a, Float n, Float) { return a * std::ldexp(1.0f, n == n ? static_cast<int>(n) : 0); }
+  static Float times_power(Float a, Float n, Float) {
+    return a * std::ldexp(1.0f, n == n ? static_cast<int>(n) : 0);
+  }
   static Float zero() { return 0.0f; }
   static Int all(int32_t value) { return value; }
   static Float floats(const float* from) { return *from; }
@@ -48,10 +51,12 @@ struct Vec : PlainInputs {
     return value;
   }
   static Float halves(const uint16_t* from) {
-    const int exponent = *from >> 10 & 31, fraction = *from & 1023;
+    const int exponent = *from >> 10 & 31;
+    const int fraction = *from & 1023;
     const float size = exponent == 31 ? (fraction ? NAN : INFINITY)
-                       : exponent     ? std::ldexp(1024.0f + static_cast<float>(fraction), exponent - 25)
-                                      : std::ldexp(static_cast<float>(fraction), -24);
+                       : exponent
+                           ? std::ldexp(1024.0f + static_cast<float>(fraction), exponent - 25)
+                           : std::ldexp(static_cast<float>(fraction), -24);
     return *from & 0x8000 ? -size : size;
   }
   static void put_halves(uint16_t* to, const float* from) {
@@ -73,8 +78,11 @@ struct Vec : PlainInputs {
   static Float bytes(const int8_t* from) { return static_cast<float>(*from); }
   using Shorts = const int8_t*;
   static Shorts shorts(const int8_t* from) { return from; }
-  static Int add_products(Shorts a, const int16_t* b, Int sum) { return sum + a[0] * b[0] + a[1] * b[1]; }
-  static Int add_eight(const int8_t*, const int16_t*, Int sum) { return sum; }  // a head has whole pairs
+  static Int add_products(Shorts a, const int16_t* b, Int sum) {
+    return sum + a[0] * b[0] + a[1] * b[1];
+  }
+  // A head has whole pairs.
+  static Int add_eight(const int8_t*, const int16_t*, Int sum) { return sum; }
   static void fold_four(const Int (&parts)[4], float* to) {
     for (int i = 0; i < 4; i++) to[i] = static_cast<float>(parts[i]);
   }
@@ -101,10 +109,13 @@ struct Vec : PlainInputs {
   template <int Shift>
   static Int with_bits(Int four, Int bits, int mask) {
     const auto lanes = static_cast<uint32_t>(bits);
-    return four | static_cast<Int>((Shift < 0 ? lanes >> -Shift : lanes << Shift) & 0x01010101u * static_cast<uint32_t>(mask));
+    return four | static_cast<Int>((Shift < 0 ? lanes >> -Shift : lanes << Shift) &
+                                   0x01010101u * static_cast<uint32_t>(mask));
   }
   template <int Byte, bool Small>
-  static Float byte(Int four) { return static_cast<float>(four >> 8 * Byte & 255); }
+  static Float byte(Int four) {
+    return static_cast<float>(four >> 8 * Byte & 255);
+  }
   static void turn_four(const float* from, int64_t, float* to, int64_t apart) {
     for (int i = 0; i < 4; i++) to[i * apart] = from[i];
   }
@@ -116,7 +127,8 @@ struct Vec : PlainInputs {
     Int dot(const int8_t* a, Int sum) const { return dot_part<0, 1>(a, sum); }
     template <int Part, int Parts>
     Int dot_part(const int8_t* a, Int sum) const {
-      for (int i = Part * kGroup / Parts; i < (Part + 1) * kGroup / Parts; i++) sum += value_of(data, Bits, i) * a[i];
+      for (int i = Part * kGroup / Parts; i < (Part + 1) * kGroup / Parts; i++)
+        sum += value_of(data, Bits, i) * a[i];
       return sum;
     }
   };
@@ -137,9 +149,15 @@ struct Vec : PlainInputs {
 
 namespace freeexport {
 
-const Kernels kScalar = {"scalar", [] { return true; }, prepare, panels, prepare_floats, float_panels,
-                       store_row, attend, nullptr, attend_encoder, join, piece};
-const Kernels kScalarBf16 = {"scalar-bf16", [] { return true; }, prepare, panels, prepare_floats, float_panels,
-                             store_row, attend, nullptr, attend_encoder, join, piece, prepare_prompt, prompt_panels, attend_prompt, 0};
+const Kernels kScalar = {
+    "scalar", [] { return true; }, prepare, panels, prepare_floats, float_panels, store_row, attend,
+    nullptr,  attend_encoder,      join,    piece,
+};
+const Kernels kScalarBf16 = {
+    "scalar-bf16",  [] { return true; }, prepare,       panels,
+    prepare_floats, float_panels,        store_row,     attend,
+    nullptr,        attend_encoder,      join,          piece,
+    prepare_prompt, prompt_panels,       attend_prompt, 0,
+};
 
 }  // namespace freeexport

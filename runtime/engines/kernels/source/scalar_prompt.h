@@ -25,11 +25,13 @@ float rounded(const float* value) { return rounded(*value); }
 float rounded(const uint16_t* half) { return rounded(Vec::halves(half)); }
 
 void prepare_prompt(const Product& product, int64_t row, float* normed, uint16_t* rows) {
-  const int64_t inputs = product.weight.inputs, groups = product.weight.groups();
+  const int64_t inputs = product.weight.inputs;
+  const int64_t groups = product.weight.groups();
   const float* x = normed_row(product, row, normed);
   uint16_t* to = rows + (row / kTileRows * groups * kTileRows + row % kTileRows) * kGroup;
   for (int64_t g = 0; g < groups; g++, to += kTileRows * kGroup)
-    for (int64_t i = 0; i < kGroup; i++) to[i] = g * kGroup + i < inputs ? to_bfloat16(x[g * kGroup + i]) : uint16_t{0};
+    for (int64_t i = 0; i < kGroup; i++)
+      to[i] = g * kGroup + i < inputs ? to_bfloat16(x[g * kGroup + i]) : uint16_t{0};
 }
 
 // Unpacks the weights [16 outputs][32 inputs] of a group of a panel.
@@ -38,10 +40,14 @@ void unpack(const Weight& weight, int64_t panel, int64_t group, float (&to)[kPan
   const uint8_t* data = weight.data + (panel * weight.groups() + group) * weight.group_bytes();
   for (int half = 0; half < 2; half++) {
     const int64_t input = group * kGroup + half * kHalfGroup;
-    const int64_t block = panel * weight.blocks() + least(input / weight.block, weight.blocks() - 1);
-    const int64_t of_block = weight.multiples ? panel * weight.scales_of_panel() + input / kSuper : block;
+    const int64_t block =
+        panel * weight.blocks() + least(input / weight.block, weight.blocks() - 1);
+    const int64_t of_block =
+        weight.multiples ? panel * weight.scales_of_panel() + input / kSuper : block;
     for (int output = 0; output < kPanel; output++) {
-      const int8_t* by = weight.multiples ? weight.multiples + block * (weight.offsets ? 2 : 1) * kPanel + output : nullptr;
+      const int8_t* by = weight.multiples
+                             ? weight.multiples + block * (weight.offsets ? 2 : 1) * kPanel + output
+                             : nullptr;
       const float whole = Vec::halves(weight.scales + of_block * kPanel + output);
       const float scale = by ? Vec::times(whole, by) : whole;
       float offset;
@@ -49,7 +55,8 @@ void unpack(const Weight& weight, int64_t panel, int64_t group, float (&to)[kPan
         offset = Vec::halves(weight.offsets + of_block * kPanel + output);
         if (by) offset = Vec::times(offset, by + kPanel);
       } else {
-        const int zero = weight.zeros ? weight.zeros[block * kPanel + output] : 1 << (weight.bits - 1);
+        const int zero =
+            weight.zeros ? weight.zeros[block * kPanel + output] : 1 << (weight.bits - 1);
         offset = static_cast<float>(zero) * -scale;
       }
       for (int i = half * kHalfGroup; i < (half + 1) * kHalfGroup; i++) {
@@ -62,17 +69,20 @@ void unpack(const Weight& weight, int64_t panel, int64_t group, float (&to)[kPan
 
 using PromptSums = float[kPromptRows * kPanel];  // of rows, for the outputs of a panel
 
-void multiply_prompt(const Weight& weight, int64_t panel, const uint16_t* rows, int64_t first, int64_t last,
-                     PromptSums& sums) {
-  const int64_t groups = weight.groups(), left = least(weight.outputs - panel * kPanel, kPanel);
+void multiply_prompt(const Weight& weight, int64_t panel, const uint16_t* rows, int64_t first,
+                     int64_t last, PromptSums& sums) {
+  const int64_t groups = weight.groups();
+  const int64_t left = least(weight.outputs - panel * kPanel, kPanel);
   for (int64_t m = first; m < last; m++)
     for (int64_t i = 0; i < kPanel; i++)
-      sums[(m - first) * kPanel + i] = weight.bias && i < left ? weight.bias[panel * kPanel + i] : 0.0f;
+      sums[(m - first) * kPanel + i] =
+          weight.bias && i < left ? weight.bias[panel * kPanel + i] : 0.0f;
   for (int64_t g = 0; g < groups; g++) {
     float weights[kPanel][kGroup];
     unpack(weight, panel, g, weights);
     for (int64_t m = first; m < last; m++) {
-      const uint16_t* from = rows + ((m / kTileRows * groups + g) * kTileRows + m % kTileRows) * kGroup;
+      const uint16_t* from =
+          rows + ((m / kTileRows * groups + g) * kTileRows + m % kTileRows) * kGroup;
       for (int i = 0; i < kGroup; i++) {
         const float value = from_bfloat16(from[i]);
         float* to = sums + (m - first) * kPanel;
@@ -82,14 +92,16 @@ void multiply_prompt(const Weight& weight, int64_t panel, const uint16_t* rows, 
   }
 }
 
-void prompt_panels(const Product& product, const uint16_t* rows, int64_t first, int64_t last, int64_t panel,
-                   int64_t end) {
-  PromptSums sums, gates;
+void prompt_panels(const Product& product, const uint16_t* rows, int64_t first, int64_t last,
+                   int64_t panel, int64_t end) {
+  PromptSums sums;
+  PromptSums gates;
   for (; panel < end; panel++) {
     const int64_t behind = panel - product.weight.panels();
     const Weight& weight = behind < 0 ? product.weight : product.up;
     const int64_t number = behind < 0 ? panel : behind;
-    const auto bytes = static_cast<size_t>(least(weight.outputs - number * kPanel, kPanel)) * sizeof(float);
+    const auto bytes =
+        static_cast<size_t>(least(weight.outputs - number * kPanel, kPanel)) * sizeof(float);
     multiply_prompt(weight, number, rows, first, last, sums);
     activate(product.activation, sums, (last - first) * kPanel);
     if (product.up.data && !product.beside) {
@@ -105,9 +117,14 @@ void prompt_panels(const Product& product, const uint16_t* rows, int64_t first, 
 // Computes y of one head of a row, with keys and values of type C.
 template <typename C>
 void attend_to_prompt(const Attention& a, const Place& place, int64_t head) {
-  const int64_t size = a.size, kv_head = head / (a.heads / a.kv_heads);
-  const C *keys = static_cast<const C*>(a.key), *values = static_cast<const C*>(a.value);
-  float query[kTurnedSize], out[kTurnedSize] = {}, largest = -1e30f, sum = 0.0f;
+  const int64_t size = a.size;
+  const int64_t kv_head = head / (a.heads / a.kv_heads);
+  const C* keys = static_cast<const C*>(a.key);
+  const C* values = static_cast<const C*>(a.value);
+  float query[kTurnedSize];
+  float out[kTurnedSize] = {};
+  float largest = -1e30f;
+  float sum = 0.0f;
   for (int64_t i = 0; i < size; i++) query[i] = rounded(queries_of(a, place)[head * size + i]);
   for (int64_t piece = first_piece(a, place); piece < end_piece(place); piece++) {
     const Seen seen = seen_of(a, place, piece);
@@ -120,7 +137,8 @@ void attend_to_prompt(const Attention& a, const Place& place, int64_t head) {
     }
     if (a.softcap > 0.0f) cap(scores + seen.from, seen.end - seen.from, a.softcap);
     const float before = largest;
-    for (int64_t t = seen.from; t < seen.end; t++) largest = scores[t] > largest ? scores[t] : largest;
+    for (int64_t t = seen.from; t < seen.end; t++)
+      largest = scores[t] > largest ? scores[t] : largest;
     for (int64_t t = seen.from; t < seen.end; t++) scores[t] -= largest;
     exponentials(scores + seen.from, seen.end - seen.from);
     float shrink = before - largest;
@@ -129,7 +147,8 @@ void attend_to_prompt(const Attention& a, const Place& place, int64_t head) {
     for (int64_t i = 0; i < size; i++) out[i] *= shrink;
     for (int64_t t = seen.from; t < seen.end; t++) {
       sum += scores[t];
-      for (int64_t i = 0; i < size; i++) out[i] += rounded(scores[t]) * rounded(values + at + t * size + i);
+      for (int64_t i = 0; i < size; i++)
+        out[i] += rounded(scores[t]) * rounded(values + at + t * size + i);
     }
   }
   for (int64_t i = 0; i < size; i++) a.y[(place.row * a.heads + head) * size + i] = out[i] / sum;
@@ -139,7 +158,8 @@ bool attend_prompt(const Attention& a, const Place* places, int64_t count, int64
   const int64_t group = a.heads / a.kv_heads;
   for (int64_t i = 0; i < count; i++)
     for (int64_t head = kv_head * group; head < (kv_head + 1) * group; head++)
-      a.cache == kHalves ? attend_to_prompt<uint16_t>(a, places[i], head) : attend_to_prompt<float>(a, places[i], head);
+      a.cache == kHalves ? attend_to_prompt<uint16_t>(a, places[i], head)
+                         : attend_to_prompt<float>(a, places[i], head);
   return true;
 }
 

@@ -18,7 +18,8 @@ namespace freeexport {
 namespace {
 
 struct alignas(64) TileConfiguration {
-  uint8_t palette = 1, unused[15] = {};
+  uint8_t palette = 1;
+  uint8_t unused[15] = {};
   uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
@@ -54,8 +55,8 @@ FREEEXPORT_INLINE void add_tile_product() {
 // Adds the products of R (1 or 2) tiles of rows and P (1 or 2) tiles of columns to tiles 2 r + p,
 // for `count` consecutive tiles of each. Two tiles of rows, or of columns, are `apart`.
 template <int R, int P>
-FREEEXPORT_INLINE void add_products(const uint16_t* a, int64_t a_apart, const uint16_t* b, int64_t b_apart,
-                                    int64_t count) {
+FREEEXPORT_INLINE void add_products(const uint16_t* a, int64_t a_apart, const uint16_t* b,
+                                    int64_t b_apart, int64_t count) {
   for (int64_t i = 0; i < count; i++, a += kTileValues, b += kTileValues) {
     load_tile<4>(a, 64);
     load_tile<6>(b, 64);

@@ -46,7 +46,8 @@ inline void quantize_group(const float* x, Group* to) {
 // Quantizes a row to groups that are `stride` apart. With `pairs`, its remainders are the next row.
 inline void quantize(const float* x, int64_t inputs, Group* to, int64_t stride, int pairs) {
   const int64_t groups = (inputs + kGroup - 1) / kGroup;
-  float padded[kGroup], rest[kGroup];
+  float padded[kGroup];
+  float rest[kGroup];
   for (int64_t g = 0; g < groups; g++, x += kGroup, to += stride) {
     if (inputs - g * kGroup < kGroup) {  // pad with zeros
       std::memset(padded, 0, sizeof(padded));
@@ -60,14 +61,19 @@ inline void quantize(const float* x, int64_t inputs, Group* to, int64_t stride, 
   }
 }
 
-inline int64_t rows_of_tile(int64_t first, int64_t last) { return last - first < Vec::kRows ? last - first : Vec::kRows; }
+inline int64_t rows_of_tile(int64_t first, int64_t last) {
+  return last - first < Vec::kRows ? last - first : Vec::kRows;
+}
 
 inline void prepare(const Product& product, int64_t row, float* normed, Group* rows) {
   static_assert(Vec::kRows % 2 == 0, "a pair of rows is in one tile");
   const float* x = normed_row(product, row, normed);
   const int pairs = product.weight.pairs;
-  const int64_t quantized = row << pairs, tile = quantized / Vec::kRows * Vec::kRows, groups = product.weight.groups();
-  const int64_t first = tile * groups + (quantized - tile), stride = rows_of_tile(tile, product.quantized_rows());
+  const int64_t quantized = row << pairs;
+  const int64_t tile = quantized / Vec::kRows * Vec::kRows;
+  const int64_t groups = product.weight.groups();
+  const int64_t first = tile * groups + (quantized - tile);
+  const int64_t stride = rows_of_tile(tile, product.quantized_rows());
   quantize(x, product.weight.inputs, rows + first, stride, pairs);
   if (!Vec::kWide || !has_wide_rows(product)) return;
   int16_t* wide = wide_rows_of(product, rows);
@@ -79,7 +85,8 @@ inline void prepare(const Product& product, int64_t row, float* normed, Group* r
 // Adds the bias to the sums of M rows, for outputs from `output`, and stores them in y, whose rows
 // are `stride` apart. With `pairs`, first adds the sums of each pair of rows.
 template <int M>
-inline void put(const Vec::Float (&sums)[M], const Weight& weight, int64_t output, float* y, int64_t stride, int pairs) {
+inline void put(const Vec::Float (&sums)[M], const Weight& weight, int64_t output, float* y,
+                int64_t stride, int pairs) {
   if constexpr (M % 2 == 0) {
     if (pairs) {
       Vec::Float both[M / 2];
@@ -93,19 +100,22 @@ inline void put(const Vec::Float (&sums)[M], const Weight& weight, int64_t outpu
   if (left >= Vec::kLanes) {
     const Vec::Float bias = weight.bias ? Vec::floats(weight.bias + output) : Vec::zero();
 #pragma GCC unroll 8
-    for (int m = 0; m < M; m++) Vec::store(y + m * stride, Vec::add_product(sums[m], Vec::set(1.0f), bias));
+    for (int m = 0; m < M; m++)
+      Vec::store(y + m * stride, Vec::add_product(sums[m], Vec::set(1.0f), bias));
     return;
   }
   float all[M][Vec::kLanes];
 #pragma GCC unroll 8
   for (int m = 0; m < M; m++) Vec::store(all[m], sums[m]);
   for (int m = 0; m < M; m++)
-    for (int i = 0; i < left; i++) y[m * stride + i] = all[m][i] + (weight.bias ? weight.bias[output + i] : 0.0f);
+    for (int i = 0; i < left; i++)
+      y[m * stride + i] = all[m][i] + (weight.bias ? weight.bias[output + i] : 0.0f);
 }
 
-// True if weights should be evicted from the caches first, so that keys, values and the caller's data stay there. With
-// 8 bits, a token then takes 7 to 10 % less time, and with 4 bits up to 5 % less (Zen 5, not measured on others). False
-// for Vec::kRows rows: they may be a part of a larger call, which reads the weights again.
+// True if weights should be evicted from the caches first, so that keys, values and the caller's
+// data stay there. With 8 bits, a token then takes 7 to 10 % less time, and with 4 bits up to 5 %
+// less (Zen 5, not measured on others). False for Vec::kRows rows: they may be a part of a larger
+// call, which reads the weights again.
 template <int M>
 inline bool reads_once() {
   return kProcessor.zen5 && M < Vec::kRows;
@@ -130,8 +140,10 @@ constexpr int64_t kFactorsAhead = 256;
 // Factors of a panel's blocks, starting at output `lane`.
 template <int Bits, From Where>
 struct Factors {
-  int64_t left = 0, groups_of_block;
-  const uint16_t *scales, *offsets;
+  int64_t left = 0;
+  int64_t groups_of_block;
+  const uint16_t* scales;
+  const uint16_t* offsets;
   const uint8_t* zeros;
   Vec::Int zero = {};
   Vec::Scale scale = {};
@@ -169,7 +181,8 @@ struct Factors {
   // Returns the sum of earlier groups plus that of this one.
   Vec::Float added(Vec::Int dot, const Group& group, Vec::Float sum) const {
     sum = Vec::add_product(Vec::scaled(dot, scale), Vec::set(group.scale), sum);
-    if constexpr (Where == From::kOffset) sum = Vec::add_product(offset, Vec::set(group.scaled_sum), sum);
+    if constexpr (Where == From::kOffset)
+      sum = Vec::add_product(offset, Vec::set(group.scaled_sum), sum);
     return sum;
   }
 };
@@ -177,7 +190,8 @@ struct Factors {
 // Returns the distance of prefetching in bytes. 4 bits always gain from it. With 8 bits, hardware
 // prefetching alone is 20 % faster on Zen 4, as long as it keeps up. It is 15 % slower on Emerald
 // Rapids with one row and 30 % with four, and 30 % slower with one row on Zen 3, which lacks the
-// newer instructions. On Zen 5, 8 and 16 rows take 3 to 4 % less time with 4096 bytes than with 2048.
+// newer instructions. On Zen 5, 8 and 16 rows take 3 to 4 % less time with 4096 bytes than with
+// 2048.
 template <int Bits, int M>
 inline int64_t bytes_ahead() {
   if (Bits == 4 || Vec::kFetches || kProcessor.zen5) return 4096;
@@ -188,11 +202,12 @@ inline int64_t bytes_ahead() {
 // Multiplies M rows with `Wide` registers of outputs of a panel, starting at output `lane`, or with
 // as many panels if a register holds a panel. The rows of y are `stride` apart, its panels `apart`.
 template <int Bits, From Where, int M, int Wide>
-inline void tile(const Group* rows, const Weight& weight, int64_t panel, int lane, float* y, int64_t stride,
-                 int64_t apart) {
+inline void tile(const Group* rows, const Weight& weight, int64_t panel, int lane, float* y,
+                 int64_t stride, int64_t apart) {
   constexpr bool kWhole = Vec::kLanes == kPanel;
   using Quads = typename Vec::template Quads<Bits>;
-  const int64_t groups = weight.groups(), bytes = weight.group_bytes();
+  const int64_t groups = weight.groups();
+  const int64_t bytes = weight.group_bytes();
   const uint8_t* data = weight.data + panel * groups * bytes + lane * 4;
   // The first outputs of a panel prefetch for all others.
   const int64_t ahead = lane > 0 ? 0 : bytes_ahead<Bits, M>();
@@ -208,32 +223,40 @@ inline void tile(const Group* rows, const Weight& weight, int64_t panel, int lan
   }
   for (int64_t g = 0; g < groups; g++, data += bytes, rows += M) {
     // Skips the second of two panels after the end of the first, because it is already being read.
-    const uint8_t* next = data + ahead + (kWhole && Wide > 1 && g * bytes + ahead >= bytes_apart ? bytes_apart : 0);
+    const uint8_t* next =
+        data + ahead + (kWhole && Wide > 1 && g * bytes + ahead >= bytes_apart ? bytes_apart : 0);
 #pragma GCC unroll 2
-    for (int w = 0; w < (kWhole ? Wide : 1) && ahead; w++) fetch(next + w * bytes_apart, bytes, once);
+    for (int w = 0; w < (kWhole ? Wide : 1) && ahead; w++)
+      fetch(next + w * bytes_apart, bytes, once);
 #pragma GCC unroll 2
     for (int w = 0; w < Wide; w++) factors[w].next(once);
     Quads::template multiply<M, Wide>(
         data, bytes_apart, rows, [&](int m, int w) { return factors[w].start(rows[m]); },
-        [&](int m, int w, Vec::Int dot) { sums[w][m] = factors[w].added(dot, rows[m], sums[w][m]); });
+        [&](int m, int w, Vec::Int dot) {
+          sums[w][m] = factors[w].added(dot, rows[m], sums[w][m]);
+        });
   }
 #pragma GCC unroll 2
   for (int w = 0; w < Wide; w++)
-    put(sums[w], weight, panel * kPanel + lane + w * Vec::kLanes, y + lane + w * (kWhole ? apart : Vec::kLanes), stride,
-        weight.pairs);
+    put(sums[w], weight, panel * kPanel + lane + w * Vec::kLanes,
+        y + lane + w * (kWhole ? apart : Vec::kLanes), stride, weight.pairs);
 }
 
 // Multiplies with all outputs of a panel.
 template <int Bits, From Where, int M>
-inline void tiles_of_panel(const Group* rows, const Weight& weight, int64_t panel, float* y, int64_t stride) {
-  constexpr int kBest = Vec::template Quads<Bits>::template kWide<M>, kWide = Vec::kLanes == kPanel ? 1 : kBest;
-  for (int lane = 0; lane < kPanel && panel * kPanel + lane < weight.outputs; lane += kWide * Vec::kLanes)
+inline void tiles_of_panel(const Group* rows, const Weight& weight, int64_t panel, float* y,
+                           int64_t stride) {
+  constexpr int kBest = Vec::template Quads<Bits>::template kWide<M>;
+  constexpr int kWide = Vec::kLanes == kPanel ? 1 : kBest;
+  for (int lane = 0; lane < kPanel && panel * kPanel + lane < weight.outputs;
+       lane += kWide * Vec::kLanes)
     tile<Bits, Where, M, kWide>(rows, weight, panel, lane, y, stride, 0);
 }
 
 // Multiplies with two panels, at the same time if that is faster.
 template <int Bits, From Where, int M>
-inline void tiles_of_two(const Group* rows, const Weight& weight, int64_t panel, float* y, int64_t stride, int64_t apart) {
+inline void tiles_of_two(const Group* rows, const Weight& weight, int64_t panel, float* y,
+                         int64_t stride, int64_t apart) {
   if constexpr (Vec::kLanes == kPanel && Vec::template Quads<Bits>::template kWide<M> == 2) {
     tile<Bits, Where, M, 2>(rows, weight, panel, 0, y, stride, apart);
   } else {
@@ -268,7 +291,8 @@ inline const Tiles& tiles_of(const Weight& weight) {
   static constexpr TilesOf<4, From::kOffset> in_4_bits_with_offsets{};
   static constexpr TilesOf<8, From::kMiddle> in_8_bits{};
   static constexpr TilesOf<8, From::kZero> in_8_bits_from_zeros{};
-  if (weight.bits == 8) return weight.zeros ? static_cast<const Tiles&>(in_8_bits_from_zeros) : in_8_bits;
+  if (weight.bits == 8)
+    return weight.zeros ? static_cast<const Tiles&>(in_8_bits_from_zeros) : in_8_bits;
   if (weight.offsets) return in_4_bits_with_offsets;
   return weight.zeros ? static_cast<const Tiles&>(in_4_bits_from_zeros) : in_4_bits;
 }
@@ -279,8 +303,9 @@ inline const Tiles& tiles_of(const Weight& weight) {
 #include "wide_tiles.h"
 
 // Multiplies rows first..last with panels panel..end. y begins at row `first` and the first output.
-inline void multiply(const Group* rows, const int16_t* wide, int64_t first, int64_t last, const Weight& weight,
-                     int64_t panel, int64_t end, float* y, int64_t stride, int64_t apart) {
+inline void multiply(const Group* rows, const int16_t* wide, int64_t first, int64_t last,
+                     const Weight& weight, int64_t panel, int64_t end, float* y, int64_t stride,
+                     int64_t apart) {
   const bool file = weight.multiples || weight.bits == 5;
   first <<= weight.pairs;
   last <<= weight.pairs;
@@ -291,24 +316,28 @@ inline void multiply(const Group* rows, const int16_t* wide, int64_t first, int6
     const TwoTiles* two = tiles_of(weight).of_two;
     for (; panel + 1 < end; panel += 2, y += 2 * apart)
       for (int64_t m = first; m < last; m += Vec::kRows)
-        two[rows_of_tile(m, last)](rows + m * weight.groups(), weight, panel, y + ((m - first) >> weight.pairs) * stride, stride,
-                                  apart);
+        two[rows_of_tile(m, last)](rows + m * weight.groups(), weight, panel,
+                                   y + ((m - first) >> weight.pairs) * stride, stride, apart);
   }
   const Tile* tiles = file ? tiles_of_file(weight) : tiles_of(weight).of;
   for (; panel < end; panel++, y += apart)
-    for (int64_t m = wide_rows<Vec>(rows, wide, first, last, weight, panel, y, stride); m < last; m += Vec::kRows)
-      tiles[rows_of_tile(m, last)](rows + m * weight.groups(), weight, panel, y + ((m - first) >> weight.pairs) * stride, stride);
+    for (int64_t m = wide_rows<Vec>(rows, wide, first, last, weight, panel, y, stride); m < last;
+         m += Vec::kRows)
+      tiles[rows_of_tile(m, last)](rows + m * weight.groups(), weight, panel,
+                                   y + ((m - first) >> weight.pairs) * stride, stride);
 }
 
 constexpr int64_t kGatedRows = 2 * kTaskRows;  // for all panels together
 
 // Computes all gates, then all ups, of the panels. Memory is then read in longer streams.
 template <typename Row>
-inline void gated_panels(const Product& product, const Row* rows, const int16_t* wide, int64_t first, int64_t last,
-                         int64_t panel, int64_t end) {
+inline void gated_panels(const Product& product, const Row* rows, const int16_t* wide,
+                         int64_t first, int64_t last, int64_t panel, int64_t end) {
   const Weight& weight = product.weight;
-  const int64_t values = (last - first) * kPanel, all = (end - panel) * values;  // per panel, of all
-  float gate[kGatedRows * kPanel], up[kGatedRows * kPanel];
+  const int64_t values = (last - first) * kPanel;  // of a panel
+  const int64_t all = (end - panel) * values;      // of all panels
+  float gate[kGatedRows * kPanel];
+  float up[kGatedRows * kPanel];
   if (weight.outputs < end * kPanel) {  // the last panel is incomplete
     std::memset(gate, 0, static_cast<size_t>(all) * sizeof(float));
     std::memset(up, 0, static_cast<size_t>(all) * sizeof(float));
@@ -321,23 +350,28 @@ inline void gated_panels(const Product& product, const Row* rows, const int16_t*
     const int64_t left = weight.outputs - p * kPanel;
     const size_t bytes = static_cast<size_t>(left < kPanel ? left : kPanel) * sizeof(float);
     for (int64_t m = first; m < last; m++)
-      std::memcpy(product.y + m * weight.outputs + p * kPanel, gate + (p - panel) * values + (m - first) * kPanel, bytes);
+      std::memcpy(product.y + m * weight.outputs + p * kPanel,
+                  gate + (p - panel) * values + (m - first) * kPanel, bytes);
   }
 }
 
 template <typename Row>
-inline void panels_of(const Product& product, const Row* rows, const int16_t* wide, int64_t first, int64_t last,
-                      int64_t panel, int64_t end) {
+inline void panels_of(const Product& product, const Row* rows, const int16_t* wide, int64_t first,
+                      int64_t last, int64_t panel, int64_t end) {
   const Weight& weight = product.weight;
   if (product.beside || product.up.data == nullptr) {
-    const int64_t own = weight.panels(), stride = product.outputs(), behind = panel > own ? panel - own : 0;
+    const int64_t own = weight.panels();
+    const int64_t stride = product.outputs();
+    const int64_t behind = panel > own ? panel - own : 0;
     float* y = product.y + first * stride;
     float* beside = y + weight.outputs + behind * kPanel;
-    multiply(rows, wide, first, last, weight, panel, least(end, own), y + panel * kPanel, stride, kPanel);
+    multiply(rows, wide, first, last, weight, panel, least(end, own), y + panel * kPanel, stride,
+             kPanel);
     multiply(rows, wide, first, last, product.up, behind, end - own, beside, stride, kPanel);
     if (product.activation == kNone) return;
     const int64_t count = least(end * kPanel, weight.outputs) - panel * kPanel;
-    for (int64_t m = 0; m < last - first; m++) activate(product.activation, y + m * stride + panel * kPanel, count);
+    for (int64_t m = 0; m < last - first; m++)
+      activate(product.activation, y + m * stride + panel * kPanel, count);
     return;
   }
   const int64_t most = kGatedRows / (last - first);
@@ -345,13 +379,13 @@ inline void panels_of(const Product& product, const Row* rows, const int16_t* wi
     gated_panels(product, rows, wide, first, last, panel, end - panel < most ? end : panel + most);
 }
 
-inline void panels(const Product& product, const Group* rows, int64_t first, int64_t last, int64_t panel,
-                   int64_t end) {
+inline void panels(const Product& product, const Group* rows, int64_t first, int64_t last,
+                   int64_t panel, int64_t end) {
   panels_of(product, rows, wide_rows_of(product, rows), first, last, panel, end);
 }
 
-inline void float_panels(const Product& product, const float* rows, int64_t first, int64_t last, int64_t panel,
-                         int64_t end) {
+inline void float_panels(const Product& product, const float* rows, int64_t first, int64_t last,
+                         int64_t panel, int64_t end) {
   panels_of(product, rows, nullptr, first, last, panel, end);
 }
 

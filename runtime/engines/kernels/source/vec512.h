@@ -34,9 +34,12 @@ struct Vec512 {
     const auto halves_added = [](Float a, Float b) {
       return _mm512_add_ps(_mm512_mask_blend_ps(0xff00, a, b), _mm512_shuffle_f32x4(a, b, 0x4e));
     };
-    const __m512 ab = halves_added(parts[0][0], parts[1][0]), cd = halves_added(parts[2][0], parts[3][0]);
-    const __m512i others = _mm512_setr_epi32(4, 5, 6, 7, 16, 17, 18, 19, 12, 13, 14, 15, 24, 25, 26, 27);
-    const __m512 four = _mm512_add_ps(_mm512_mask_blend_ps(0xf0f0, ab, cd), _mm512_permutex2var_ps(ab, others, cd));
+    const __m512 ab = halves_added(parts[0][0], parts[1][0]);
+    const __m512 cd = halves_added(parts[2][0], parts[3][0]);
+    const __m512i others =
+        _mm512_setr_epi32(4, 5, 6, 7, 16, 17, 18, 19, 12, 13, 14, 15, 24, 25, 26, 27);
+    const __m512 four =
+        _mm512_add_ps(_mm512_mask_blend_ps(0xf0f0, ab, cd), _mm512_permutex2var_ps(ab, others, cd));
     const __m512 two = _mm512_add_ps(four, _mm512_permute_ps(four, 0x4e));
     const __m512 one = _mm512_add_ps(two, _mm512_permute_ps(two, 0xb1));
     const __m512i firsts = _mm512_castsi128_si512(_mm_setr_epi32(0, 8, 4, 12));
@@ -53,7 +56,8 @@ struct Vec512 {
     const auto four = [&](int64_t row) {
       return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from + row * size));
     };
-    const __m128i low = _mm_unpacklo_epi64(four(0), four(4)), high = _mm_unpacklo_epi64(four(8), four(12));
+    const __m128i low = _mm_unpacklo_epi64(four(0), four(4));
+    const __m128i high = _mm_unpacklo_epi64(four(8), four(12));
     return _mm512_cvtph_ps(_mm256_set_m128i(high, low));
   }
   // Transposes four values of kLanes rows, which are `size` apart, to four rows of `to`, which are
@@ -68,8 +72,10 @@ struct Vec512 {
       pairs[2 + i] = _mm512_castps_pd(_mm512_unpackhi_ps(rows[2 * i], rows[2 * i + 1]));
     }
     for (int i = 0; i < 2; i++) {
-      store(to + 2 * i * apart, _mm512_castpd_ps(_mm512_unpacklo_pd(pairs[2 * i], pairs[2 * i + 1])));
-      store(to + (2 * i + 1) * apart, _mm512_castpd_ps(_mm512_unpackhi_pd(pairs[2 * i], pairs[2 * i + 1])));
+      store(to + 2 * i * apart,
+            _mm512_castpd_ps(_mm512_unpacklo_pd(pairs[2 * i], pairs[2 * i + 1])));
+      store(to + (2 * i + 1) * apart,
+            _mm512_castpd_ps(_mm512_unpackhi_pd(pairs[2 * i], pairs[2 * i + 1])));
     }
   }
   // See PlainInputs.
@@ -81,9 +87,11 @@ struct Vec512 {
   }
   static void round(const float* inputs, float factor, int8_t* values, int32_t* sums) {
     for (int i = 0; i < 2; i++) {
-      const __m128i rounded = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(times(floats(inputs + 16 * i), set(factor))));
+      const __m128i rounded =
+          _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(times(floats(inputs + 16 * i), set(factor))));
       _mm_storeu_si128(reinterpret_cast<__m128i*>(values + 16 * i), rounded);
-      const __m128i counted = _mm_sad_epu8(_mm_xor_si128(rounded, _mm_set1_epi8(-128)), _mm_setzero_si128());
+      const __m128i counted =
+          _mm_sad_epu8(_mm_xor_si128(rounded, _mm_set1_epi8(-128)), _mm_setzero_si128());
       sums[i] = _mm_cvtsi128_si32(counted) + _mm_extract_epi32(counted, 2) - 16 * 128;
     }
   }
@@ -93,20 +101,24 @@ struct Vec512 {
   // Loads 8 values, followed by zeros.
   static Float eight(const float* from) { return _mm512_zextps256_ps512(_mm256_loadu_ps(from)); }
   static Float eight(const uint16_t* from) {
-    return _mm512_zextps256_ps512(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+    return _mm512_zextps256_ps512(
+        _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
   }
   static Float halves(const uint16_t* from) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
   }
   static Float bfloats(const uint16_t* from) {
-    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+    const __m512i wide =
+        _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
     return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
   }
   static Float bytes(const int8_t* from) {
-    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+    return _mm512_cvtepi32_ps(
+        _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
   }
   static Float eight(const int8_t* from) {
-    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
+    return _mm512_cvtepi32_ps(
+        _mm512_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
   }
   // 16-bit integers of 32 bytes, their products with those of `b`, and the products of 8 bytes.
   using Shorts = __m512i;
@@ -118,16 +130,20 @@ struct Vec512 {
   }
   static Int add_eight(const int8_t* a, const int16_t* b, Int sum) {
     const __m128i wide = _mm_cvtepi8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(a)));
-    const __m128i products = _mm_madd_epi16(wide, _mm_loadu_si128(reinterpret_cast<const __m128i*>(b)));
+    const __m128i products =
+        _mm_madd_epi16(wide, _mm_loadu_si128(reinterpret_cast<const __m128i*>(b)));
     return _mm512_add_epi32(sum, _mm512_zextsi128_si512(products));
   }
   // Converts four sums of 16 values.
   static void fold_four(const Int (&parts)[4], float* to) {
     __m256i eight[4];
     for (int i = 0; i < 4; i++)
-      eight[i] = _mm256_add_epi32(_mm512_castsi512_si256(parts[i]), _mm512_extracti64x4_epi64(parts[i], 1));
-    const __m256i all = _mm256_hadd_epi32(_mm256_hadd_epi32(eight[0], eight[1]), _mm256_hadd_epi32(eight[2], eight[3]));
-    const __m128i sums = _mm_add_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1));
+      eight[i] = _mm256_add_epi32(_mm512_castsi512_si256(parts[i]),
+                                  _mm512_extracti64x4_epi64(parts[i], 1));
+    const __m256i all = _mm256_hadd_epi32(_mm256_hadd_epi32(eight[0], eight[1]),
+                                          _mm256_hadd_epi32(eight[2], eight[3]));
+    const __m128i sums =
+        _mm_add_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1));
     _mm_storeu_ps(to, _mm_cvtepi32_ps(sums));
   }
   // Adds the products of pairs of 16-bit integers with one pair.
@@ -139,7 +155,8 @@ struct Vec512 {
   static Float converted(Int value) { return _mm512_cvtepi32_ps(value); }
   // Converts 8 values to float16, rounded to nearest, ties to even.
   static void put_halves(uint16_t* to, const float* from) {
-    const __m128i halves = _mm256_cvtps_ph(_mm256_loadu_ps(from), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __m128i halves =
+        _mm256_cvtps_ph(_mm256_loadu_ps(from), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to), halves);
   }
   static Int widened(const uint8_t* from) {
@@ -154,7 +171,8 @@ struct Vec512 {
   }
   static Int start(Int zero, const Group& group) { return start(zero, &group.minus_sum); }
   struct Scale {
-    Float by, counted;
+    Float by;
+    Float counted;
   };
   static Scale scale(Float by) { return {by, _mm512_mul_ps(by, set(-kCounted))}; }
   static Scale scale(const uint16_t* from) { return scale(halves(from)); }
@@ -180,7 +198,9 @@ struct Vec512 {
   static Float times(Float a, const int8_t* b) { return _mm512_mul_ps(a, bytes(b)); }
   static Float add_product(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
   static void store(float* to, Float value) { _mm512_storeu_ps(to, value); }
-  static void store_eight(float* to, Float value) { _mm256_storeu_ps(to, _mm512_castps512_ps256(value)); }
+  static void store_eight(float* to, Float value) {
+    _mm256_storeu_ps(to, _mm512_castps512_ps256(value));
+  }
 
   static Int load(const uint8_t* from) { return _mm512_loadu_si512(from); }
   static Int low(Int bytes) { return _mm512_and_si512(bytes, _mm512_set1_epi8(15)); }
@@ -188,14 +208,16 @@ struct Vec512 {
   // Shifts `bits` to the left (right if negative), and sets those in `mask` in `bytes`.
   template <int Shift>
   static Int with_bits(Int bytes, Int bits, int mask) {
-    const Int moved = Shift < 0 ? _mm512_srli_epi16(bits, Shift < 0 ? -Shift : 0) : _mm512_slli_epi16(bits, Shift < 0 ? 0 : Shift);
+    const Int moved = Shift < 0 ? _mm512_srli_epi16(bits, Shift < 0 ? -Shift : 0)
+                                : _mm512_slli_epi16(bits, Shift < 0 ? 0 : Shift);
     return _mm512_ternarylogic_epi32(bytes, moved, _mm512_set1_epi8(static_cast<char>(mask)), 0xf8);
   }
   // Converts byte `Byte` of each lane. `Small` bytes are less than 16.
   template <int Byte, bool Small>
   static Float byte(Int lanes) {
     const Int moved = Byte ? _mm512_srli_epi32(lanes, 8 * Byte) : lanes;
-    // A permutation reads the lower 4 bits only. Byte 3 is converted, which other execution units do.
+    // A permutation reads the lower 4 bits only. Byte 3 is converted, which other execution units
+    // do.
     if constexpr (Small && Byte != 3) {
       const Float values = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
       return _mm512_permutexvar_ps(moved, values);

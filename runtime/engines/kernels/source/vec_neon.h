@@ -13,12 +13,15 @@ namespace {
 
 struct VecNeon {
   struct Int {
-    int32x4_t low, high;
+    int32x4_t low;
+    int32x4_t high;
   };
   struct Float {
-    float32x4_t low, high;
+    float32x4_t low;
+    float32x4_t high;
   };
-  static constexpr int kLanes = 8, kRows = 4;
+  static constexpr int kLanes = 8;
+  static constexpr int kRows = 4;
   static constexpr bool kFetches = false;
   static constexpr bool kWide = false;
   static constexpr int32_t kNothing = 0;
@@ -30,11 +33,14 @@ struct VecNeon {
     const int32x4_t mask = vdupq_n_s32(0x0f0f0f0f);
     return {vandq_s32(bytes.low, mask), vandq_s32(bytes.high, mask)};
   }
-  static Int high(Int bytes) { return low({vshrq_n_s32(bytes.low, 4), vshrq_n_s32(bytes.high, 4)}); }
+  static Int high(Int bytes) {
+    return low({vshrq_n_s32(bytes.low, 4), vshrq_n_s32(bytes.high, 4)});
+  }
   template <int Shift>
   static Int with_bits(Int bytes, Int bits, int mask) {
     const auto both = [&](int32x4_t one, int32x4_t other) {
-      return vreinterpretq_s32_u8(with_bits<Shift>(vreinterpretq_u8_s32(one), vreinterpretq_u8_s32(other), mask));
+      return vreinterpretq_s32_u8(
+          with_bits<Shift>(vreinterpretq_u8_s32(one), vreinterpretq_u8_s32(other), mask));
     };
     return {both(bytes.low, bits.low), both(bytes.high, bits.high)};
   }
@@ -51,7 +57,8 @@ struct VecNeon {
   static Float set(float value) { return {vdupq_n_f32(value), vdupq_n_f32(value)}; }
   // Sums 16 values by repeatedly adding the upper half to the lower.
   static float fold(const Float (&parts)[2]) {
-    const float32x4_t four = vaddq_f32(vaddq_f32(parts[0].low, parts[1].low), vaddq_f32(parts[0].high, parts[1].high));
+    const float32x4_t four =
+        vaddq_f32(vaddq_f32(parts[0].low, parts[1].low), vaddq_f32(parts[0].high, parts[1].high));
     return vaddv_f32(vadd_f32(vget_low_f32(four), vget_high_f32(four)));
   }
   // Computes four such sums with the same additions.
@@ -60,7 +67,8 @@ struct VecNeon {
       float64x2_t four[2];
       for (int i = 0; i < 2; i++) {
         const Float(&of)[2] = parts[i == 0 ? a : b];
-        four[i] = vreinterpretq_f64_f32(vaddq_f32(vaddq_f32(of[0].low, of[1].low), vaddq_f32(of[0].high, of[1].high)));
+        four[i] = vreinterpretq_f64_f32(
+            vaddq_f32(vaddq_f32(of[0].low, of[1].low), vaddq_f32(of[0].high, of[1].high)));
       }
       return vaddq_f32(vreinterpretq_f32_f64(vtrn1q_f64(four[0], four[1])),
                        vreinterpretq_f32_f64(vtrn2q_f64(four[0], four[1])));
@@ -68,7 +76,9 @@ struct VecNeon {
     vst1q_f32(to, vpaddq_f32(two(0, 1), two(2, 3)));
   }
   static float32x4_t four(const float* from) { return vld1q_f32(from); }
-  static float32x4_t four(const uint16_t* from) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(from))); }
+  static float32x4_t four(const uint16_t* from) {
+    return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(from)));
+  }
   // Transposes four values of kLanes rows, which are `size` apart, to four rows of `to`, which are
   // `apart`.
   template <typename C>
@@ -76,30 +86,47 @@ struct VecNeon {
     for (int half = 0; half < 2; half++, from += 4 * size, to += 4) {
       float64x2_t pairs[4];
       for (int i = 0; i < 2; i++) {
-        const float32x4_t first = four(from + 2 * i * size), second = four(from + (2 * i + 1) * size);
+        const float32x4_t first = four(from + 2 * i * size);
+        const float32x4_t second = four(from + (2 * i + 1) * size);
         pairs[i] = vreinterpretq_f64_f32(vzip1q_f32(first, second));
         pairs[2 + i] = vreinterpretq_f64_f32(vzip2q_f32(first, second));
       }
       for (int i = 0; i < 2; i++) {
-        vst1q_f32(to + 2 * i * apart, vreinterpretq_f32_f64(vzip1q_f64(pairs[2 * i], pairs[2 * i + 1])));
-        vst1q_f32(to + (2 * i + 1) * apart, vreinterpretq_f32_f64(vzip2q_f64(pairs[2 * i], pairs[2 * i + 1])));
+        vst1q_f32(to + 2 * i * apart,
+                  vreinterpretq_f32_f64(vzip1q_f64(pairs[2 * i], pairs[2 * i + 1])));
+        vst1q_f32(to + (2 * i + 1) * apart,
+                  vreinterpretq_f32_f64(vzip2q_f64(pairs[2 * i], pairs[2 * i + 1])));
       }
     }
   }
-  static Float added(Float a, Float b) { return {vaddq_f32(a.low, b.low), vaddq_f32(a.high, b.high)}; }
-  static Float minus(Float a, Float b) { return {vsubq_f32(a.low, b.low), vsubq_f32(a.high, b.high)}; }
-  static Float times(Float a, Float b) { return {vmulq_f32(a.low, b.low), vmulq_f32(a.high, b.high)}; }
+  static Float added(Float a, Float b) {
+    return {vaddq_f32(a.low, b.low), vaddq_f32(a.high, b.high)};
+  }
+  static Float minus(Float a, Float b) {
+    return {vsubq_f32(a.low, b.low), vsubq_f32(a.high, b.high)};
+  }
+  static Float times(Float a, Float b) {
+    return {vmulq_f32(a.low, b.low), vmulq_f32(a.high, b.high)};
+  }
   // b if either is NaN.
-  static float32x4_t larger(float32x4_t a, float32x4_t b) { return vbslq_f32(vcgtq_f32(a, b), a, b); }
-  static float32x4_t smaller(float32x4_t a, float32x4_t b) { return vbslq_f32(vcltq_f32(a, b), a, b); }
+  static float32x4_t larger(float32x4_t a, float32x4_t b) {
+    return vbslq_f32(vcgtq_f32(a, b), a, b);
+  }
+  static float32x4_t smaller(float32x4_t a, float32x4_t b) {
+    return vbslq_f32(vcltq_f32(a, b), a, b);
+  }
   static Float larger(Float a, Float b) { return {larger(a.low, b.low), larger(a.high, b.high)}; }
-  static Float smaller(Float a, Float b) { return {smaller(a.low, b.low), smaller(a.high, b.high)}; }
+  static Float smaller(Float a, Float b) {
+    return {smaller(a.low, b.low), smaller(a.high, b.high)};
+  }
   static float largest(const Float (&parts)[2]) {
-    return vmaxvq_f32(larger(larger(parts[0].low, parts[1].low), larger(parts[0].high, parts[1].high)));
+    return vmaxvq_f32(
+        larger(larger(parts[0].low, parts[1].low), larger(parts[0].high, parts[1].high)));
   }
   // a * 2^n, where `rounded` is 1.5 * 2^23 + n.
   static float32x4_t times_power(float32x4_t a, float32x4_t rounded) {
-    const int32x4_t exponent = vaddq_s32(vreinterpretq_s32_f32(rounded), vdupq_n_s32(127 - 0x4b400000));
+    const int32x4_t exponent =
+        vaddq_s32(vreinterpretq_s32_f32(rounded), vdupq_n_s32(127 - 0x4b400000));
     return vmulq_f32(a, vreinterpretq_f32_s32(vshlq_n_s32(exponent, 23)));
   }
   static Float times_power(Float a, Float, Float rounded) {
@@ -118,7 +145,8 @@ struct VecNeon {
     return {vcvt_f32_f16(vget_low_f16(half)), vcvt_high_f32_f16(half)};
   }
   static void put_halves(uint16_t* to, const float* from) {
-    const float16x8_t halves = vcvt_high_f16_f32(vcvt_f16_f32(vld1q_f32(from)), vld1q_f32(from + 4));
+    const float16x8_t halves =
+        vcvt_high_f16_f32(vcvt_f16_f32(vld1q_f32(from)), vld1q_f32(from + 4));
     vst1q_u16(to, vreinterpretq_u16_f16(halves));
   }
   static Float bytes(const int8_t* from) {
@@ -129,15 +157,20 @@ struct VecNeon {
   using Shorts = Int;
   static Shorts shorts(const int8_t* from) {
     const int8x16_t all = vld1q_s8(from);
-    return {vreinterpretq_s32_s16(vmovl_s8(vget_low_s8(all))), vreinterpretq_s32_s16(vmovl_high_s8(all))};
+    return {vreinterpretq_s32_s16(vmovl_s8(vget_low_s8(all))),
+            vreinterpretq_s32_s16(vmovl_high_s8(all))};
   }
   static Int add_products(Shorts a, const int16_t* b, Int sum) {
-    return add_shorts(vreinterpretq_s16_s32(a.high), b + 8, add_shorts(vreinterpretq_s16_s32(a.low), b, sum));
+    return add_shorts(vreinterpretq_s16_s32(a.high), b + 8,
+                      add_shorts(vreinterpretq_s16_s32(a.low), b, sum));
   }
-  static Int add_eight(const int8_t* a, const int16_t* b, Int sum) { return add_shorts(vmovl_s8(vld1_s8(a)), b, sum); }
+  static Int add_eight(const int8_t* a, const int16_t* b, Int sum) {
+    return add_shorts(vmovl_s8(vld1_s8(a)), b, sum);
+  }
   static Int add_shorts(int16x8_t a, const int16_t* b, Int sum) {
     const int16x8_t other = vld1q_s16(b);
-    return {vmlal_s16(sum.low, vget_low_s16(a), vget_low_s16(other)), vmlal_high_s16(sum.high, a, other)};
+    return {vmlal_s16(sum.low, vget_low_s16(a), vget_low_s16(other)),
+            vmlal_high_s16(sum.high, a, other)};
   }
   // Converts four sums of 8 values.
   static void fold_four(const Int (&parts)[4], float* to) {
@@ -157,17 +190,23 @@ struct VecNeon {
     };
     return {added(pairs.low, sum.low), added(pairs.high, sum.high)};
   }
-  static Float converted(Int value) { return {vcvtq_f32_s32(value.low), vcvtq_f32_s32(value.high)}; }
+  static Float converted(Int value) {
+    return {vcvtq_f32_s32(value.low), vcvtq_f32_s32(value.high)};
+  }
   static Int widened(const uint8_t* from) {
     const uint16x8_t wide = vmovl_u8(vld1_u8(from));
-    return {vreinterpretq_s32_u32(vmovl_u16(vget_low_u16(wide))), vreinterpretq_s32_u32(vmovl_high_u16(wide))};
+    return {vreinterpretq_s32_u32(vmovl_u16(vget_low_u16(wide))),
+            vreinterpretq_s32_u32(vmovl_high_u16(wide))};
   }
   static Int counted(Int zero) { return zero; }
-  static Int start(Int zero, const int16_t* sum) { return {vmulq_n_s32(zero.low, *sum), vmulq_n_s32(zero.high, *sum)}; }
+  static Int start(Int zero, const int16_t* sum) {
+    return {vmulq_n_s32(zero.low, *sum), vmulq_n_s32(zero.high, *sum)};
+  }
   static Int start(Int zero, const Group& group) { return start(zero, &group.minus_sum); }
   using Scale = Float;
   static Scale scale(Float by) {  // NaN if infinite, as with kCounter
-    return {vaddq_f32(by.low, vsubq_f32(by.low, by.low)), vaddq_f32(by.high, vsubq_f32(by.high, by.high))};
+    return {vaddq_f32(by.low, vsubq_f32(by.low, by.low)),
+            vaddq_f32(by.high, vsubq_f32(by.high, by.high))};
   }
   static Scale scale(const uint16_t* from) { return scale(halves(from)); }
   static Float times(Float a, const int8_t* b) { return times(a, bytes(b)); }
@@ -196,11 +235,13 @@ struct VecNeon {
 // in lane i of a register. `V::kFlip` converts 8-bit weights for it.
 template <typename V, int Bits>
 struct NeonQuads {
-  uint8x16_t low[8], high[8];
+  uint8x16_t low[8];
+  uint8x16_t high[8];
 
   explicit NeonQuads(const uint8_t* data) {
     for (int j = 0; j < (Bits == 8 ? 8 : 4); j++) {
-      const uint8x16_t first = vld1q_u8(data + 64 * j), second = vld1q_u8(data + 64 * j + 16);
+      const uint8x16_t first = vld1q_u8(data + 64 * j);
+      const uint8x16_t second = vld1q_u8(data + 64 * j + 16);
       if constexpr (Bits < 8) {
         low[2 * j] = vandq_u8(first, vdupq_n_u8(15));
         high[2 * j] = vandq_u8(second, vdupq_n_u8(15));
@@ -214,8 +255,10 @@ struct NeonQuads {
     if constexpr (Bits == 5 || Bits == 6)
       each_quad([&](auto quad) {
         using At = Plane<Bits, quad>;
-        low[quad] = V::template with_bits<At::kShift>(low[quad], vld1q_u8(data + At::kByte), At::kMask);
-        high[quad] = V::template with_bits<At::kShift>(high[quad], vld1q_u8(data + At::kByte + 16), At::kMask);
+        low[quad] =
+            V::template with_bits<At::kShift>(low[quad], vld1q_u8(data + At::kByte), At::kMask);
+        high[quad] = V::template with_bits<At::kShift>(high[quad], vld1q_u8(data + At::kByte + 16),
+                                                       At::kMask);
       });
   }
 
@@ -233,7 +276,8 @@ struct NeonQuads {
   }
 
   typename V::Int dot(const int8_t* a, typename V::Int start) const {
-    const int8x16_t first = vld1q_s8(a), second = vld1q_s8(a + 16);
+    const int8x16_t first = vld1q_s8(a);
+    const int8x16_t second = vld1q_s8(a + 16);
     if constexpr (Bits == 8) start = V::unflipped(first, second, start);
     typename V::Int odd = V::all(0);
     add<0>(first, start);

@@ -49,7 +49,7 @@ def made(layer, sequence):
 
 @given(layers, sequences, st.booleans())
 @tries(40)
-def test_attention_is_that_of_float64_and_has_the_same_bits_everywhere(layer, sequence, packed):
+def test_attention_matches_float64_and_is_bit_identical_on_all_instruction_sets(layer, sequence, packed):
     layer, call = made(layer, sequence)
     ours, expected = call.fresh(), call.fresh()
     y, wanted = attend("scalar", layer, ours, packed), exact(layer, expected)
@@ -70,7 +70,7 @@ def test_attention_is_that_of_float64_and_has_the_same_bits_everywhere(layer, se
     ("size", "window", "kinds"),
     [(64, 0, "rb"), (40, 100, "rbh"), (64, 0, "rh"), (264, 0, "rb"), (64, 0, "ri"), (40, 100, "rbi"), (264, 0, "i")],
 )
-def test_prompts_of_many_rows_have_the_same_bits_everywhere(heads, size, window, kinds):
+def test_long_prompts_are_bit_identical_on_all_instruction_sets(heads, size, window, kinds):
     rng = np.random.default_rng(size)
     layer = random_layer(rng, *heads, size, window, kinds)
     call = random_call(rng, layer, [0, 70, 5], [90, 1, 40], capacity=120)
@@ -84,7 +84,7 @@ def test_prompts_of_many_rows_have_the_same_bits_everywhere(heads, size, window,
 
 @given(layers, sequences)
 @tries(20)
-def test_a_row_has_the_bits_that_it_has_alone(layer, sequence):
+def test_row_of_a_call_is_bit_identical_to_single_row(layer, sequence):
     layer, call = made(layer, sequence)
     together = attend("scalar", layer, call.fresh(), packed=True)
     for b, length in enumerate(call.lengths):
@@ -100,7 +100,7 @@ def test_a_row_has_the_bits_that_it_has_alone(layer, sequence):
 @pytest.mark.parametrize("lengths", [[80, 7, 16], [20, 7, 16], [3, 0, 1]])
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize(("packed", "kinds"), [(False, "r"), (True, "r"), (True, "rsh"), (True, "rsi")])
-def test_onnx_runtime_runs_it_on_its_threads_and_gives_the_whole_cache(packed, kinds, threads, lengths):
+def test_onnxruntime_runs_attention_on_its_threads_and_returns_the_whole_cache(packed, kinds, threads, lengths):
     rng = np.random.default_rng(0)
     layer = random_layer(rng, 9, 3, 64, 0, kinds)
     call = random_call(rng, layer, [3, 0, 150], lengths, capacity=180)
@@ -113,7 +113,7 @@ def test_onnx_runtime_runs_it_on_its_threads_and_gives_the_whole_cache(packed, k
         np.testing.assert_array_equal(value[b, :, :total], expected.value[b, :, :total])
 
 
-def test_values_become_float16_as_numpy_rounds_them():
+def test_values_are_rounded_to_float16_as_in_numpy():
     rng = np.random.default_rng(5)
     layer = random_layer(rng, 1, 1, 64, 0, "h")
     call = random_call(rng, layer, [0], [40])
@@ -131,7 +131,7 @@ def test_values_become_float16_as_numpy_rounds_them():
 
 
 @pytest.mark.parametrize("kinds", ["r", "ri"])
-def test_a_row_that_is_no_number_is_seen_in_what_comes_after_it_alone(kinds):
+def test_nan_row_affects_only_later_rows_of_its_sequence(kinds):
     rng = np.random.default_rng(1)
     layer = random_layer(rng, 4, 2, 32, 0, kinds)
     call = random_call(rng, layer, [5, 5], [4, 4])
@@ -146,7 +146,7 @@ def test_a_row_that_is_no_number_is_seen_in_what_comes_after_it_alone(kinds):
         assert np.isnan(y[0, 3, :64]).all()
 
 
-def test_sequences_that_are_idle_and_calls_without_rows():
+def test_idle_sequences_give_zeros_and_calls_without_rows_are_empty():
     rng = np.random.default_rng(2)
     layer = random_layer(rng, 2, 1, 16, 0, "")
     call = random_call(rng, layer, [0, 9], [0, 1])
@@ -169,7 +169,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("message", WRONG)
-def test_inputs_that_contradict_each_other_are_an_error(message):
+def test_contradictory_inputs_are_refused(message):
     rng = np.random.default_rng(3)
     layer = random_layer(rng, 2, 1, 16, 0, "r")
     session = attention_session(layer, True)
@@ -188,7 +188,7 @@ def test_inputs_that_contradict_each_other_are_an_error(message):
         ("window is negative", {"window": -1}),
     ],
 )
-def test_attributes_out_of_range_are_an_error(message, attributes):
+def test_out_of_range_attributes_are_refused(message, attributes):
     layer = random_layer(np.random.default_rng(4), 2, 1, 16, 0, "")
     with pytest.raises(Exception, match=message):
         attention_session(layer, True, **attributes)
@@ -211,7 +211,9 @@ def crossed(session, rows, key, value, lengths, counts):
     ],
 )
 @pytest.mark.parametrize("name", list(filter(here, ["scalar", *INSTRUCTIONS])))
-def test_cross_attention_is_that_of_float64_and_a_row_is_what_it_is_alone(name, size, cache, softcap, monkeypatch):
+def test_cross_attention_matches_float64_and_rows_are_bit_identical_to_single_rows(
+    name, size, cache, softcap, monkeypatch
+):
     monkeypatch.setenv("FREEEXPORT_INSTRUCTIONS", name)
     rng = np.random.default_rng(6)
     layer = Layer(6, 3, size, cache=cache, softcap=softcap)
@@ -239,7 +241,7 @@ def test_cross_attention_is_that_of_float64_and_a_row_is_what_it_is_alone(name, 
 
 @pytest.mark.parametrize("cache", [np.float16, np.int8])
 @pytest.mark.parametrize("name", list(filter(here, ["scalar", *INSTRUCTIONS])))
-def test_sequences_that_share_a_prompt_have_the_bits_that_they_have_with_copies_of_it(name, cache, monkeypatch):
+def test_sequences_sharing_a_prompt_are_bit_identical_to_copies_of_the_prompt(name, cache, monkeypatch):
     monkeypatch.setenv("FREEEXPORT_INSTRUCTIONS", name)
     rng = np.random.default_rng(7)
     layer = Layer(4, 4, 40, cache=cache)
@@ -255,9 +257,7 @@ def test_sequences_that_share_a_prompt_have_the_bits_that_they_have_with_copies_
 
 @pytest.mark.parametrize("name", list(filter(here, ["scalar", *INSTRUCTIONS])))
 @pytest.mark.parametrize(("heads", "size", "biased"), [((3, 3), 40, True), ((2, 1), 64, False), ((2, 2), 264, True)])
-def test_encoders_attend_as_in_float64_and_a_prompt_has_the_bits_that_it_has_alone(
-    name, heads, size, biased, monkeypatch
-):
+def test_encoder_attention_matches_float64_and_is_bit_identical_per_prompt(name, heads, size, biased, monkeypatch):
     rng = np.random.default_rng(size)
     layer = Layer(
         *heads, size, tables={"bias": rng.standard_normal((17, heads[0])).astype(np.float32)} if biased else {}
@@ -281,7 +281,7 @@ def test_encoders_attend_as_in_float64_and_a_prompt_has_the_bits_that_it_has_alo
     assert biased or (in_tiles != y).any()
 
 
-def test_an_encoder_with_other_shapes_is_an_error():
+def test_encoder_inputs_of_wrong_shape_are_refused():
     layer = Layer(2, 2, 16)
     given = {"rows": np.ones((6, 96), np.float32), "lengths": np.array([3, 3], np.int32)}
     for change, message in (
@@ -300,7 +300,7 @@ def test_an_encoder_with_other_shapes_is_an_error():
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("cache", [np.float16, np.int8])
 @pytest.mark.parametrize("name", list(filter(here, ["scalar", *INSTRUCTIONS])))
-def test_keys_and_values_of_a_prompt_are_stored_as_cross_attention_reads_them(name, cache, threads, monkeypatch):
+def test_prompt_cache_stores_keys_and_values_in_the_layout_of_cross_attention(name, cache, threads, monkeypatch):
     monkeypatch.setenv("FREEEXPORT_INSTRUCTIONS", name)
     layer = Layer(6, 3, 40, cache=cache)
     rows = np.random.default_rng(9).standard_normal((2, 70, 2, 3, 40)).astype(np.float32)
@@ -313,7 +313,7 @@ def test_keys_and_values_of_a_prompt_are_stored_as_cross_attention_reads_them(na
             np.testing.assert_allclose(from_cache(layer, found), from_cache(layer, wanted), atol=0.04)
 
 
-def test_a_prompt_cache_with_other_shapes_is_an_error():
+def test_prompt_cache_inputs_of_wrong_shape_are_refused():
     layer = Layer(2, 2, 16, cache=np.int8)
     with pytest.raises(Exception, match="dimension 2 of rows is 60, not 64"):
         prompt_session(layer).run(None, {"rows": np.ones((1, 5, 60), np.float32)})
@@ -324,7 +324,7 @@ def test_a_prompt_cache_with_other_shapes_is_an_error():
     assert [part.shape for part in nothing] == [(0, 2, 5, 20)] * 2
 
 
-def test_cross_attention_to_nothing_is_0_and_beyond_the_keys_an_error():
+def test_cross_attention_without_keys_is_zero_and_beyond_the_keys_is_refused():
     layer, rows, key = Layer(2, 2, 16), np.ones((2, 32), np.float32), np.ones((2, 2, 5, 16), np.float32)
     counts = np.ones(2, np.int32)
     y = crossed(cross_session(layer, True), rows, key, key, np.array([0, 3], np.int32), counts)

@@ -34,7 +34,7 @@ RUN = {threads: best_two(threads) for threads in (1, 3)}
     st.integers(0, 2**32), st.integers(1, 5), st.one_of(st.integers(2, 200), st.integers(4000, 20000)), st.booleans()
 )
 @tries(60)
-def test_the_best_two_and_the_sum_are_those_of_float64_on_any_number_of_threads(
+def test_top_two_and_log_sum_match_float64_with_any_number_of_threads(
     seed: int, rows: int, count: int, ties: bool
 ) -> None:
     logits = (np.random.default_rng(seed).standard_normal((rows, count)) * 5).astype(np.float32)
@@ -51,7 +51,7 @@ def test_the_best_two_and_the_sum_are_those_of_float64_on_any_number_of_threads(
         np.testing.assert_array_equal(np.concatenate([each[place] for each in alone]), whole)
 
 
-def test_every_instruction_set_gives_the_same_best_two(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_top_two_are_equal_on_all_instruction_sets(monkeypatch: pytest.MonkeyPatch) -> None:
     logits, found = (np.random.default_rng(0).standard_normal((3, 9001)) * 4).astype(np.float32), []
     for name in filter(here, ("scalar", *INSTRUCTIONS)):
         monkeypatch.setenv("FREEEXPORT_INSTRUCTIONS", name)
@@ -60,7 +60,7 @@ def test_every_instruction_set_gives_the_same_best_two(monkeypatch: pytest.Monke
             np.testing.assert_array_equal(one, other, name)
 
 
-def test_no_numbers_no_rows_and_wrong_shapes() -> None:
+def test_nan_empty_and_misshapen_logits() -> None:
     logits = np.ones((3, 5000), np.float32)
     logits[1, 4500] = np.nan
     top, log_sum = RUN[1](logits)
@@ -73,7 +73,7 @@ def test_no_numbers_no_rows_and_wrong_shapes() -> None:
 
 
 @pytest.mark.parametrize(("margin", "known", "other"), [(1, False, 0), (0, True, 0), (1, True, 1)])
-def test_predictions_are_those_of_float64(margin: int, known: bool, other: int) -> None:
+def test_predictions_match_float64(margin: int, known: bool, other: int) -> None:
     rng = np.random.default_rng(margin + 2 * other)
     logits = (rng.standard_normal((40, 12)) * 4).astype(np.float32)
     tokens = np.sort(rng.permutation(50)[: 12 - other]) if known else None
@@ -98,7 +98,7 @@ def test_predictions_are_those_of_float64(margin: int, known: bool, other: int) 
         np.testing.assert_array_equal(whole.run(None, {"logits": logits})[0], expected)
 
 
-def test_logits_that_nobody_reads_are_not_spread() -> None:
+def test_unread_logits_are_not_spread_to_the_vocabulary() -> None:
     logits, left = np.ones((2, 3), np.float32), np.full((2, 50), 7, np.float32)
     whole = whole_vocabulary(np.array([4, 9, 20]), 50, -9)
     Call(whole, {"logits": logits}, {"y": left}, spread=spread_logits()).run()
@@ -115,7 +115,7 @@ def test_logits_that_nobody_reads_are_not_spread() -> None:
         (None, [1, 2, 3], "5 logits for 3 known tokens"),
     ],
 )
-def test_tokens_that_do_not_fit_the_logits_are_an_error(
+def test_tokens_that_do_not_match_the_logits_are_refused(
     emitted: list[int] | None, known: list[int] | None, message: str
 ) -> None:
     with pytest.raises(Exception, match=message):
@@ -130,7 +130,7 @@ def test_tokens_that_do_not_fit_the_logits_are_an_error(
     [(1, 1, 8, 32), (16, 32, 8, 32), (37, 95, 8, 64), (40, 576, 8, 64), (37, 95, 5, 32)]
     + [(20, 512, bits, 32) for bits in (4, 5, 6)],
 )
-def test_rows_are_the_values_that_a_weight_stands_for(outputs: int, inputs: int, bits: int, block: int) -> None:
+def test_packed_rows_returns_dequantized_rows(outputs: int, inputs: int, bits: int, block: int) -> None:
     made = random_case if bits == 8 else case_in_file
     case = made(np.random.default_rng(0), outputs, inputs, bits, block)
     indices = np.random.default_rng(1).permutation(outputs)
@@ -141,7 +141,7 @@ def test_rows_are_the_values_that_a_weight_stands_for(outputs: int, inputs: int,
     assert packed_rows(case).run(None, {"indices": np.empty(0, np.int64)})[0].shape == (0, inputs)
 
 
-def test_scales_next_to_nothing_are_kept() -> None:
+def test_subnormal_scales_are_kept() -> None:
     case = random_case(np.random.default_rng(0), 16, 32, 8)
     case.packed.scales[:] = np.float16(6e-8)  # the least there is
     (rows,) = packed_rows(case).run(None, {"indices": np.arange(16)})
@@ -151,7 +151,7 @@ def test_scales_next_to_nothing_are_kept() -> None:
 
 
 @pytest.mark.parametrize("index", [-1, 20, 2**40])
-def test_an_index_out_of_range_is_an_error(index: int) -> None:
+def test_out_of_range_row_index_is_refused(index: int) -> None:
     rows = packed_rows(random_case(np.random.default_rng(0), 20, 32, 8))
     with pytest.raises(Exception, match=f"index {index} is no row of 20"):
         rows.run(None, {"indices": np.array([0, index])})
@@ -167,7 +167,7 @@ def test_an_index_out_of_range_is_an_error(index: int) -> None:
         ({"K": 64, "block_size": 32}, "input 1 of PackedRows has 1024 elements, N, K, bits and block_size want 2048"),
     ],
 )
-def test_sizes_that_contradict_each_other_are_an_error(changes: dict[str, Any], message: str) -> None:
+def test_contradictory_sizes_are_refused(changes: dict[str, Any], message: str) -> None:
     case = random_case(np.random.default_rng(0), 20, 32, 8)
     with pytest.raises(Exception, match=message):
         packed_rows(case, **changes)

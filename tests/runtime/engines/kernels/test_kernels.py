@@ -17,6 +17,7 @@ from kernel_cases import (
     EPSILON,
     INSTRUCTIONS,
     case_of,
+    float_case,
     here,
     multiply,
     random_case,
@@ -34,6 +35,8 @@ OFFICIAL = Path("/usr/include/onnxruntime/onnxruntime_c_api.h")
 
 if problem := missing():
     pytest.skip(problem, allow_module_level=True)
+
+WIDE = {"activation_bits": 16}
 
 
 def rows(rng, count, inputs):
@@ -64,7 +67,7 @@ shapes = st.tuples(
 
 @given(shapes)
 @tries(40)
-def test_products_are_those_of_the_rounded_rows_and_weights_everywhere(shape):
+def test_products_match_rounded_inputs_and_are_bit_identical_on_all_instruction_sets(shape):
     seed, count, outputs, inputs, bits, block, bias = shape
     rng = np.random.default_rng(seed)
     case, x = random_case(rng, outputs, inputs, bits, block, bias), rows(rng, count, inputs)
@@ -72,21 +75,22 @@ def test_products_are_those_of_the_rounded_rows_and_weights_everywhere(shape):
     np.testing.assert_allclose(everywhere(x, case), expected, atol=1e-6 * sizes.max())
 
 
+@pytest.mark.parametrize("activations", [{}, WIDE], ids=["int8", "int16"])
 @pytest.mark.parametrize(("bits", "threads"), [(4, 1), (4, 4), (8, 1), (8, 4), (5, 4), (6, 4)])
-def test_the_bits_of_a_row_depend_neither_on_the_others_nor_on_threads(bits, threads):
+def test_row_is_bit_identical_in_any_batch_and_with_any_number_of_threads(bits, threads, activations):
     rng = np.random.default_rng(bits)
     inputs = 512 if bits == 6 else 576
-    case, x = random_case(rng, 1000, inputs, bits), rows(rng, 33, inputs)
-    alone = [multiply("scalar", row[None], case)[0] for row in x]
-    product = session(case, threads)
-    for count in (*range(1, 18), 33):
-        for start in (0, 33 - count):
+    case, x = random_case(rng, 1000, inputs, bits, bias=True), rows(rng, 70, inputs)
+    alone = [multiply("scalar", row[None], case, **activations)[0] for row in x]
+    product = session(case, threads, **activations)
+    for count in (*range(1, 18), 33, 70):
+        for start in (0, 70 - count):
             (y,) = product.run(None, {"x": x[start : start + count]})
             assert_same_bits(y, np.stack(alone[start : start + count]))
 
 
 @pytest.mark.parametrize(("inputs", "block", "zeros"), [(1100, 32, True), (1056, 128, False), (400, 96, False)])
-def test_many_rows_have_the_same_bits_with_8_bit_weights(inputs, block, zeros):
+def test_rows_of_a_large_call_with_8_bit_weights_are_bit_identical(inputs, block, zeros):
     rng = np.random.default_rng(inputs)
     rounded = round_8_bits(rng.standard_normal((43, inputs)).astype(np.float32), block, np.dtype(np.float16))
     case, x = case_of(rounded, inputs, 8, block), rows(rng, 131, inputs)
@@ -100,7 +104,7 @@ def test_many_rows_have_the_same_bits_with_8_bit_weights(inputs, block, zeros):
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_quantized_rows_stay_close_to_the_product_in_fp32(bits):
+def test_quantized_rows_are_close_to_the_fp32_product(bits):
     rng = np.random.default_rng(bits)
     case, x = random_case(rng, 96, 576, bits), rng.standard_normal((33, 576)).astype(np.float32)
     exact = x @ case.values.T
@@ -149,7 +153,9 @@ BEFORE = ("", "norm", "skip", "layer", "layer skip", "layer skip kept")
 
 @given(shapes, st.sampled_from(ACTIVATIONS), st.sampled_from(BEFORE), st.sampled_from([None, 4, 6, 8]))
 @tries(60)
-def test_norms_activations_and_gates_are_those_of_float64_and_the_same_everywhere(shape, activation, before, up_bits):
+def test_fused_operations_match_float64_and_are_bit_identical_on_all_instruction_sets(
+    shape, activation, before, up_bits
+):
     case, x, total, fused = fused_case(shape, activation, before, up_bits)
     count, up = len(x), fused["up"]
     y = everywhere(x, case, **fused)
@@ -168,21 +174,22 @@ def test_norms_activations_and_gates_are_those_of_float64_and_the_same_everywher
     assert np.median(np.abs(y - expected)) <= 1e-4 * size + 1e-12
 
 
+@pytest.mark.parametrize("activations", [{}, WIDE], ids=["int8", "int16"])
 @given(shapes, st.integers(1, 50), st.sampled_from([4, 6, 8]), st.sampled_from(["", "norm", "skip"]))
 @tries(40)
-def test_products_beside_each_other_are_those_alone(shape, second_outputs, second_bits, before):
+def test_side_by_side_products_equal_separate_products(activations, shape, second_outputs, second_bits, before):
     seed, count, outputs, inputs, bits, block, bias = shape
     rng = np.random.default_rng(seed)
     case, x = random_case(rng, outputs, inputs, bits, block, bias), rows(rng, count, inputs)
     second = random_case(rng, second_outputs, inputs, second_bits, 32, bias)
     norm = rng.standard_normal(inputs).astype(np.float32) if before else None
-    fused = {"skip": rows(rng, count, inputs) if before == "skip" else None, "norm": norm}
+    fused = {"skip": rows(rng, count, inputs) if before == "skip" else None, "norm": norm, **activations}
     alone = [multiply("scalar", x, each, **fused) for each in (case, second)]
     assert_same_bits(everywhere(x, case, up=second, beside=True, **fused), np.concatenate(alone, axis=1))
 
 
 @pytest.mark.parametrize(("threads", "bias"), [(1, True), (3, False), (3, True)])
-def test_a_session_has_products_beside_each_other(bias, threads):
+def test_session_computes_side_by_side_products(bias, threads):
     rng = np.random.default_rng(7)
     case, second = (random_case(rng, outputs, 320, bits, bias=bias) for outputs, bits in ((600, 4), (50, 8)))
     up = {"up_data": second.packed.data, "up_scales": second.packed.scales}
@@ -195,7 +202,7 @@ def test_a_session_has_products_beside_each_other(bias, threads):
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS[1:])
-def test_activations_of_very_large_and_small_values(activation):
+def test_activations_handle_very_large_and_small_values(activation):
     values = np.array([-1e38, -500, -88, -1e-30, 0, 1e-30, 10, 88, 500, 1e38, np.nan], np.float32)
     case = case_of(Rounded(np.full((1, 1, 32), 129, np.uint8), np.ones((1, 1), np.float16), None, 0), 1, 8, 32)
     for name in filter(here, ("scalar", *INSTRUCTIONS)):
@@ -204,7 +211,7 @@ def test_activations_of_very_large_and_small_values(activation):
         np.testing.assert_allclose(y, expected, rtol=3e-6, atol=1e-30)
 
 
-def test_a_graph_has_norm_sum_activation_and_gate_in_one_operator():
+def test_one_operator_fuses_norm_sum_activation_and_gate():
     rng = np.random.default_rng(9)
     case, up, x, skip = *(random_case(rng, 90, 96, bits) for bits in (4, 8)), rows(rng, 40, 96), rows(rng, 40, 96)
     norm = rng.standard_normal(96).astype(np.float32)
@@ -219,7 +226,7 @@ def test_a_graph_has_norm_sum_activation_and_gate_in_one_operator():
         fused.run(None, {"x": x, "skip": skip[:1]})
 
 
-def test_both_weights_of_a_graph_may_have_offsets():
+def test_both_weights_of_a_graph_can_have_offsets():
     rng = np.random.default_rng(10)
     x, cases = rows(rng, 5, 96), []
     for _ in range(2):
@@ -241,7 +248,7 @@ def test_both_weights_of_a_graph_may_have_offsets():
     ("bits", "data", "zero"),
     [(8, 0, None), (8, 255, None), (4, 255, 0), (4, 0, 15), (5, 0, None), (5, 31, None), (6, 0, None), (6, 63, None)],
 )
-def test_values_at_their_limits_do_not_saturate(bits, data, zero):
+def test_extreme_values_do_not_saturate(bits, data, zero):
     zeros = None if zero is None else np.full((16, 1), zero | zero << 4, np.uint8)
     blocks, block = (16, 16) if bits == 6 else (8, 32)
     weight = np.full((16, blocks, 16 if bits == 4 else block), data, np.uint8)
@@ -255,27 +262,37 @@ def test_values_at_their_limits_do_not_saturate(bits, data, zero):
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_a_value_that_is_no_number_is_seen_in_its_row_alone(bad):
-    for name in filter(here, ("scalar", *INSTRUCTIONS)):
-        rng = np.random.default_rng(1)
-        case, x = random_case(rng, 20, 70, 4), rows(rng, 3, 70)
-        good = multiply(name, x, case)
-        x[1, 40] = bad
-        y = multiply(name, x, case)
-        assert np.isnan(y[1]).all()
-        np.testing.assert_array_equal(y[[0, 2]], good[[0, 2]])
+@pytest.mark.parametrize(
+    ("weight", "options"),
+    [(4, {}), (4, WIDE), (4, {"activation_bits": 32}), (4, {"prompt": True}), ("bf16", {})],
+    ids=["int8", "int16", "exact", "prompt", "floats"],
+)
+def test_nan_and_infinity_affect_only_their_row(weight, options, bad):
+    rng = np.random.default_rng(1)
+    case = float_case(rng, 20, 70, weight) if weight == "bf16" else random_case(rng, 20, 70, weight)
+    x = rows(rng, 40, 70)
+    with_bad = x.copy()
+    with_bad[3, 5] = bad
+    for name in filter(here, ("scalar", "scalar-bf16", *INSTRUCTIONS)):
+        good, y = (multiply(name, each, case, **options) for each in (x, with_bad))
+        assert not np.isfinite(y[3]).any()
+        assert_same_bits(np.delete(y, 3, 0), np.delete(good, 3, 0), name)
 
 
-@pytest.mark.parametrize("size", [0.0, 1e-45, 1e-38, 1e-31, 1e30])
-def test_very_small_and_very_large_rows(size):
+@pytest.mark.parametrize("size", [0.0, 1e-45, 1e-38, 1e-31, 1e-30, 1e30])
+@pytest.mark.parametrize(
+    ("activations", "least", "share"), [({}, 1e-28, 2), (WIDE, 1e-27, 1e-2)], ids=["int8", "int16"]
+)
+def test_rows_of_very_small_and_very_large_values(activations, least, share, size):
     rng = np.random.default_rng(2)
     case = random_case(rng, 20, 70, 8)
     x = (rows(rng, 2, 70) * size).astype(np.float32)
     expected = x.astype(np.float64) @ case.values.T
-    np.testing.assert_allclose(everywhere(x, case), expected, atol=max(1e-28, np.abs(x).max() * 2))
+    found = everywhere(x, case, **activations)
+    np.testing.assert_allclose(found, expected, atol=max(least, np.abs(x).max() * share))
 
 
-def test_scales_of_every_kind_of_float16_are_read_alike():
+def test_every_class_of_float16_scale_is_read_alike_by_all_instruction_sets():
     rng = np.random.default_rng(8)
     scales = np.array([6e-8, 1e-6, 6.1e-5, 0.1, 60000, np.inf, -0.5, 0] * 2, np.float16)[:, None]
     case = case_of(Rounded(rng.integers(0, 256, (16, 1, 32), np.uint8), scales, None, 0), 32, 8, 32)
@@ -289,7 +306,7 @@ def test_scales_of_every_kind_of_float16_are_read_alike():
     assert not np.isfinite(y[:, ~finite]).any()
 
 
-def test_no_rows_and_more_dimensions():
+def test_empty_inputs_and_inputs_of_more_dimensions():
     rng = np.random.default_rng(3)
     case = random_case(rng, 20, 32, 8)
     product = session(case)
@@ -345,7 +362,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("message", WRONG)
-def test_sizes_that_contradict_each_other_are_an_error(message):
+def test_contradictory_sizes_are_refused(message):
     rounded = round_4_bits(np.random.default_rng(0).standard_normal((20, 64), np.float32), 32, np.dtype(np.float16))
     change = dict(WRONG[message])
     shape = change.pop("x", (2, 64))
@@ -359,7 +376,7 @@ def test_sizes_that_contradict_each_other_are_an_error(message):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None or not OFFICIAL.is_file(), reason="needs g++ and libonnxruntime-dev")
-def test_our_declarations_agree_with_the_official_header(tmp_path):
+def test_api_declarations_match_the_official_header(tmp_path):
     for name in ("ort_api.h", "check_ort_api.cpp"):
         shutil.copy(SOURCE / name, tmp_path)
 
@@ -376,7 +393,7 @@ def test_our_declarations_agree_with_the_official_header(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(1300)
 @pytest.mark.skipif(platform.machine() != "x86_64" or shutil.which("g++") is None, reason="needs g++ on x86-64")
-def test_no_kernel_leaves_its_buffers_or_does_what_is_undefined(tmp_path):
+def test_sanitizers_find_no_error_in_the_kernels(tmp_path):
     child = Path(__file__).parents[2] / "kernel_sanitizer.py"
     done = subprocess.run([sys.executable, child, tmp_path], capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -38,7 +38,7 @@ def files(wheel: Path) -> list[str]:
     return zipfile.ZipFile(wheel).namelist()
 
 
-def test_without_a_compiler_the_wheel_is_for_any_platform(tmp_path):
+def test_wheel_built_without_a_compiler_is_for_any_platform(tmp_path):
     wheel, code, printed = build(tmp_path, CC="false", CXX="false")
     assert code == 0, printed
     assert wheel.name.endswith("-py3-none-any.whl")
@@ -49,7 +49,7 @@ def test_without_a_compiler_the_wheel_is_for_any_platform(tmp_path):
 @pytest.mark.parametrize(
     ("wish", "message"), [("require", "'false'"), ("yes", "FREEEXPORT_KERNELS is 'yes'; choose require or skip")]
 )
-def test_a_library_that_is_required_and_a_wish_that_is_unknown_are_errors(wish, message, tmp_path):
+def test_required_kernels_without_a_compiler_and_unknown_settings_are_refused(wish, message, tmp_path):
     wheel, code, printed = build(tmp_path, CC="false", CXX="false", FREEEXPORT_KERNELS=wish)
     assert (wheel, code != 0) == (None, True)
     assert message in printed
@@ -58,7 +58,7 @@ def test_a_library_that_is_required_and_a_wish_that_is_unknown_are_errors(wish, 
 @pytest.mark.slow
 @pytest.mark.timeout(1000)
 @pytest.mark.skipif(shutil.which("g++") is None or not sys.platform.startswith("linux"), reason="no C++ compiler")
-def test_with_a_compiler_the_wheel_is_for_this_platform_and_every_python(tmp_path):
+def test_wheel_built_with_a_compiler_is_for_this_platform_and_every_python(tmp_path):
     wheel, code, printed = build(tmp_path, FREEEXPORT_KERNELS="require")
     assert code == 0, printed
     assert "-py3-none-linux_" in wheel.name
@@ -77,7 +77,7 @@ def test_with_a_compiler_the_wheel_is_for_this_platform_and_every_python(tmp_pat
         ("macosx-10.9-universal2", "macosx", platform.machine(), ".dylib"),
     ],
 )
-def test_other_systems_have_their_own_flags_and_files(host, system, processor, suffix, tmp_path, monkeypatch):
+def test_systems_have_their_own_flags_and_files(host, system, processor, suffix, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))
     import setup
 
@@ -110,7 +110,7 @@ def test_other_systems_have_their_own_flags_and_files(host, system, processor, s
     assert any("-z,defs" in flag for flag in linked) == (system == "linux")
 
 
-def test_windows_compiles_with_zig_and_macs_for_one_processor(monkeypatch):
+def test_windows_builds_use_zig_and_mac_builds_one_architecture(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))
     import setup
 
@@ -142,7 +142,7 @@ MISSING = [program for program in (CROSS, QEMU) if shutil.which(program) is None
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.skipif(bool(MISSING), reason=f"needs {', '.join(MISSING)} (Debian: g++-aarch64-linux-gnu, qemu-user)")
-def test_neon_gives_the_bits_of_plain_cpp_there_and_here(digest, tmp_path):
+def test_neon_is_bit_identical_to_plain_cpp_under_qemu_and_to_this_processor(digest, tmp_path):
     program = str(check_program(tmp_path, [CROSS], "aarch64"))
     for processor, names in (("max", ("neon-i8mm", "neon")), ("cortex-a76", ("neon",)), ("cortex-a72", ())):
         text = run(QEMU, "-cpu", processor, program, *names)
@@ -163,7 +163,7 @@ def test_neon_gives_the_bits_of_plain_cpp_there_and_here(digest, tmp_path):
         ("x86_64-windows-gnu", ["wine"]),
     ],
 )
-def test_other_systems_give_the_bits_of_plain_cpp_here(target, runner, digest, tmp_path):
+def test_builds_for_other_systems_are_bit_identical_to_plain_cpp_here(target, runner, digest, tmp_path):
     processor = target.partition("-")[0]
     if (runner and shutil.which(runner[0]) is None) or (not runner and processor != platform.machine()):
         pytest.skip(f"needs {runner[0] if runner else processor}")

@@ -50,7 +50,7 @@ def refusal(path):
     return str(raised.value)
 
 
-def test_weights_that_end_early_listed_so_or_not(copied):
+def test_truncated_weights_are_refused_even_if_the_manifest_lists_their_size(copied):
     weights = copied / "weights.data"
     content = weights.read_bytes()
     weights.write_bytes(content[:-1000])
@@ -61,7 +61,7 @@ def test_weights_that_end_early_listed_so_or_not(copied):
         assert "cannot be loaded" in refusal(copied)
 
 
-def test_an_operator_that_the_library_lacks(copied):
+def test_operator_missing_from_the_library_is_refused(copied):
     for graph in copied.glob("*.onnx"):
         model = onnx.load(graph, load_external_data=False)
         for node in model.graph.node:
@@ -73,7 +73,7 @@ def test_an_operator_that_the_library_lacks(copied):
     assert message.endswith("; upgrade freeexport")
 
 
-def test_a_later_version_of_the_operators_and_a_library_that_is_missing(copied, tmp_path, monkeypatch):
+def test_later_operator_version_and_missing_library_are_refused(copied, tmp_path, monkeypatch):
     monkeypatch.setattr(runtime.engines.kernels, "LIBRARY", tmp_path / "missing.so")
     assert "are not built here" in refusal(copied)
     monkeypatch.undo()
@@ -81,14 +81,14 @@ def test_a_later_version_of_the_operators_and_a_library_that_is_missing(copied, 
     assert "version 99 of freeexport's kernels is needed" in refusal(copied)
 
 
-def test_the_version_before_activations_in_16_bits_opens_only_bundles_without_them(bundle, copied, monkeypatch):
+def test_earlier_operator_version_opens_only_bundles_without_16_bit_activations(bundle, copied, monkeypatch):
     monkeypatch.setattr(runtime.engines.kernels, "VERSION", 9)
     Session(copied).close()
     wide = bundle(CASE, precision="int8", kernels="freeexport", activations="int16")
     assert "version 10 of freeexport's kernels is needed, 9 is here; upgrade freeexport" in refusal(wide)
 
 
-def test_a_library_of_another_architecture_or_version_is_named(tmp_path, monkeypatch):
+def test_library_of_another_architecture_or_version_is_named(tmp_path, monkeypatch):
     other = bytearray(LIBRARY.read_bytes())
     other[18:20] = (0xF3 if platform.machine() != "riscv64" else 0x3E).to_bytes(2, "little")  # the ELF header's machine
     (tmp_path / "other.so").write_bytes(other)
@@ -111,7 +111,7 @@ def test_a_library_of_another_architecture_or_version_is_named(tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("name", ["scalar", *INSTRUCTIONS, "mmx"])
-def test_the_environment_chooses_instructions(name, monkeypatch):
+def test_environment_variable_selects_the_instruction_set(name, monkeypatch):
     monkeypatch.setenv("FREEEXPORT_INSTRUCTIONS", name)
     if name != "mmx" and here(name):
         assert instructions() == name
@@ -120,7 +120,7 @@ def test_the_environment_chooses_instructions(name, monkeypatch):
             instructions()
 
 
-def test_without_vector_instructions_a_warning_says_why(copied, monkeypatch, caplog):
+def test_missing_vector_instructions_are_warned_about(copied, monkeypatch, caplog):
     monkeypatch.setenv("FREEEXPORT_INSTRUCTIONS", "scalar")
     runtime.engines.kernels._warned.clear()
     with caplog.at_level(logging.WARNING, "runtime.engines.kernels"), Session(copied) as session:
@@ -151,7 +151,7 @@ class OldRuntime:
         return ctypes.addressof(self.api) if version < 18 else None
 
 
-def test_a_runtime_that_is_too_old_is_told_so():
+def test_too_old_onnxruntime_is_refused():
     old = OldRuntime()
     register_operators = ctypes.CDLL(str(runtime.engines.kernels.LIBRARY)).RegisterCustomOps
     register_operators.restype = ctypes.c_void_p
@@ -159,7 +159,7 @@ def test_a_runtime_that_is_too_old_is_told_so():
     assert old.message == "freeexport: ONNX Runtime 1.17.3 is too old for these kernels; install 1.18 or later"
 
 
-def test_what_the_library_says_to_onnx_runtime_is_one_line(monkeypatch):
+def test_library_errors_to_onnxruntime_are_one_line(monkeypatch):
     class Options:
         def register_custom_ops_library(self, path):
             raise RuntimeError("[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : freeexport: it is too old\nand so on")

@@ -67,13 +67,13 @@ def found(lines: list[str], *command: str | Path) -> list[str]:
     return done.stdout.splitlines()
 
 
-def test_processors_get_what_they_have(program: Path) -> None:
+def test_processors_get_the_instruction_sets_they_support(program: Path) -> None:
     words, expected = zip(*RECORDED.values(), strict=True)
     *names, _ = found(list(words), program)
     assert dict(zip(RECORDED, names, strict=True)) == dict(zip(RECORDED, expected, strict=True))
 
 
-def test_nothing_is_used_that_the_system_does_not_save(program: Path) -> None:
+def test_instructions_whose_registers_the_system_does_not_save_are_not_used(program: Path) -> None:
     words = RECORDED["Sapphire Rapids"][0].rpartition(" ")[0]
     *names, _ = found([f"{words} {saved:x}" for saved in SAVED.values()], program)
     assert names == [
@@ -97,7 +97,7 @@ def test_nothing_is_used_that_the_system_does_not_save(program: Path) -> None:
     ]
 
 
-def test_each_bit_that_a_hypervisor_hides_takes_its_instructions_away(program: Path) -> None:
+def test_hidden_cpuid_bits_disable_their_instructions(program: Path) -> None:
     whole = [int(word, 16) for word in RECORDED["Sapphire Rapids"][0].split()]
     # Index of the word and bit, and what remains.
     hidden = {
@@ -126,7 +126,7 @@ def test_each_bit_that_a_hypervisor_hides_takes_its_instructions_away(program: P
 
 
 @pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="needs /proc")
-def test_this_processor_is_what_linux_says(program: Path) -> None:
+def test_detected_features_match_linux(program: Path) -> None:
     flags = set(Path("/proc/cpuinfo").read_text().partition("flags")[2].partition("\n")[0].split())
     (name,) = found([], program)
     avx2 = {"avx2", "fma", "f16c"} <= flags
@@ -145,5 +145,5 @@ def test_this_processor_is_what_linux_says(program: Path) -> None:
     ("model", "expected"),
     [("qemu64", "other"), ("Nehalem", "intel"), ("SandyBridge", "intel"), ("Haswell", "intel avx2")],
 )
-def test_an_emulated_processor_is_read(model: str, expected: str, program: Path) -> None:
+def test_features_of_an_emulated_processor_are_detected(model: str, expected: str, program: Path) -> None:
     assert found([], "qemu-x86_64", "-cpu", model, program) == [expected]

@@ -21,7 +21,7 @@ CUDA = Device(0)
 
 
 @pytest.mark.parametrize("float_type", ["fp32", "fp16", "bf16"])
-def test_the_model_of_the_test_is_attention_in_its_type(float_type: Any) -> None:
+def test_reference_of_the_test_is_attention_in_its_type(float_type: Any) -> None:
     model = load_from_string(attention_model(float_type))
     checker.check_model(model, full_check=True)
     assert [node.op_type for node in model.graph.node] == [*["Cast"] * 4, "Attention", "Cast"]
@@ -32,7 +32,7 @@ def test_the_model_of_the_test_is_attention_in_its_type(float_type: Any) -> None
 
 @pytest.mark.parametrize("float_type", ["fp32", "fp16"])
 @pytest.mark.parametrize("rows", [136, 133])
-def test_the_cpu_passes_the_test(float_type: Any, rows: int) -> None:
+def test_cpu_passes_the_self_test(float_type: Any, rows: int) -> None:
     assert attention_problem(Device(), FUSED, float_type, 3, 16, rows) == ""
 
 
@@ -44,7 +44,7 @@ def test_the_cpu_passes_the_test(float_type: Any, rows: int) -> None:
         ({"0": 0.2}, UNFUSED, "results differ by 0.2 for 3 heads and 1 queries"),
     ],
 )
-def test_fused_kernels_are_used_unless_they_fail(
+def test_fused_attention_kernels_are_used_unless_they_fail_the_self_test(
     broken: Any, options: Any, problem: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     Machine(monkeypatch).onnxruntime.broken_attention = broken
@@ -54,13 +54,13 @@ def test_fused_kernels_are_used_unless_they_fail(
     assert bool(problem) is ("the unfused kernels are used" in caplog.text)
 
 
-def test_a_device_on_which_no_kernel_works_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_device_without_a_working_attention_kernel_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     Machine(monkeypatch).onnxruntime.broken_attention = {"0": float("nan"), "16": 1.0}
     with pytest.raises(EngineError, match=r"attention does not work on device cuda:0 in fp16 \(CUDA failure 1.*1"):
         choose_attention(CUDA, "fp16", **SIZES)
 
 
-def test_engines_of_a_session_use_the_chosen_kernels(bundle: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_session_engines_use_the_selected_attention_kernels(bundle: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
     for broken in ({}, {"0": float("nan")}):
         machine = Machine(monkeypatch)
         machine.onnxruntime.broken_attention = broken

@@ -47,7 +47,7 @@ def download(cuda: Cuda, array: DeviceArray) -> np.ndarray:
 
 
 @given(seed=st.integers(0, 10_000), data=st.data())
-def test_any_slices_of_any_shape_copy_as_in_numpy(seed: int, data: st.DataObject) -> None:
+def test_slices_of_any_shape_are_copied_as_in_numpy(seed: int, data: st.DataObject) -> None:
     shape = tuple(data.draw(st.lists(st.integers(1, 4), min_size=1, max_size=4)))
     parts = [
         data.draw(st.one_of(st.integers(-size, size - 1), st.builds(slice, st.integers(0, size), st.integers(0, size))))
@@ -65,13 +65,13 @@ def test_any_slices_of_any_shape_copy_as_in_numpy(seed: int, data: st.DataObject
 
 
 @pytest.mark.parametrize("key", [np.s_[::2], np.s_[0, 0, 0, 0], np.s_[9], np.s_[:, -9]], ids=str)
-def test_what_device_memory_has_no_view_of_is_an_error(key: Any) -> None:
+def test_unsupported_views_of_device_memory_are_refused(key: Any) -> None:
     cuda = Cuda(0, FakeCuda())
     with pytest.raises(IndexError):
         cuda.empty((3, 4, 5), np.float32, cuda.stream(urgent=True))[key]
 
 
-def test_arrays_that_do_not_fit_are_not_copied() -> None:
+def test_arrays_of_different_shapes_are_not_copied() -> None:
     _, cuda, stream = device()
     array = cuda.empty((3, 4), np.float32, stream)
     for other in (cuda.empty((4, 3), np.float32, stream), cuda.empty((3, 4), np.int32, stream)):
@@ -82,7 +82,7 @@ def test_arrays_that_do_not_fit_are_not_copied() -> None:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_a_copy_between_streams_comes_after_what_wrote_its_source(seed: int) -> None:
+def test_cross_stream_copy_waits_for_the_write_of_its_source(seed: int) -> None:
     cuda = Cuda(0, FakeCuda(seed))
     one, two = cuda.stream(urgent=True), cuda.stream(urgent=False)
     values = np.arange(6, dtype=np.int64)
@@ -91,7 +91,7 @@ def test_a_copy_between_streams_comes_after_what_wrote_its_source(seed: int) -> 
     np.testing.assert_array_equal(download(cuda, there), values)
 
 
-def test_memory_that_is_collected_while_the_device_works_is_freed_after_that() -> None:
+def test_memory_collected_while_the_device_works_is_freed_afterwards() -> None:
     """Or what comes after in the stream would be done in the middle of what is being done."""
     fake, cuda, stream = device()
     garbage, done = [cuda.empty((4,), np.uint8, stream)], list[str]()
@@ -107,7 +107,7 @@ def test_memory_that_is_collected_while_the_device_works_is_freed_after_that() -
     assert fake.allocated == 0
 
 
-def test_memory_is_not_freed_while_another_thread_captures_but_when_memory_is_next_wanted() -> None:
+def test_memory_is_not_freed_during_a_capture_but_at_the_next_allocation() -> None:
     fake, cuda, stream = device()
     garbage = [cuda.empty((64,), np.uint8, stream)]
     captures, go_on = threading.Event(), threading.Event()
@@ -128,7 +128,7 @@ def test_memory_is_not_freed_while_another_thread_captures_but_when_memory_is_ne
     assert fake.allocated == kept.size
 
 
-def test_threads_ignore_captures_of_others() -> None:
+def test_threads_ignore_captures_of_other_threads() -> None:
     fake, cuda, _ = device()
 
     def other() -> int:
@@ -140,7 +140,7 @@ def test_threads_ignore_captures_of_others() -> None:
         assert pool.submit(other).result() > 0
 
 
-def test_closing_frees_everything_once() -> None:
+def test_close_frees_everything_once() -> None:
     fake, cuda, stream = device()
     array, pinned = cuda.zeros((8,), np.float32, stream), cuda.pinned(8)
     stream.copy(pinned.ctypes.data, array.address, 8)
@@ -152,7 +152,7 @@ def test_closing_frees_everything_once() -> None:
     del array
 
 
-def test_too_little_memory_names_needed_and_free_bytes_before_anything_is_allocated() -> None:
+def test_out_of_memory_names_needed_and_free_bytes_before_allocating() -> None:
     cuda = Cuda(0, FakeCuda(free_bytes=1000))
     with pytest.raises(CapacityError, match="the KV cache needs 1001 bytes of device cuda:0, and 1000 are free"):
         cuda.require(1001, "the KV cache")
@@ -175,7 +175,7 @@ def test_too_little_memory_names_needed_and_free_bytes_before_anything_is_alloca
         (1, 13000, "", "device cuda:1 does not exist: this machine has 1"),
     ],
 )
-def test_a_device_that_cannot_be_used_says_why(index: int, driver: int, refused: str, message: str) -> None:
+def test_unusable_device_error_gives_the_reason(index: int, driver: int, refused: str, message: str) -> None:
     fake = FakeCuda(driver=driver)
     if refused:
         fake.refuse("cudaGetDeviceCount", f"cudaError{refused}")
@@ -183,7 +183,7 @@ def test_a_device_that_cannot_be_used_says_why(index: int, driver: int, refused:
         Cuda(index, fake)
 
 
-def test_a_lost_device_says_so_at_every_use_and_can_be_closed() -> None:
+def test_lost_device_raises_at_every_use_and_can_be_closed() -> None:
     fake, cuda, stream = device()
     event = cuda.event()
     array = cuda.zeros((8,), np.float32, stream)
@@ -201,7 +201,7 @@ def test_a_lost_device_says_so_at_every_use_and_can_be_closed() -> None:
     del array
 
 
-def test_without_cuda_python_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_cuda_python_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "cuda.bindings", None)
     with pytest.raises(DeviceError, match=r"needs cuda-python.*freeexport\[gpu\]"):
         Cuda(0)
@@ -235,7 +235,7 @@ def streams() -> Iterator[Streams]:
     made.cuda.close()
 
 
-def test_a_pass_waits_for_its_inputs_and_not_for_steps_after_it_was_submitted(streams: Streams) -> None:
+def test_pass_waits_for_its_inputs_but_not_for_later_steps(streams: Streams) -> None:
     stack, later = (streams.cuda.empty((8,), np.float32, streams.shallow) for _ in range(2))
     go_on = threading.Event()
     streams.runner._thread.submit(go_on.wait, 10)  # the thread is late
@@ -248,9 +248,7 @@ def test_a_pass_waits_for_its_inputs_and_not_for_steps_after_it_was_submitted(st
         streams.put(streams.deep, later)
 
 
-def test_seconds_of_a_pass_leave_out_its_wait_for_another_stream(
-    streams: Streams, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pass_duration_excludes_the_wait_for_another_stream(streams: Streams, monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
     for name in ("cudaStreamWaitEvent", "cudaEventRecord"):
         real = getattr(streams.fake, name)
@@ -266,9 +264,7 @@ def test_seconds_of_a_pass_leave_out_its_wait_for_another_stream(
 
 
 @pytest.mark.parametrize("fails_at", ["enqueue", "finish"])
-def test_a_call_that_fails_is_done_raises_when_waited_for_and_gives_its_events_back(
-    fails_at: str, streams: Streams
-) -> None:
+def test_failed_call_raises_when_awaited_and_returns_its_events(fails_at: str, streams: Streams) -> None:
     def fail() -> None:
         raise RuntimeError("a bug, not an EngineError")
 

@@ -47,7 +47,7 @@ def target(bundle: Bundles) -> Any:
 
 @every
 @pytest.mark.parametrize("mode", MODES)
-def test_tokens_exits_and_confidences_are_those_of_the_cpu(
+def test_tokens_exits_and_confidences_match_the_cpu(
     case: Any, mode: str, target: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if mode == "constrained lossless":
@@ -70,7 +70,7 @@ def test_tokens_exits_and_confidences_are_those_of_the_cpu(
 
 @both
 @pytest.mark.parametrize("options", [{"precision": "bf16"}, {"precision": "int4", "compute": "bf16"}], ids=str)
-def test_bf16_says_what_the_same_graphs_say_rounded_to_it(
+def test_bf16_matches_the_same_graphs_rounded_to_bf16(
     case: Any, options: dict[str, str], bundle: Bundles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened = Bundle.open(bundle(case, target="cuda", **options))
@@ -83,7 +83,9 @@ def test_bf16_says_what_the_same_graphs_say_rounded_to_it(
 
 @both
 @pytest.mark.parametrize("seed", range(2))
-def test_several_requests_share_calls(case: Any, seed: int, target: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_concurrent_requests_share_engine_calls(
+    case: Any, seed: int, target: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     prompts = [list(prompt) for prompt in PROMPTS * 2]
     options = {"max_new_tokens": 16, "threshold": 0.5}
     with Session(target(case), threads=1) as session:
@@ -94,9 +96,7 @@ def test_several_requests_share_calls(case: Any, seed: int, target: Any, monkeyp
 
 
 @pytest.mark.parametrize("case", [T5, EXITS[0]], ids=lambda case: case.name)
-def test_beams_on_a_gpu_are_those_of_the_cpu(
-    case: Any, target: Any, machine: Machine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_beams_match_the_cpu(case: Any, target: Any, machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     options: dict[str, Any] = {"num_beams": 3, "mode": "full", "max_new_tokens": 10}
     with Session(target(case), device="cuda:0", threads=1) as session:
         got = [session.generate(list(prompt), **options).token_ids for prompt in PROMPTS]
@@ -105,7 +105,7 @@ def test_beams_on_a_gpu_are_those_of_the_cpu(
         assert got == [session.generate(list(prompt), **options).token_ids for prompt in PROMPTS]
 
 
-def test_calls_are_launched_as_one_graph_once_they_come_again(target: Any, machine: Machine) -> None:
+def test_repeated_calls_are_launched_as_one_cuda_graph(target: Any, machine: Machine) -> None:
     # Sizes of drafts and of passes that overlap with steps would depend on the time of calls.
     with Session(target(LLAMA), device="cuda:0", threads=1, slots=1, overlap=False) as session:
         options: dict[str, Any] = {"max_new_tokens": 30, "ignore_eos": True, "mode": "free", "threshold": 0.5}
@@ -126,7 +126,7 @@ def test_calls_are_launched_as_one_graph_once_they_come_again(target: Any, machi
     assert machine.onnxruntime.launches > launches + 20
 
 
-def test_two_sessions_capture_at_the_same_time(target: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_sessions_can_capture_graphs_at_the_same_time(target: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     want = expected(target(LLAMA), threshold=0.5)
     machine = Machine(monkeypatch)
     with (
@@ -139,7 +139,7 @@ def test_two_sessions_capture_at_the_same_time(target: Any, monkeypatch: pytest.
     assert machine.onnxruntime.captures > 4
 
 
-def test_where_no_graph_can_be_captured_steps_run_without(
+def test_steps_run_without_a_graph_if_capture_fails(
     target: Any, machine: Machine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     machine.onnxruntime.fails_to_capture = True
@@ -152,7 +152,7 @@ def test_where_no_graph_can_be_captured_steps_run_without(
 
 
 @both
-def test_closing_gives_everything_back(case: Any, target: Any, machine: Machine) -> None:
+def test_close_releases_all_device_resources(case: Any, target: Any, machine: Machine) -> None:
     session = Session(target(case), device="cuda:0", threads=1)
     stream = session.stream(list(PROMPTS[0]), max_new_tokens=20)
     next(stream)
@@ -168,7 +168,7 @@ def test_closing_gives_everything_back(case: Any, target: Any, machine: Machine)
 
 @both
 @pytest.mark.parametrize(("after", "overlap"), [(5, False), (60, True), (200, False)])
-def test_a_lost_device_is_an_error_for_requests_in_flight_and_the_session_can_be_closed(
+def test_lost_device_fails_running_requests_and_the_session_can_be_closed(
     case: Any, after: int, overlap: bool, target: Any, machine: Machine
 ) -> None:
     session = Session(target(case), device="cuda:0", overlap=overlap, threads=1, slots=3)
@@ -181,9 +181,7 @@ def test_a_lost_device_is_an_error_for_requests_in_flight_and_the_session_can_be
     session.close()
 
 
-def test_a_step_waits_for_its_token_alone_copies_little_and_names_the_engine_where_it_fails(
-    target: Any, machine: Machine
-) -> None:
+def test_step_waits_only_for_its_token_copies_little_and_names_a_failed_engine(target: Any, machine: Machine) -> None:
     copied: list[int] = []
     real = machine.cuda.cudaMemcpyAsync
 
@@ -213,7 +211,7 @@ def test_a_step_waits_for_its_token_alone_copies_little_and_names_the_engine_whe
         assert session.generate(list(PROMPTS[0]), max_new_tokens=3).token_ids
 
 
-def test_times_are_read_before_their_events_serve_again(
+def test_event_times_are_read_before_the_events_are_reused(
     target: Any, machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The runner's thread records what was given back as soon as another call comes."""
@@ -229,7 +227,7 @@ def test_times_are_read_before_their_events_serve_again(
         assert session.generate(list(PROMPTS[0]), max_new_tokens=12, threshold=0.5).stats.deep_seconds > 0
 
 
-def test_too_little_memory_says_what_is_needed_and_free_before_anything_is_allocated(
+def test_out_of_memory_names_needed_and_free_bytes_before_allocating(
     target: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     machine = Machine(monkeypatch, free_bytes=100_000)
@@ -238,7 +236,7 @@ def test_too_little_memory_says_what_is_needed_and_free_before_anything_is_alloc
     assert machine.cuda.allocated == 0
 
 
-def test_nothing_is_a_reason_to_decode_elsewhere(target: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_session_never_falls_back_to_another_device(target: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     Machine(monkeypatch).onnxruntime.active = [CPU]
     with pytest.raises(EngineError, match=r"would run .* on CPUExecutionProvider"):
         Session(target(LLAMA), device="cuda:0")
@@ -249,7 +247,7 @@ def test_nothing_is_a_reason_to_decode_elsewhere(target: Any, monkeypatch: pytes
 
 @pytest.mark.parametrize(("mode", "slots"), [("free", 3), ("lossless", 1)])
 @pytest.mark.parametrize("case", FEATURES, ids=lambda case: case.name)
-def test_exits_that_read_features_do_so_on_a_gpu(
+def test_feature_reading_exits_run_on_a_gpu(
     case: Any, mode: str, slots: int, bundle: Bundles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = bundle(case, case.exit_layers[0], target="cuda", precision="fp32")
@@ -267,7 +265,7 @@ def test_exits_that_read_features_do_so_on_a_gpu(
     assert sum(result.stats.exits + result.stats.rejected for result in got) > 5
 
 
-def test_steps_that_need_features_cannot_overlap(bundle: Bundles, machine: Machine) -> None:
+def test_overlap_is_refused_for_feature_reading_exits(bundle: Bundles, machine: Machine) -> None:
     path = bundle(FEATURES[0], FEATURES[0].exit_layers[0], target="cuda", precision="fp32")
     with pytest.raises(OptionError, match="overlap is True, but the exit of this bundle reads features"):
         Session(path, device="cuda:0", overlap=True)

@@ -47,7 +47,7 @@ def decoded(session: Session) -> tuple[list[Any], list[np.ndarray]]:
 
 @pytest.mark.parametrize("dialect", ["ort", "standard"])
 @pytest.mark.parametrize("case", [LLAMA, *FEATURES[:1]], ids=lambda case: case.name)
-def test_padding_changes_neither_predictions_nor_caches(
+def test_padding_does_not_change_predictions_or_caches(
     case: Any, dialect: str, bundle: Bundles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = bundle(case, 1, dialect=dialect)
@@ -65,7 +65,7 @@ def test_padding_changes_neither_predictions_nor_caches(
         np.testing.assert_allclose(mine, its, atol=1e-4)
 
 
-def test_the_last_rows_of_a_cache_are_not_padded(bundle: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_passes_at_the_end_of_a_cache_are_not_padded(bundle: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
     used = pad(monkeypatch)
     path = bundle(LLAMA, 1, capacity=24, max_pending=8)
     with Session(path, threads=1) as session, session.decoder() as decoder:
@@ -78,7 +78,7 @@ def test_the_last_rows_of_a_cache_are_not_padded(bundle: Bundles, monkeypatch: p
 
 
 @pytest.mark.parametrize("case", [LLAMA, T5], ids=lambda case: case.name)
-def test_few_graphs_serve_all_sizes(case: Any, bundle: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_cuda_graphs_cover_all_sizes(case: Any, bundle: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
     machine = Machine(monkeypatch)
     with Session(
         bundle(case, target="cuda", precision="fp32"), device="cuda:0", overlap=False, threads=1, slots=1

@@ -86,7 +86,7 @@ class Steps:
         return self.token.tolist(), self.confidence.tolist(), float(self.hidden.sum())
 
 
-def test_steps_are_those_of_onnx_runtime_and_become_a_graph(gpu: Gpu) -> None:
+def test_steps_match_onnxruntime_and_are_captured_as_a_graph(gpu: Gpu) -> None:
     theirs = Steps(OnnxEngine(gpu.bundle.engine("shallow"), 1), gpu.bundle, None)
     ours = Steps(gpu.engine("shallow", captures=True), gpu.bundle, gpu.stream)
     for step in range(RUNS_BEFORE_CAPTURE + 6):
@@ -96,7 +96,7 @@ def test_steps_are_those_of_onnx_runtime_and_become_a_graph(gpu: Gpu) -> None:
     assert len(gpu.trt.runs) == RUNS_BEFORE_CAPTURE + 2
 
 
-def test_batches_and_longer_calls_use_the_profile_that_admits_them(gpu: Gpu) -> None:
+def test_batches_and_longer_calls_use_a_matching_profile(gpu: Gpu) -> None:
     plain = OnnxEngine(gpu.bundle.engine("shallow"), 1)
     engine = gpu.engine("shallow")
     for batch, rows, profile in ((2, 1, "decode"), (1, 5, "prefill"), (2, 3, "prefill"), (1, 1, "decode")):
@@ -109,7 +109,7 @@ def test_batches_and_longer_calls_use_the_profile_that_admits_them(gpu: Gpu) -> 
         assert engine.plan.profiles[gpu.trt.runs[-1][1]].name == profile
 
 
-def test_calls_that_alternate_share_a_context_and_keep_their_own_shapes(gpu: Gpu) -> None:
+def test_alternating_calls_share_a_context_and_keep_their_shapes(gpu: Gpu) -> None:
     plain, engine = OnnxEngine(gpu.bundle.engine("shallow"), 1), gpu.engine("shallow", captures=True)
     ours = [Steps(engine, gpu.bundle, gpu.stream, batch) for batch in (1, 2)]
     theirs = [Steps(plain, gpu.bundle, None, batch) for batch in (1, 2)]
@@ -120,7 +120,7 @@ def test_calls_that_alternate_share_a_context_and_keep_their_own_shapes(gpu: Gpu
     assert gpu.fake.captures == 2
 
 
-def test_a_graph_goes_with_its_call_and_with_other_shapes(gpu: Gpu) -> None:
+def test_graph_is_released_with_its_call_and_when_shapes_change(gpu: Gpu) -> None:
     steps = Steps(gpu.engine("shallow", captures=True), gpu.bundle, gpu.stream)
     for _ in range(RUNS_BEFORE_CAPTURE + 1):
         steps.step([[5]])
@@ -151,7 +151,7 @@ def refuse_to_run(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("refuse", [refuse_to_end, refuse_to_run])
-def test_what_cannot_be_captured_runs_on_without(
+def test_steps_that_cannot_be_captured_run_without_a_graph(
     refuse: Callable[[Gpu, pytest.MonkeyPatch], None],
     gpu: Gpu,
     monkeypatch: pytest.MonkeyPatch,
@@ -167,7 +167,7 @@ def test_what_cannot_be_captured_runs_on_without(
     assert (gpu.fake.launches, engine.captures) == (0, False)
 
 
-def test_what_a_call_needs_and_does_not_get_is_named(gpu: Gpu) -> None:
+def test_missing_and_unknown_inputs_and_outputs_are_named(gpu: Gpu) -> None:
     engine = gpu.engine("shallow")
     steps = Steps(engine, gpu.bundle, gpu.stream)
     del steps.inputs["query_lengths"], steps.inputs["head_rows"]
@@ -183,7 +183,7 @@ def test_what_a_call_needs_and_does_not_get_is_named(gpu: Gpu) -> None:
         engine.bind({"past.0.key": np.zeros((1, 4, 144, 16), np.float16)}, {})
 
 
-def test_arrays_of_other_shapes_or_places_are_refused_by_name(gpu: Gpu) -> None:
+def test_arrays_of_wrong_shape_or_location_are_refused_by_name(gpu: Gpu) -> None:
     engine = gpu.engine("shallow")
     for batch, rows in ((3, 1), (1, 129)):
         steps = Steps(engine, gpu.bundle, gpu.stream, batch, rows)
@@ -201,7 +201,7 @@ def test_arrays_of_other_shapes_or_places_are_refused_by_name(gpu: Gpu) -> None:
         steps.step([[3]])
 
 
-def test_a_device_with_too_little_memory_is_an_error_with_the_bytes(gpu: Gpu) -> None:
+def test_out_of_memory_names_needed_and_free_bytes(gpu: Gpu) -> None:
     (path,) = (gpu.bundle.path / DIRECTORY).glob("deep-*.engine")
     needed = path.stat().st_size
     gpu.fake.free_bytes = gpu.fake.allocated + needed - 1
@@ -216,7 +216,7 @@ def test_a_device_with_too_little_memory_is_an_error_with_the_bytes(gpu: Gpu) ->
     ("change", "reason"),
     [({"version": "11.3.0"}, "not compatible with this version"), ({"architecture": [8, 9]}, "incompatible device")],
 )
-def test_a_file_that_tensorrt_does_not_load_is_an_error_with_its_reason(
+def test_engine_file_refused_by_tensorrt_is_an_error_with_the_reason(
     change: dict[str, Any], reason: str, gpu: Gpu
 ) -> None:
     (path,) = (gpu.bundle.path / DIRECTORY).glob("shallow-*.engine")
@@ -228,7 +228,7 @@ def test_a_file_that_tensorrt_does_not_load_is_an_error_with_its_reason(
         gpu.engine("shallow")
 
 
-def test_a_device_that_is_lost_ends_the_call_with_an_error(gpu: Gpu) -> None:
+def test_lost_device_fails_the_call(gpu: Gpu) -> None:
     steps = Steps(gpu.engine("shallow", captures=True), gpu.bundle, gpu.stream)
     gpu.fake.lose(after=7)
     with pytest.raises(DeviceError, match="cuda:0 was lost"):

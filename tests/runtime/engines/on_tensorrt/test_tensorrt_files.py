@@ -52,9 +52,7 @@ def put(opened: Bundle) -> Put:
     return write
 
 
-def test_an_engine_for_this_gpu_and_version_is_found_and_its_record_is_what_was_written(
-    put: Put, opened: Bundle
-) -> None:
+def test_newest_engine_for_this_gpu_and_version_is_found_with_its_record(put: Put, opened: Bundle) -> None:
     put(architecture="sm89")
     put(tensorrt="11.3.0")
     put(batch=3, age=-9)
@@ -75,7 +73,7 @@ def test_an_engine_for_this_gpu_and_version_is_found_and_its_record_is_what_was_
         ({"tensorrt": "10.15.1"}, "engine deep was built by version 10.15.1, this is 11.4.0"),
     ],
 )
-def test_why_no_engine_is_taken_is_said_with_the_command_that_builds_one(
+def test_missing_engine_error_gives_the_reason_and_the_build_command(
     changes: dict[str, Any], problem: str, put: Put, opened: Bundle
 ) -> None:
     put(**changes)
@@ -83,7 +81,7 @@ def test_why_no_engine_is_taken_is_said_with_the_command_that_builds_one(
         find_engine(opened, "deep", "11.4.0", "sm90")
 
 
-def test_a_damaged_engine_is_refused(put: Put, opened: Bundle) -> None:
+def test_damaged_engine_is_refused(put: Put, opened: Bundle) -> None:
     path = put()
     path.write_bytes(b"enginf")
     assert find_engine(opened, "deep", "11.4.0", "sm90", "sizes") == path
@@ -95,13 +93,13 @@ def test_a_damaged_engine_is_refused(put: Put, opened: Bundle) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"plan": 3}'])
-def test_an_engine_whose_record_cannot_be_read_counts_as_not_built(text: str, put: Put, opened: Bundle) -> None:
+def test_engine_with_unreadable_record_counts_as_not_built(text: str, put: Put, opened: Bundle) -> None:
     record_of(put()).write_text(text)
     with pytest.raises(EngineError, match="not built"):
         find_engine(opened, "deep", "11.4.0", "sm90")
 
 
-def test_the_sizes_of_a_call_are_read_from_its_inputs() -> None:
+def test_call_sizes_are_read_from_the_inputs() -> None:
     cross = {"cross.4.key": (2, 4, 9, 16), "cross_lengths": (2,), "head_rows": (3,), "past.4.key": (2, 4, 144, 16)}
     assert sizes_of("shallow", {"input_ids": (2, 1), **cross}) == {"B": 2, "q": 1, "R": 3, "E": 9}
     assert sizes_of("deep", {"hidden": (2, 7, 32), "head_rows": (0,)}) == {"B": 2, "k": 7, "R": 0}

@@ -48,7 +48,7 @@ def expected(path: Path, **options: Any) -> list[Any]:
 
 @every
 @pytest.mark.parametrize("mode", MODES)
-def test_tokens_exits_and_confidences_are_those_of_the_cpu(
+def test_tokens_exits_and_confidences_match_the_cpu(
     case: Any, mode: str, built: Built, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = built(case)
@@ -67,7 +67,7 @@ def test_tokens_exits_and_confidences_are_those_of_the_cpu(
 
 
 @pytest.mark.parametrize("case", FEATURES, ids=lambda case: case.name)
-def test_exits_that_read_features_do_so(case: Any, built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_feature_reading_exits_match_the_cpu(case: Any, built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
     path = built(case, exit_layer=case.exit_layers[0])
     options: dict[str, Any] = {"max_new_tokens": 16, "threshold": 0.1}
     with Session(path, threads=1) as session:
@@ -81,7 +81,9 @@ def test_exits_that_read_features_do_so(case: Any, built: Built, monkeypatch: py
 
 
 @both
-def test_several_requests_and_beams_share_calls(case: Any, built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_concurrent_requests_and_beams_share_engine_calls(
+    case: Any, built: Built, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path, prompts = built(case), [list(prompt) for prompt in PROMPTS * 2]
     options: dict[str, Any] = {"max_new_tokens": 16, "threshold": 0.5}
     beams: dict[str, Any] = {"num_beams": 3, "mode": "full", "max_new_tokens": 10}
@@ -95,7 +97,7 @@ def test_several_requests_and_beams_share_calls(case: Any, built: Built, monkeyp
             assert case is not T5 or session.generate(prompts[0], **beams).token_ids == best
 
 
-def test_a_session_without_an_engine_for_it_says_why_and_leaves_nothing(
+def test_session_without_a_matching_engine_is_refused_and_leaves_nothing(
     built: Built, bundle: Bundles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, refused = built(LLAMA), list[str]()
@@ -123,7 +125,7 @@ def test_a_session_without_an_engine_for_it_says_why_and_leaves_nothing(
     assert "pip install 'freeexport[tensorrt]'" in refused[-1]
 
 
-def test_more_slots_than_a_call_takes_are_refused_with_both_ways_out(
+def test_more_slots_than_the_engine_batch_are_refused_with_both_remedies(
     built: Built, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = built(LLAMA, max_batch=2)
@@ -132,9 +134,7 @@ def test_more_slots_than_a_call_takes_are_refused_with_both_ways_out(
         Session(path, device="cuda:0", slots=3)
 
 
-def test_a_slot_that_does_not_end_where_tensorrt_wants_it_is_refused_for_several(
-    built: Built, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unaligned_slot_size_is_refused_for_several_slots(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
     path = built(BY_NAME["llama-tied"], capacity=127, max_pending=4)
     fake_device.install(monkeypatch)
     with pytest.raises(CapacityError, match=r"needs a multiple of 256 .*slots=1"):
