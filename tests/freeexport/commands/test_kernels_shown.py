@@ -64,7 +64,7 @@ def test_commands_name_the_instruction_set_of_the_library(tmp_path: Path, checkp
     assert "kernels: ONNX Runtime's\n" in convert(checkpoint(CASE), tmp_path / "other", "--kernels", "onnxruntime")
 
 
-def test_kernels_are_not_mentioned_for_an_fp32_bundle(tmp_path: Path) -> None:
+def test_nothing_is_mentioned_for_an_fp32_bundle(tmp_path: Path) -> None:
     assert "kernels" not in printed("inspect", str(write_bundle(tmp_path / "fp32")))
 
 
