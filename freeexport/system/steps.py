@@ -40,14 +40,15 @@ class Steps:
         self.output = output
         self._file = output / file
         self._announce = announce
-        self._run = json.loads(json.dumps(run, default=str))
+        self._run = run
         check_run(self._file, run, remedy)
 
     def begin(self) -> None:
         """Mark the directory as this run's."""
         if not self._file.is_file():
             self.output.mkdir(parents=True, exist_ok=True)
-            write_whole(self._file, json.dumps(self._run, indent=2, sort_keys=True) + "\n")
+            text = json.dumps(self._run, indent=2, sort_keys=True, default=str)
+            write_whole(self._file, text + "\n")
 
     def run(
         self, name: str, work: Callable[..., Mapping[str, Any]], *arguments: Any

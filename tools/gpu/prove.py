@@ -149,10 +149,12 @@ def prove(base: StepContext, steps: Sequence[str], minutes: float) -> dict[str, 
     for name, context in planned(base, steps):
         key = "-".join(filter(None, (name, context.precision)))
         click.echo(key, err=True)
-        done = run.finished(key)
-        entry = run.read(key) if done else run_step(name, context, end - monotonic())
-        if entry["state"] not in UNFINISHED:
-            run.run(key, dict, entry)
+        if run.finished(key):
+            entry = run.read(key)
+        else:
+            entry = run_step(name, context, end - monotonic())
+            if entry["state"] not in UNFINISHED:
+                run.run(key, dict, entry)
         click.echo(f"  {entry['state']}, {entry['seconds']:.0f} s: {entry['line']}", err=True)
         report["steps"].append(entry)
         write_whole(output / PAGE, report_text(report))
