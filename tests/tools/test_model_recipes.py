@@ -47,7 +47,7 @@ def test_commands_of_the_model_card_have_valid_options(tmp_path: Path, monkeypat
     assert read == [*["tools.data.g2p"] * 3, "tools.data.g2p_tokenizer", "train", "train", "convert", "calibrate"]
 
 
-def test_the_shipped_model_can_be_trained_further(tmp_path: Path) -> None:
+def test_shipped_model_can_be_trained_further(tmp_path: Path) -> None:
     data = tmp_path / "data.jsonl"
     data.write_text('{"input": "g2p: hello", "target": "HH AH L OW"}\n' * 2)
     given = ["train", str(G2P), str(tmp_path / "out"), "--data", str(data), "--validation", str(data)]

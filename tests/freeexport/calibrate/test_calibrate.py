@@ -212,7 +212,7 @@ def test_path_without_a_bundle_or_checkpoint_is_refused_before_reading_data(tmp_
 
 
 @pytest.mark.parametrize("rule", [("--target-quality", 0.1), ("--risk", 0.9, "--metric", "chrf")])
-def test_rules_that_decode_report_quality(copied: Bundles, data: Path, rule: tuple[Any, ...]) -> None:
+def test_quality_and_risk_rules_report_the_decoded_quality(copied: Bundles, data: Path, rule: tuple[Any, ...]) -> None:
     answer = calibrated(copied(T5), "--data", data, *rule, "--samples", 6, "--rounds", 1)
     assert {0.5, 0.9} <= {row["threshold"] for row in answer["table"] if row["measured_speedup"]}
     decoded = [row for row in answer["table"] if row["quality"] is not None]

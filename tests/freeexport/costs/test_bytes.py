@@ -120,7 +120,7 @@ def test_bytes_per_token_are_summed_over_engines(bundle: Bundles) -> None:
     ],
     ids=lambda options: "-".join(map(str, options.values())),
 )
-def test_costs_use_the_calls_that_ran(
+def test_calls_of_a_result_equal_the_engine_calls_that_ran(
     case: Case, options: dict[str, Any], bundle: Bundles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ran: list[tuple[bool, int, int, bool]] = []

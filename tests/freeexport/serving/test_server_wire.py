@@ -131,7 +131,7 @@ def test_metrics_match_the_log(chat: Path) -> None:
     assert float(figures[f'freeexport_http_responses_total{{path="{CHAT}",status="200"}}']) == 3
 
 
-def test_text_drafts_are_counted_as_the_dashboard_divides_them(chat: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_accepted_share_on_the_dashboard_equals_the_usage(chat: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     draft_texts(monkeypatch)
     with running(chat, names=("m",)) as server:
         asked: dict[str, Any] = {"messages": MESSAGES, "max_tokens": 60, **ENDLESS}

@@ -124,7 +124,7 @@ def test_null_character_in_a_path_is_an_error(tmp_path: Path) -> None:
 def test_non_object_is_refused_if_an_object_is_required(tmp_path: Path) -> None:
     path = tmp_path / "file.json"
     path.write_text("[1]")
-    with pytest.raises(OptionError, match="holds list, not an object; mend it"):
-        read_object(path, "mend it", OptionError)
+    with pytest.raises(OptionError, match="holds list, not an object; repair it"):
+        read_object(path, "repair it", OptionError)
     path.write_text('{"a": 1}')
-    assert read_object(path, "mend it", OptionError) == {"a": 1}
+    assert read_object(path, "repair it", OptionError) == {"a": 1}

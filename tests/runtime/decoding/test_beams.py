@@ -224,7 +224,7 @@ def test_beams_share_prompt_keys_and_copy_only_diverging_rows(
     ]
 
 
-def test_beams_whose_caches_exceed_memory_are_refused(bundle: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_beams_are_refused_if_their_caches_exceed_memory(bundle: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
     with Session(bundle(BY_NAME["t5-relu-tied"], 1), threads=1, slots=1) as session:
         monkeypatch.setattr(
             "runtime.engines.kv_cache.available_memory", lambda: 256 * 21 * session.manifest.kv_bytes_per_token

@@ -30,20 +30,20 @@ class Writer:
         return GenerationResult(f"answer {len(prompt)}", (), (), (), "eos", Stats())
 
 
-def test_a_prompt_begins_where_the_template_puts_the_users_text(chat: Path) -> None:
+def test_user_text_starts_after_the_prefix_of_the_template(chat: Path) -> None:
     tokenizer = Tokenizer.load(chat)
     assert tokenizer is not None
     before = text_before_user(tokenizer, [])
     assert tokenizer.render_chat([{"role": "user", "content": "Hello"}]).startswith(before + "Hello")
 
 
-def test_a_template_that_alters_the_text_is_refused() -> None:
+def test_template_that_alters_the_text_is_refused() -> None:
     upper: Any = SimpleNamespace(render_chat=lambda messages: messages[-1]["content"].upper())
     with pytest.raises(DataError, match="alters"):
         text_before_user(upper, [])
 
 
-def test_a_turn_reads_the_answers_before_it(chat: Path) -> None:
+def test_each_turn_includes_the_answers_before_it(chat: Path) -> None:
     tokenizer = Tokenizer.load(chat)
     assert tokenizer is not None
     writer: Any = Writer("Please write me a poem.", "Now write a longer one.")
@@ -57,13 +57,13 @@ def test_a_turn_reads_the_answers_before_it(chat: Path) -> None:
 
 
 @pytest.mark.parametrize("writer", [Writer("Hi"), Writer("Please write me a poem about", cut=True)])
-def test_a_short_or_cut_text_is_left_out(writer: Any, chat: Path) -> None:
+def test_short_or_truncated_text_is_skipped(writer: Any, chat: Path) -> None:
     tokenizer = Tokenizer.load(chat)
     assert tokenizer is not None
     assert write_conversation(writer, tokenizer, 0, 1) == []
 
 
-def test_an_interrupted_run_continues_and_writes_each_prompt_once(
+def test_interrupted_run_continues_and_writes_each_prompt_once(
     chat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def conversation(session: Any, tokenizer: Any, seed: int, turns: int) -> list[Any]:
@@ -79,13 +79,13 @@ def test_an_interrupted_run_continues_and_writes_each_prompt_once(
     assert len(list(read_examples(out))) == 3
 
 
-def test_other_file_is_not_continued(chat: Path, tmp_path: Path) -> None:
+def test_file_without_seeds_is_not_continued(chat: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
     out.write_text('{"input": "another file"}\n')
     result = CliRunner().invoke(tool.command, [str(chat), str(out)])
     assert "without 'seed' and 'input'" in str(result.exception)
 
 
-def test_an_encoder_decoder_is_refused(t5: Path, tmp_path: Path) -> None:
+def test_encoder_decoder_is_refused(t5: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(tool.command, [str(t5), str(tmp_path / "out.jsonl")])
     assert isinstance(result.exception, DataError)

@@ -52,7 +52,7 @@ def test_modes_and_batches_are_compared_on_the_device(on_gpu: StepContext) -> No
     json.dumps(outcome.values, allow_nan=False)
 
 
-def test_a_device_may_differ_from_the_cpu_at_ties_only(on_gpu: StepContext, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_device_may_differ_from_the_cpu_only_at_ties(on_gpu: StepContext, monkeypatch: pytest.MonkeyPatch) -> None:
     outcome = prove_steps.against_cpu(on_gpu)
     assert outcome.state == "done", outcome.line
     assert [row[0] for row in outcome.rows] == ["full", "shallow", "free at 0.5: exits"]
@@ -71,7 +71,7 @@ def test_a_device_may_differ_from_the_cpu_at_ties_only(on_gpu: StepContext, monk
     assert "nats apart" in outcome.line or "cannot explain" in outcome.line or "no first token" in outcome.line
 
 
-def test_an_exit_may_differ_where_the_confidence_is_near_the_threshold() -> None:
+def test_exit_may_differ_if_the_confidence_is_near_the_threshold() -> None:
     def result(*confidence: float) -> Any:
         ids = tuple(range(len(confidence)))
         exited = tuple(one > 0.5 for one in confidence)
@@ -83,7 +83,7 @@ def test_an_exit_may_differ_where_the_confidence_is_near_the_threshold() -> None
 
 
 @pytest.mark.slow
-def test_a_step_is_trained_the_checkpoint_calibrated_and_rows_compared(converted: StepContext, tmp_path: Path) -> None:
+def test_step_is_trained_checkpoint_calibrated_and_rows_compared(converted: StepContext, tmp_path: Path) -> None:
     context = replace(converted, work=str(tmp_path))
     outcome = prove_commands.training(context)
     assert outcome.line.startswith("a step; calibrated checkpoint: threshold ")
@@ -91,7 +91,7 @@ def test_a_step_is_trained_the_checkpoint_calibrated_and_rows_compared(converted
     assert {row[1] for row in outcome.rows} >= {"full", "eager", "published 0.9", "eager-free 0.9"}
 
 
-def test_sessions_may_differ_at_ties_only(on_gpu: StepContext, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sessions_may_differ_only_at_ties(on_gpu: StepContext, monkeypatch: pytest.MonkeyPatch) -> None:
     outcome = prove_speed.session_options(on_gpu)
     assert outcome.state == "done", outcome.line
     assert [row[0] for row in outcome.rows] == list(prove_speed.SESSIONS)
@@ -138,7 +138,7 @@ def test_machine_report_fails_where_a_gpu_has_no_provider(converted: StepContext
     json.dumps(outcome.values, allow_nan=False)
 
 
-def test_a_step_that_breaks_or_takes_too_long_is_recorded_and_the_report_written(tmp_path: Path) -> None:
+def test_failed_or_slow_step_is_recorded_and_the_report_written(tmp_path: Path) -> None:
     out = tmp_path / "out"
     base = StepContext("cpu", str(out), "m", 8, 1)
     report = prove.prove(base, ("machine", "parity"), minutes=0.0005)
@@ -163,9 +163,7 @@ def test_a_step_that_breaks_or_takes_too_long_is_recorded_and_the_report_written
     assert "KeyError" in report_text(report)
 
 
-def test_interrupted_run_continues_with_the_steps_without_result(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_interrupted_run_continues_with_the_remaining_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ran = []
 
     def run_step(name: str, context: StepContext, limit: float) -> dict[str, Any]:
@@ -196,7 +194,7 @@ def test_bundles_are_converted_once_and_important_steps_come_first() -> None:
     assert chosen == [("comparison", ""), ("conversion", "fp16"), ("sessions", "fp16")]
 
 
-def test_what_cannot_run_is_refused_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_options_are_refused_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def invoke(*arguments: object) -> Any:
         return CliRunner().invoke(prove.command, [str(argument) for argument in arguments])
 
@@ -213,7 +211,7 @@ def test_what_cannot_run_is_refused_before_any_work(tmp_path: Path, monkeypatch:
     assert "choose another directory" in str(invoke("--output", tmp_path / "out", "--device", "cpu").exception)
 
 
-def test_a_bar_in_an_outcome_is_escaped_once() -> None:
+def test_bar_in_an_outcome_is_escaped_once() -> None:
     step = {"precision": "fp16", "step": "parity", "state": "done", "seconds": 1.0, "line": "a|b\nc"}
     step |= {"columns": ("one|two",), "rows": [["x|y"]], "last_lines": []}
     about = {"made": "today", "commit": "abc", "model": "m", "tokens": 8, "rounds": 1}

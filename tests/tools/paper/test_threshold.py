@@ -45,7 +45,7 @@ def authors(confidence: np.ndarray, agrees: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_the_papers_rule_is_that_of_its_authors(seed: int) -> None:
+def test_papers_rule_equals_the_authors_implementation(seed: int) -> None:
     traces = mixed(20, 20, seed, agree=0.3 + 0.1 * seed)
     agreeing, others = (Moments.of(traces.confidence[traces.agrees == agrees]) for agrees in (True, False))
     expected = authors(traces.confidence.astype(np.float64), traces.agrees)
@@ -161,7 +161,7 @@ def test_session_adapts_by_the_papers_rule_and_continues_from_its_state(bundle: 
         Session(path, threshold="adaptive", adaptive_state=state)
 
 
-def test_a_pass_without_a_stack_gives_no_labels() -> None:
+def test_pass_without_pending_tokens_gives_no_labels() -> None:
     labels = PaperThreshold(MANIFEST).begin()
     labels.label([(0.2, True)])
     assert labels.labelled == []
